@@ -1,0 +1,336 @@
+"""Recipes: what a run is, as frozen dataclasses, TOML files and command-line overrides. Imports no torch.
+
+A recipe file has three tables, `[model]`, `[data]` and `[train]`; every key is a field below, everything left out keeps its
+default, and an unknown key is an error. `ssa train tiny --train.steps 100` overrides single fields.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ssa.errors import UserError
+
+Method = Literal["full", "moba", "nsa", "ssa"]
+AttentionMode = Literal["sparse", "full"]
+Scope = Literal["group", "head"]
+Scoring = Literal["softmax", "logit"]
+Rule = Literal["exact", "released"]
+AlignmentLoss = Literal["smooth_l1", "l2", "none"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one query may read: `num_selected_blocks` (k) blocks of `block_size` (s) keys, written "kxs", e.g. "4x16"."""
+
+    num_selected_blocks: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.num_selected_blocks < 1 or self.block_size < 1:
+            raise UserError(f"budget {self} needs at least 1 block of at least 1 key")
+
+    @property
+    def tokens(self) -> int:
+        """The receptive field RF = k * s, in keys."""
+        return self.num_selected_blocks * self.block_size
+
+    def __str__(self) -> str:
+        return f"{self.num_selected_blocks}x{self.block_size}"
+
+    @classmethod
+    def parse(cls, text: str | Budget) -> Budget:
+        if isinstance(text, Budget):
+            return text
+        found = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
+        if not found:
+            raise UserError(f"budget {text!r} is not BLOCKSxSIZE; write e.g. 16x16 for 16 blocks of 16 keys")
+        return cls(int(found[1]), int(found[2]))
+
+
+def parse_budgets(text: str) -> list[Budget | None]:
+    """"4x16,16x16,full" -> [Budget(4, 16), Budget(16, 16), None]; None stands for full attention."""
+    budgets = [None if part.strip() == "full" else Budget.parse(part) for part in text.split(",") if part.strip()]
+    if not budgets:
+        raise UserError(f"budgets {text!r} names none; write e.g. 4x16,16x16,full")
+    return budgets
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """A new model (or, with `init_from`, a checkpoint to go on from). Field names are those of `SSAConfig`."""
+
+    method: Method = "ssa"
+    init_from: str = ""
+    """Checkpoint or run to start from; its architecture wins, the method's fields below still apply."""
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 1
+    head_dim: int = 32
+    vocab_size: int = 0
+    """0 = as large as the data's tokenizer."""
+    max_position_embeddings: int = 131072
+    rope_theta: float = 10000.0
+    rope_factor: float = 1.0
+    """Llama-3 RoPE scaling for contexts beyond the original length; 1 = none (Table A1 uses 4)."""
+    rope_original_max_position: int = 8192
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    block_size: int = 16
+    num_selected_blocks: int = 16
+    selection_scope: Scope = "group"
+    selection_scoring: Scoring = "softmax"
+    selection_rule: Rule = "exact"
+    attention_gate: bool = True
+    window_size: int = 128
+    """Sliding window of NSA, in keys."""
+    full_ratio: float = 0.5
+    """SSA: share of steps whose main stream is full attention."""
+    alignment_weight: float = 10.0
+    """SSA: alpha."""
+    alignment_loss: AlignmentLoss = "smooth_l1"
+    align_gated: bool = True
+    """SSA: align outputs after the gate (released code) rather than before it (Algorithm 1)."""
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What the model reads."""
+
+    path: str = "builtin:python"
+    """A directory made by `ssa prepare`, or text to prepare on first use: files, or builtin:python (the embedded corpus)."""
+    tokenizer: str = "byte"
+    """Only where `path` is not prepared yet: "byte", a tokenizer.json or a tokenizer directory."""
+    context: int = 512
+    """Tokens in a packed row."""
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """How it learns (defaults: the paper's optimizer)."""
+
+    steps: int = 300
+    batch_size: int = 8
+    """Rows in a micro-batch."""
+    accumulation: int = 1
+    """Micro-batches in a step."""
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    warmup: float = 0.01
+    """Share of the steps over which the learning rate rises to `lr`; the rest is a cosine to `min_lr`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+    seed: int = 1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto = bfloat16 autocast where the device computes in it, else float32."""
+    device: str = "auto"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    log_every: int = 10
+    eval_every: int = 0
+    """Steps between validation losses; 0 = only at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 = only at the end."""
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run."""
+
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _check(recipe: Recipe) -> None:
+    """Every impossible value or combination, each told in one line."""
+    m, d, t = recipe.model, recipe.data, recipe.train
+
+    def need(ok: bool, name: str, value: object, fix: str) -> None:
+        if not ok:
+            raise UserError(f"{name} = {value!r} {fix}")
+
+    for table in (m, d, t):
+        prefix = type(table).__name__.removesuffix("Recipe").lower()
+        for f in dataclasses.fields(table):
+            value = getattr(table, f.name)
+            if isinstance(value, float):
+                need(value == value and abs(value) != float("inf"), f"{prefix}.{f.name}", value, "is not a finite number")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                 "block_size", "num_selected_blocks", "window_size", "max_position_embeddings", "rope_original_max_position"):  # fmt: skip
+        need(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), "must be at least 1")
+    need(m.vocab_size >= 0, "model.vocab_size", m.vocab_size, "must be 0 (the tokenizer's) or more")
+    need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE rotates pairs")
+    need(m.num_attention_heads % m.num_key_value_heads == 0, "model.num_attention_heads", m.num_attention_heads,
+         f"must be a multiple of model.num_key_value_heads = {m.num_key_value_heads}")  # fmt: skip
+    need(m.hidden_size % m.num_attention_heads == 0, "model.hidden_size", m.hidden_size,
+         f"must be a multiple of model.num_attention_heads = {m.num_attention_heads}")  # fmt: skip
+    need(0 <= m.full_ratio <= 1, "model.full_ratio", m.full_ratio, "must lie in 0..1")
+    need(m.alignment_weight >= 0, "model.alignment_weight", m.alignment_weight, "must be 0 or more")
+    need(m.rope_factor >= 1, "model.rope_factor", m.rope_factor, "must be at least 1")
+    need(m.rope_theta > 0, "model.rope_theta", m.rope_theta, "must be positive")
+    need(m.selection_scope == "group" or m.method != "nsa", "model.selection_scope", m.selection_scope,
+         "does not go with method nsa, whose selection comes from the group's compression scores; use group")  # fmt: skip
+    if m.selection_rule == "released":
+        released_rule_check(m.num_selected_blocks, m.block_size)
+    need(d.context >= 2, "data.context", d.context, "must be at least 2 tokens")
+    need(d.context <= m.max_position_embeddings, "data.context", d.context,
+         f"exceeds model.max_position_embeddings = {m.max_position_embeddings}")  # fmt: skip
+    need(bool(d.path), "data.path", d.path, "is empty; name a prepared directory or builtin:python")
+    for name in ("steps", "batch_size", "accumulation", "log_every", "keep_last"):
+        need(getattr(t, name) >= 1, f"train.{name}", getattr(t, name), "must be at least 1")
+    for name in ("eval_every", "save_every", "weight_decay", "clip", "min_lr", "seed"):
+        need(getattr(t, name) >= 0, f"train.{name}", getattr(t, name), "must be 0 or more")
+    need(t.seed < 2**63, "train.seed", t.seed, "must be below 2**63")
+    need(t.lr > 0, "train.lr", t.lr, "must be positive")
+    need(t.min_lr <= t.lr, "train.min_lr", t.min_lr, f"exceeds train.lr = {t.lr}")
+    need(0 <= t.warmup <= 1, "train.warmup", t.warmup, "is a share of the steps, 0..1")
+    need(all(0 <= b < 1 for b in t.betas), "train.betas", t.betas, "must lie in 0..1, 1 excluded")
+
+
+def released_rule_check(num_selected_blocks: int, block_size: int) -> None:
+    """The authors' kernel sorts in chunks of `block_size` blocks: k must be a power of two and at most the block size."""
+    k = num_selected_blocks
+    if k & (k - 1) or k > block_size:
+        raise UserError(
+            f"selection rule 'released' with {k} blocks of {block_size} keys does not exist: it needs a power of two <= the block size; use rule 'exact'"
+        )
+
+
+def _coerce(cls: type, table: Any, where: str) -> Any:
+    """A dataclass from a parsed TOML table; types are checked here because TOML knows only its own."""
+    if not isinstance(table, dict):
+        raise UserError(f"[{where}] must be a table, not {table!r}")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in known:
+            raise UserError(f"unknown key {where}.{key}; known: {', '.join(known)}")
+        values[key] = _typed(value, _HINTS[cls][key], f"{where}.{key}")
+    return cls(**values)
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    choices = get_args(hint)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{name} is an integer too large for a float") from None
+    if hint in (int, float, bool, str) and type(value) is hint:
+        return value
+    if choices and all(isinstance(c, str) for c in choices) and value in choices:
+        return value
+    if hint == tuple[float, float] and isinstance(value, list) and len(value) == 2:
+        return tuple(_typed(v, float, name) for v in value)
+    wanted = " or ".join(map(repr, choices)) if choices and isinstance(choices[0], str) else getattr(hint, "__name__", str(hint))
+    raise UserError(f"{name} = {value!r} is not {wanted}")
+
+
+def _hints() -> dict[type, dict[str, Any]]:
+    from typing import get_type_hints
+
+    return {cls: get_type_hints(cls) for cls in (ModelRecipe, DataRecipe, TrainRecipe)}
+
+
+_HINTS = _hints()
+
+
+def recipe_directories() -> list[Path]:
+    """Where preset names are looked up: the installed package, then the source checkout."""
+    here = Path(__file__).parent
+    return [here / "configs", here.parent.parent / "configs"]
+
+
+def find_recipe(name: str) -> Path:
+    """A path, or the name of a preset ("tiny", "1b")."""
+    if Path(name).is_file():
+        return Path(name)
+    for directory in recipe_directories():
+        if re.fullmatch(r"[\w.-]+", name) and (directory / f"{name}.toml").is_file():
+            return directory / f"{name}.toml"
+    presets = sorted({p.stem for d in recipe_directories() for p in d.glob("*.toml")})
+    raise UserError(f"no recipe {name!r}: neither a file nor one of the presets {', '.join(presets)}")
+
+
+def read_recipe(text: str, source: str = "recipe") -> Recipe:
+    """A recipe from TOML text (or JSON, as run directories keep it)."""
+    try:
+        data = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
+    tables = {"model": ModelRecipe, "data": DataRecipe, "train": TrainRecipe}
+    if unknown := [k for k in data if k not in tables]:
+        raise UserError(f"{source}: unknown table or key {unknown[0]!r}; a recipe has [model], [data] and [train]")
+    try:
+        return Recipe(**{k: _coerce(tables[k], v, k) for k, v in data.items()})
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in file or preset `name`, with command-line `overrides` (`["--train.steps", "100"]`) on top."""
+    path = find_recipe(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from None
+    recipe = read_recipe(text, str(path))
+    return override(recipe, overrides) if overrides else recipe
+
+
+def override(recipe: Recipe, arguments: list[str], prog: str = "ssa train CONFIG") -> Recipe:
+    """`recipe` with `--table.field value` arguments applied; `--help` prints the fields with their present values."""
+    return parse_arguments(Recipe, arguments, prog, default=recipe)
+
+
+def parse_arguments(target: Any, arguments: list[str], prog: str, **keywords: Any) -> Any:
+    """`tyro.cli(target, ...)`, whose boxed errors become one `UserError` line; `--help` still prints and exits."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(target, args=arguments, prog=prog, **keywords)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(said.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """tyro reports errors in a drawn box: a title, what is wrong, perhaps a suggestion, where to find help."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip(" │╰╯─") for line in text.splitlines() if not line.lstrip().startswith("╭")]
+    lines = [line for line in lines if line]
+    wrong: list[str] = []
+    for line in lines:
+        if wrong and line.startswith(("For full helptext", "Perhaps you meant", "Similar arguments", "Argument helptext")):
+            break
+        wrong.append(line)
+    message = " ".join(" ".join(wrong).split()).removeprefix("Error parsing Recipe: ")
+    if suggestions := [line for line in lines[len(wrong) :] if line.startswith("--")]:
+        message += f" (did you mean {suggestions[0].split()[0]}?)" if message.startswith("Unrecognized") else ""
+    return message or "the arguments cannot be read; see --help"

@@ -1,0 +1,100 @@
+"""The model's configuration: Llama's shape plus the attention method."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from ssa.config import Budget, ModelRecipe, released_rule_check
+from ssa.errors import UserError
+
+_CHOICES = {
+    "method": ("full", "moba", "nsa", "ssa"),
+    "attention_mode": ("sparse", "full"),
+    "selection_scope": ("group", "head"),
+    "selection_scoring": ("softmax", "logit"),
+    "selection_rule": ("exact", "released"),
+    "alignment_loss": ("smooth_l1", "l2", "none"),
+}
+
+
+@strict
+class SSAConfig(LlamaConfig):
+    """Configuration of `SSAForCausalLM`. Llama's fields keep their meaning; the others:
+
+    method: "full", "moba", "nsa" or "ssa": how it is trained, and for nsa its extra branches.
+    attention_mode: "sparse" or "full", what inference does unless told otherwise; the method's own by default.
+    block_size, num_selected_blocks: the budget, k blocks of s keys; can be changed at each call.
+    selection_scope, selection_scoring, selection_rule: see `ssa.ops.select_blocks`.
+    attention_gate: sigmoid(x W_g), one scalar per token and query head (nsa: three), on the attention output.
+    window_size: NSA's sliding window, in keys.
+    full_ratio, alignment_weight (alpha), alignment_loss, align_gated: SSA's training, see `ssa.attention.ssa`.
+    stream_seed: seed of the per-step stream draw where the caller does not pass `stream`.
+    """
+
+    model_type = "ssa"
+
+    vocab_size: int = 128256
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 2
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    method: str = "ssa"
+    attention_mode: str | None = None
+    block_size: int = 16
+    num_selected_blocks: int = 16
+    selection_scope: str = "group"
+    selection_scoring: str = "softmax"
+    selection_rule: str = "exact"
+    attention_gate: bool = True
+    window_size: int = 128
+    full_ratio: float = 0.5
+    alignment_weight: float = 10.0
+    alignment_loss: str = "smooth_l1"
+    align_gated: bool = True
+    stream_seed: int = 0
+
+    def __post_init__(self, **kwargs):
+        if self.attention_mode is None:
+            self.attention_mode = "full" if self.method == "full" else "sparse"
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        if self.selection_rule == "released":
+            released_rule_check(self.num_selected_blocks, self.block_size)
+        super().__post_init__(**kwargs)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = {self.num_key_value_heads}"
+            )
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.num_selected_blocks, self.block_size)
+
+    @classmethod
+    def from_recipe(cls, recipe: ModelRecipe, vocab_size: int, **kwargs) -> SSAConfig:
+        """The configuration of a new model; kwargs (eos_token_id, ...) go to the configuration as they are."""
+        rope: dict[str, object] = {"rope_type": "default", "rope_theta": recipe.rope_theta}
+        if recipe.rope_factor > 1:
+            rope |= {
+                "rope_type": "llama3", "factor": recipe.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": recipe.rope_original_max_position,
+            }  # fmt: skip
+        same = ("method", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings", *METHOD_FIELDS)  # fmt: skip
+        return cls(vocab_size=vocab_size, rope_parameters=rope, **{n: getattr(recipe, n) for n in same}, **kwargs)
+
+
+METHOD_FIELDS = (
+    "block_size", "num_selected_blocks", "selection_scope", "selection_scoring", "selection_rule", "attention_gate",
+    "window_size", "full_ratio", "alignment_weight", "alignment_loss", "align_gated",
+)  # fmt: skip
+"""Fields of `ModelRecipe` that say how a model attends and is trained, not what its weights look like (but for the gate)."""

@@ -1,0 +1,352 @@
+"""The model: Llama's blocks around one attention layer whose method is a field of the configuration.
+
+Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from ssa.attention import METHODS, AttentionCall, AttentionRecord
+from ssa.config import AttentionMode, Budget
+from ssa.errors import UserError
+from ssa.model.cache import BlockCache, BlockCacheGeneration
+from ssa.model.configuration import SSAConfig
+from ssa.train.streams import draw_stream
+
+LOGIT_ELEMENTS = 1 << 24  # fp32 logits of the loss held at once: 64 MiB
+
+
+class SSAAttention(nn.Module):
+    """Projections, RoPE, cache and gate around a method of `ssa.attention`."""
+
+    def __init__(self, config: SSAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx, self.head_dim = layer_idx, config.head_dim
+        self.method = METHODS[config.method](
+            scope=config.selection_scope, scoring=config.selection_scoring, rule=config.selection_rule,
+            window_size=config.window_size, alignment_loss=config.alignment_loss, align_gated=config.align_gated,
+        )  # fmt: skip
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
+        self.g_proj = None
+        if config.attention_gate:
+            self.g_proj = nn.Linear(width, config.num_attention_heads * self.method.num_gates, bias=False)
+
+    def forward(
+        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall, past_key_values: BlockCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, queries, _ = x_BTC.shape
+        q, k, v = (p(x_BTC).view(batch, queries, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, *rope, unsqueeze_dim=2)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves v in low precision and RoPE's tables in fp32
+        means = None
+        if past_key_values is not None:
+            k, v = (y.transpose(1, 2) for y in past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx))
+            # Packed documents share a row only where positions are given for several queries at once; there the blocks of
+            # earlier documents matter and the cached means, which know one document a row, do not apply.
+            if queries < k.shape[1] and (call.positions_BT is None or queries == 1):
+                start_B = k.new_zeros(batch, dtype=torch.int64)
+                if call.positions_BT is not None:
+                    start_B = k.shape[1] - 1 - call.positions_BT[:, -1]
+                means = past_key_values.layers[self.layer_idx].block_means(call.budget.block_size, start_B)
+        gates = None
+        if self.g_proj is not None:
+            gates = self.g_proj(x_BTC).float().sigmoid().view(batch, queries, -1, self.method.num_gates)
+        result = self.method(q, k, v, gates, call, means)
+        if call.observer is not None:
+            main_gate = None if gates is None else gates[..., 1 if self.method.num_gates == 3 else 0]
+            call.observer(
+                self.layer_idx,
+                AttentionRecord(
+                    q, k, v, main_gate, call.positions_BT, result.block_indices, call.mode, call.budget, result.ungated_BTHD
+                ),
+            )
+        return self.o_proj(result.out_BTHD.reshape(batch, queries, -1)), result.alignment
+
+
+class SSADecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: SSAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = SSAAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall, past_key_values: BlockCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        attended, alignment = self.self_attn(self.input_layernorm(x_BTC), rope, call, past_key_values)
+        x_BTC = x_BTC + attended
+        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC)), alignment
+
+
+class SSAPreTrainedModel(PreTrainedModel):
+    config_class = SSAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SSADecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+
+@dataclass
+class SSAModelOutput(BaseModelOutputWithPast):
+    alignment: Tensor | None = None
+    """fp32 [2], mean over layers of (sparsity loss, commitment loss)."""
+
+
+class SSAModel(SSAPreTrainedModel):
+    """Embedding, decoder layers, final norm."""
+
+    def __init__(self, config: SSAConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([SSADecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.impl = "auto"
+        self.gradient_checkpointing = False
+        self.stream_step = 0
+        """Training passes so far, the step of the stream draw where the caller does not pass `stream`."""
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: BlockCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        attention_mode: AttentionMode | None = None,
+        budget: Budget | str | None = None,
+        stream: AttentionMode | None = None,
+        observer: Callable[[int, AttentionRecord], None] | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SSAModelOutput | tuple:
+        """See `SSAForCausalLM.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("pass either input_ids or inputs_embeds")
+        x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = BlockCache()
+        if past_key_values is not None and not isinstance(past_key_values, BlockCache):
+            raise UserError(f"past_key_values is a {type(past_key_values).__name__}; pass an ssa.model.BlockCache or None")
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        positions_BT, padding_BT = _positions(attention_mask, position_ids, x_BTC, past)
+        call = self._attention_call(attention_mode, budget, stream, positions_BT, padding_BT, observer)
+        absolute_BT = positions_BT
+        if absolute_BT is None:
+            absolute_BT = torch.arange(past, past + x_BTC.shape[1], device=x_BTC.device)[None]
+        rope = self.rotary_emb(x_BTC, absolute_BT)
+        hidden_states: tuple[Tensor, ...] = ()
+        alignments: list[Tensor] = []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states += (x_BTC,)
+            x_BTC, alignment = layer(x_BTC, rope, call, past_key_values=past_key_values)
+            if alignment is not None:
+                alignments.append(alignment)
+        x_BTC = self.norm(x_BTC)
+        if output_hidden_states:
+            hidden_states += (x_BTC,)
+        output = SSAModelOutput(
+            last_hidden_state=x_BTC,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=hidden_states or None,
+            alignment=torch.stack(alignments).mean(0) if alignments else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _attention_call(
+        self, attention_mode: AttentionMode | None, budget: Budget | str | None, stream: AttentionMode | None,
+        positions_BT: Tensor | None, padding_BT: Tensor | None, observer: Callable[[int, AttentionRecord], None] | None,
+    ) -> AttentionCall:  # fmt: skip
+        config = self.config
+        for name, value in (("attention_mode", attention_mode), ("stream", stream)):
+            if value not in (None, "sparse", "full"):
+                raise UserError(f"{name} = {value!r} is neither 'sparse' nor 'full'")
+        align = False
+        if self.training and attention_mode is None:
+            mode: AttentionMode = METHODS[config.method].training_mode
+            if config.method == "ssa":
+                if stream is None:
+                    stream = draw_stream(config.stream_seed, self.stream_step, config.full_ratio)
+                    self.stream_step += 1
+                mode, align = stream, True
+        else:
+            mode = attention_mode or config.attention_mode
+        budget = config.budget if budget is None else Budget.parse(budget)
+        return AttentionCall(mode, budget, align, positions_BT, padding_BT, self.impl, observer)
+
+
+def _positions(
+    attention_mask: Tensor | None, position_ids: Tensor | None, x_BTC: Tensor, past: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(document-relative positions int64 [B, T] or None for plain rows, padding mask [B, T] or None)."""
+    batch, queries = x_BTC.shape[:2]
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise UserError(f"attention_mask has {attention_mask.ndim} dimensions; pass the 2-D padding mask [B, S]")
+    if attention_mask is not None and attention_mask.shape != (batch, past + queries):
+        raise UserError(f"attention_mask {tuple(attention_mask.shape)} is not [B, S] = [{batch}, {past + queries}]")
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if position_ids is None and not padded:
+        return None, None
+    columns = torch.arange(past, past + queries, device=x_BTC.device)
+    if position_ids is None:
+        assert attention_mask is not None
+        position_ids = attention_mask.to(torch.int64).cumsum(1)[:, past:] - 1
+    position_BT = position_ids.to(torch.int64).expand(batch, queries)
+    padding_BT = None
+    if padded:
+        assert attention_mask is not None
+        padding_BT = attention_mask[:, past:] == 0
+        # padding tokens become documents of one token: they read themselves and nobody reads them
+        position_BT = torch.where(padding_BT, 0, position_BT)
+    elif bool((position_BT == columns).all()):
+        return None, None
+    if bool(((position_BT < 0) | (position_BT > columns)).any()):
+        raise UserError(
+            "position_ids must count from 0 in each document: a position is negative or larger than the number of tokens before it"
+        )
+    return position_BT, padding_BT
+
+
+@dataclass
+class SSACausalLMOutput(CausalLMOutputWithPast):
+    """Output of `SSAForCausalLM`; the parts of the loss are detached fp32 scalars."""
+
+    cross_entropy: Tensor | None = None
+    sparsity_loss: Tensor | None = None
+    commitment_loss: Tensor | None = None
+
+
+class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
+    """Language model with natively trainable sparse attention; a `transformers` model in every respect."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SSAConfig) -> None:
+        super().__init__(config)
+        self.model = SSAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def stream_step(self) -> int:
+        return self.model.stream_step
+
+    @stream_step.setter
+    def stream_step(self, step: int) -> None:
+        self.model.stream_step = step
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: BlockCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        attention_mode: AttentionMode | None = None,
+        budget: Budget | str | None = None,
+        stream: AttentionMode | None = None,
+        observer: Callable[[int, AttentionRecord], None] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SSACausalLMOutput | tuple:
+        """One pass over [B, T] tokens.
+
+        Args:
+            attention_mask: [B, S], 0 = padding, on either side.
+            position_ids: int [B, T]. Where they restart at 0 a new document starts, and nothing crosses it.
+            labels: int [B, T], `input_ids` with -100 where there is nothing to learn; shifted inside. The first token of a
+                document is never a target.
+            attention_mode: "sparse" or "full"; the configuration's in inference, the method's stream in training by default.
+            budget: `Budget` or "kxs", blocks a query may read; the configuration's by default.
+            stream: SSA in training: the stream that goes on, where the caller draws it (`ssa.train.streams`).
+            observer: called as observer(layer, AttentionRecord) by every layer.
+            num_items_in_batch: targets of the whole (accumulated) batch; makes the loss a sum over them divided by this.
+            logits_to_keep: compute logits of the last so many positions only (0 = all).
+
+        Returns:
+            `SSACausalLMOutput`. In training `loss` = CE + alpha * mean over layers of (sparsity + commitment loss) and `logits`
+            is None: they are never held for all tokens.
+        """
+        outputs: SSAModelOutput = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, attention_mode=attention_mode, budget=budget, stream=stream,
+            observer=observer, output_hidden_states=output_hidden_states,
+        )  # fmt: skip
+        hidden_BTC = outputs.last_hidden_state
+        result = SSACausalLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
+        if labels is not None:
+            targets = _targets(labels, position_ids)
+            count = (targets != -100).sum().clamp(min=1)
+            weight = 1.0 if num_items_in_batch is None else count / num_items_in_batch
+            result.loss = self._nll(hidden_BTC[:, :-1], targets).sum() / count
+            result.cross_entropy = result.loss.detach()
+            if outputs.alignment is not None:
+                result.sparsity_loss, result.commitment_loss = outputs.alignment.detach().unbind()
+                result.loss = result.loss + self.config.alignment_weight * outputs.alignment.sum()
+            result.loss = result.loss * weight
+        if labels is None or not self.training:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            result.logits = self.lm_head(hidden_BTC[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep])
+        return result.to_tuple() if return_dict is False else result
+
+    def token_nll(
+        self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None, **kwargs
+    ) -> Tensor:
+        """-log p(token t+1 | tokens <= t) in nats, fp32 [B, T-1]; 0 where there is no target (document starts, labels of -100).
+
+        kwargs (attention_mode, budget, attention_mask, observer) go to the model.
+        """
+        hidden_BTC = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **kwargs).last_hidden_state
+        return self._nll(hidden_BTC[:, :-1], _targets(input_ids if labels is None else labels, position_ids))
+
+    def _nll(self, hidden_BTC: Tensor, targets_BT: Tensor) -> Tensor:
+        """fp32 [B, T]; logits exist in fp32 for a slice of the tokens at a time, and are computed again in the backward pass."""
+        hidden, targets = hidden_BTC.reshape(-1, hidden_BTC.shape[-1]), targets_BT.reshape(-1)
+        step = max(1, LOGIT_ELEMENTS // self.config.vocab_size)
+        if len(hidden) <= step:
+            return self._nll_slice(hidden, targets).view(targets_BT.shape)
+        parts = [
+            checkpoint(self._nll_slice, hidden[i : i + step], targets[i : i + step], use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled()
+            else self._nll_slice(hidden[i : i + step], targets[i : i + step])
+            for i in range(0, len(hidden), step)
+        ]
+        return torch.cat(parts).view(targets_BT.shape)
+
+    def _nll_slice(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=-100, reduction="none")
+
+
+def _targets(labels_BT: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Labels shifted to the position that predicts them, [B, T-1]; -100 where a document starts."""
+    targets = labels_BT[:, 1:]
+    if position_ids is not None:
+        targets = torch.where(position_ids.expand(labels_BT.shape)[:, 1:] == 0, -100, targets)
+    return targets

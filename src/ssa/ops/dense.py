@@ -1,0 +1,70 @@
+"""Dense causal attention, by PyTorch: scaled_dot_product_attention wherever it can say the mask, in query chunks where not.
+
+Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ssa.errors import UserError
+from ssa.ops.documents import document_starts, query_positions, resolve_positions
+
+MASK_ELEMENTS = 1 << 24  # booleans of an explicit mask held at once
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """h_full(t) = softmax(q(t) . k(j) * scale) v(j) over the keys j <= t of the query's document.
+
+    Args:
+        q: [B, T, H, D]. k, v: [B, S, K, D], H a multiple of K, T <= S; the queries are the last T tokens.
+        positions: int [B, T] document-relative query positions (packed, padded or cached rows); None = plain rows.
+        cu_seqlens: int32 [documents + 1], the same for one packed row (B = 1, T = S).
+        window: read only the last `window` keys, own included (NSA's sliding window).
+        scale: logit scale, 1/sqrt(D) by default.
+
+    Returns:
+        out [B, T, H, D] in q's dtype.
+    """
+    batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    if window is not None and window < 1:
+        raise UserError(f"window = {window} must be at least 1")
+    positions = resolve_positions(q, k, positions, cu_seqlens)
+    if window is not None and window >= keys:
+        window = None
+    grouped = q.shape[2] != k.shape[2]
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    if positions is None and window is None and (queries == keys or queries == 1):
+        out = scaled_dot_product_attention(*heads_first, is_causal=queries > 1, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2)
+    position_BT = query_positions(q, k, positions)
+    start_BT = document_starts(position_BT, keys)
+    column_T = torch.arange(keys - queries, keys, device=q.device)
+    first_BT = start_BT if window is None else torch.maximum(start_BT, column_T - (window - 1))
+    reach = keys if window is None else window
+    chunk = max(1, min(queries, MASK_ELEMENTS // (batch * keys) if window is None else max(window, 256)))
+    outs = []
+    for t in range(0, queries, chunk):
+        stop = min(t + chunk, queries)
+        low = max(0, keys - queries + t - reach + 1)  # first key column that any of these queries can see
+        high = keys - queries + stop
+        columns = torch.arange(low, high, device=q.device)
+        mask = (columns >= first_BT[:, t:stop, None]) & (columns <= column_T[t:stop, None])
+        outs.append(
+            scaled_dot_product_attention(
+                heads_first[0][:, :, t:stop], heads_first[1][:, :, low:high], heads_first[2][:, :, low:high],
+                attn_mask=mask[:, None], scale=scale, enable_gqa=grouped,
+            )  # fmt: skip
+        )
+    return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)).transpose(1, 2)

@@ -1,0 +1,102 @@
+"""Where documents lie in packed, padded or cached rows: everything follows from document-relative query positions.
+
+The query in column t of a row of T queries over S keys stands at key column S - T + t. If it is the p-th token of its document
+(p = `positions[t]`, from 0), the document starts at key column S - T + t - p. So positions alone describe packed rows (they
+restart at 0), left padding (they start at the first real token) and cached decoding (T < S); `None` is one plain document.
+
+Legend: B batch, T queries, S keys, N blocks (of one row, all documents).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssa.errors import UserError
+
+
+def resolve_positions(q: Tensor, k: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """Document-relative positions int64 [B, T], or None for plain causal rows; `cu_seqlens` (flash-attention's convention,
+    int32 [documents + 1], B = 1) is another way to say them."""
+    batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    if queries > keys:
+        raise UserError(f"{queries} queries over {keys} keys: q must not be longer than k")
+    if cu_seqlens is not None:
+        if positions is not None:
+            raise UserError("positions and cu_seqlens both given: pass one of them")
+        if batch != 1 or queries != keys:
+            raise UserError(f"cu_seqlens needs one packed row (B = 1, T = S), not B = {batch}, T = {queries}, S = {keys}")
+        return positions_from_cu_seqlens(cu_seqlens, queries).to(q.device)
+    if positions is None:
+        return None
+    if positions.shape != (batch, queries):
+        raise UserError(f"positions has shape {tuple(positions.shape)}, not [B, T] = [{batch}, {queries}]")
+    return positions.to(torch.int64)
+
+
+def positions_from_cu_seqlens(cu_seqlens: Tensor, total: int) -> Tensor:
+    """[0, 3, 5] -> [[0, 1, 2, 0, 1]], int64 [1, total]."""
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
+        raise UserError(f"cu_seqlens must run from 0 to T = {total} in one dimension, not {cu_seqlens.tolist()[:8]}")
+    starts = cu_seqlens.to(torch.int64)
+    columns = torch.arange(total, device=cu_seqlens.device)
+    document = torch.searchsorted(starts, columns, right=True) - 1
+    return (columns - starts[document])[None]
+
+
+def query_positions(q: Tensor, k: Tensor, positions: Tensor | None) -> Tensor:
+    """`positions`, or those of plain rows, int64 [B, T]."""
+    if positions is not None:
+        return positions
+    batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    return torch.arange(keys - queries, keys, device=q.device).expand(batch, queries)
+
+
+def document_starts(positions_BT: Tensor, num_keys: int) -> Tensor:
+    """Key column where every query's document starts, int64 [B, T]."""
+    queries = positions_BT.shape[1]
+    return torch.arange(num_keys - queries, num_keys, device=positions_BT.device) - positions_BT
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """Key blocks of a row, anchored at the start of their document and numbered through the row.
+
+    Block n of a query's document is row block `first_block_BT + n`. Blocks cut short by the end of their document are in the
+    grid; whoever uses them masks by position.
+    """
+
+    block_size: int
+    num_blocks: int
+    first_column_BN: Tensor
+    """Key column of each block's first token, int64 [B, N]; rows with fewer blocks are filled with the last column."""
+    first_block_BT: Tensor
+    """Row block of block 0 of the query's document, int64 [B, T]."""
+
+    @classmethod
+    def build(cls, q: Tensor, k: Tensor, positions: Tensor | None, block_size: int) -> BlockGrid:
+        batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+        if positions is None:
+            blocks = -(-keys // block_size)
+            first = torch.arange(blocks, device=q.device) * block_size
+            return cls(block_size, blocks, first.expand(batch, blocks), first.new_zeros(()).expand(batch, queries))
+        start_BT = document_starts(positions, keys)
+        columns = torch.arange(keys, device=q.device)
+        # Keys cached before this call belong to the first query's document, or to none that is still being read.
+        position_BS = torch.cat([columns[: keys - queries] - start_BT[:, :1], positions], dim=1)
+        opens_BS = (position_BS >= 0) & (position_BS % block_size == 0)
+        block_BS = opens_BS.cumsum(1) - 1
+        blocks = int(block_BS[:, -1].max()) + 1
+        first_BN = columns.new_full((batch, blocks + 1), keys - 1)
+        first_BN.scatter_(1, torch.where(opens_BS, block_BS, blocks), columns.expand(batch, keys))
+        return cls(block_size, blocks, first_BN[:, :blocks], block_BS.gather(1, start_BT.clamp(min=0)))
+
+    def gather(self, x_BSKD: Tensor) -> Tensor:
+        """Keys by block, [B, N, block_size, K, D]; columns past the row's end repeat its last key."""
+        batch, keys = x_BSKD.shape[:2]
+        offsets = torch.arange(self.block_size, device=x_BSKD.device)
+        columns = (self.first_column_BN[..., None] + offsets).clamp(max=keys - 1)
+        rows = torch.arange(batch, device=x_BSKD.device)[:, None, None]
+        return x_BSKD[rows, columns]

@@ -1,0 +1,96 @@
+"""Block selection: which key blocks each query reads. Carries no gradient.
+
+Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, N key blocks, M selected blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssa.config import released_rule_check
+from ssa.errors import UserError
+from ssa.ops.documents import BlockGrid, resolve_positions
+from ssa.ops.implementations import resolve
+
+
+def block_means(k: Tensor, block_size: int) -> Tensor:
+    """Mean of each complete block of keys of plain rows, the block keys of MoBA, NSA and SSA.
+
+    k [B, S, K, D] -> [B, S // block_size, K, D] in k's dtype, summed in fp32 (fp64 for fp64). Differentiable.
+    """
+    batch, keys, heads, size = k.shape
+    blocks = keys // block_size
+    x = k[:, : blocks * block_size].reshape(batch, blocks, block_size, heads, size)
+    return x.to(torch.promote_types(k.dtype, torch.float32)).mean(2).to(k.dtype)
+
+
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int,
+    num_selected_blocks: int,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scope: str = "group",
+    scoring: str = "softmax",
+    rule: str = "exact",
+    scale: float | None = None,
+    block_keys: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The top `num_selected_blocks` key blocks of every query by block score; the query's own block is always among them.
+
+    A block's key is the mean of its (roped) keys. With `scoring="softmax"` each query head takes a softmax of
+    q . block_key * scale over the complete blocks it sees, and a block scores the sum over the heads of its group; `"logit"`
+    sums the scaled products themselves (the paper's text). `scope="head"` lets each query head choose for itself (MoBA as first
+    published). Candidates are the blocks before the query's own. Ties go to the lower block.
+
+    Args:
+        q: [B, T, H, D], after RoPE. k: [B, S, K, D], after RoPE, T <= S; the queries are the last T tokens.
+        positions: int [B, T] document-relative query positions (packed, padded or cached rows); None = plain rows.
+        cu_seqlens: int32 [documents + 1], the same for one packed row (B = 1, T = S).
+        rule: "exact", the true top-k; "released", what the authors' kernel computes and their checkpoints were trained with:
+            where k > block_size / 2, the best k/2 of all earlier chunks of `block_size` blocks and the best k/2 of the query's.
+        scale: logit scale, 1/sqrt(D) by default.
+        block_keys: [B, N, K, D] cached means of the complete blocks, row b's block n starting n * block_size keys after the
+            start of its only document; computed from k when absent.
+        impl: "auto" or "reference".
+
+    Returns:
+        block_indices: int32 [B, K, T, M] ([B, H, T, M] for head scope), document-relative, ascending, right-padded with -1.
+        scores: fp32, same shape; +inf for the own block, -inf for padding.
+
+    Raises:
+        UserError: shapes that do not fit, an unknown option, or a "released" budget that their kernel cannot compute.
+    """
+    batch, queries, heads, size = q.shape
+    if k.shape[0] != batch or k.shape[3] != size or heads % k.shape[2]:
+        raise UserError(f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit: [B, T, H, D] and [B, S, K, D] with H a multiple of K")
+    if block_size < 1 or num_selected_blocks < 1:
+        raise UserError(f"block_size = {block_size} and num_selected_blocks = {num_selected_blocks} must be at least 1")
+    for name, value, known in (("scope", scope, ("group", "head")), ("scoring", scoring, ("softmax", "logit")), ("rule", rule, ("exact", "released"))):  # fmt: skip
+        if value not in known:
+            raise UserError(f"{name} = {value!r} is not one of {', '.join(known)}")
+    if rule == "released":
+        released_rule_check(num_selected_blocks, block_size)
+    positions = resolve_positions(q, k, positions, cu_seqlens)
+    resolve(impl, q.device)
+    from ssa.ops.reference import select as reference
+
+    with torch.no_grad():
+        if block_keys is None:
+            grid = BlockGrid.build(q, k, positions, block_size)
+            if positions is None:
+                block_keys = block_means(k, block_size)
+            else:
+                in_blocks = grid.gather(k)
+                block_keys = in_blocks.to(torch.promote_types(k.dtype, torch.float32)).mean(2).to(k.dtype)
+            first_block = grid.first_block_BT
+        else:
+            first_block = torch.zeros((), dtype=torch.int64, device=q.device).expand(batch, queries)
+        return reference.select_blocks(
+            q, block_keys, first_block, positions, k.shape[1], block_size, num_selected_blocks,
+            scope, scoring, rule, size**-0.5 if scale is None else scale,
+        )  # fmt: skip
