@@ -1,0 +1,81 @@
+"""The methods against their formulas, and Theorem 1."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssa.attention import METHODS, AttentionCall
+from ssa.config import Budget
+from ssa.ops import block_sparse_attention, compressed_attention, dense_attention, select_blocks
+from ssa.testing import attention_oracle, document_positions, random_qkv, readable_keys
+
+
+@pytest.mark.parametrize("method", ["full", "moba", "ssa"])
+@pytest.mark.parametrize("mode", ["sparse", "full"])
+@pytest.mark.parametrize("positions", [None, document_positions([7, 1, 24])], ids=["plain", "packed"])
+def test_inference_is_gated_dense_or_selected_attention(method, mode, positions):
+    q, k, v = random_qkv(1, 32, 32, 4, 2, 8)
+    gates = torch.rand(1, 32, 4, 1, dtype=torch.float64)
+    result = METHODS[method]()(q, k, v, gates, AttentionCall(mode, Budget(2, 4), positions_BT=positions))
+    index = None
+    if mode == "sparse":
+        index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2, positions=positions)
+        assert torch.equal(result.block_indices, index)
+    expected, _, _ = attention_oracle(q, k, v, index, block_size=4, positions=positions)
+    torch.testing.assert_close(result.ungated_BTHD, expected)
+    torch.testing.assert_close(result.out_BTHD, expected * gates)
+
+
+@pytest.mark.parametrize("mode", ["sparse", "full"])
+def test_nsa_is_three_gated_branches(mode):
+    q, k, v = random_qkv(1, 40, 40, 4, 2, 8)
+    gates = torch.rand(1, 40, 4, 3, dtype=torch.float64)
+    result = METHODS["nsa"](window_size=6)(q, k, v, gates, AttentionCall(mode, Budget(3, 4)))
+    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=3)
+    selected = block_sparse_attention(q, k, v, index, block_size=4)[0] if mode == "sparse" else dense_attention(q, k, v)
+    branches = [compressed_attention(q, k, v, block_size=4), selected, dense_attention(q, k, v, window=6)]
+    expected = sum(gates[..., i : i + 1] * branch for i, branch in enumerate(branches))
+    torch.testing.assert_close(result.out_BTHD, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", ["sparse", "full"])
+def test_packed_equals_separate_documents(method, mode):
+    lengths = [5, 1, 30, 12]
+    q, k, v = random_qkv(1, 48, 48, 4, 2, 8)
+    gates = torch.rand(1, 48, 4, METHODS[method].num_gates, dtype=torch.float64)
+    run = METHODS[method](window_size=6)
+    call = AttentionCall(mode, Budget(2, 4), align=True, positions_BT=document_positions(lengths))
+    packed = run(q, k, v, gates, call).out_BTHD
+    start = 0
+    for n in lengths:
+        cut = slice(start, start + n)
+        alone = run(q[:, cut], k[:, cut], v[:, cut], gates[:, cut], AttentionCall(mode, Budget(2, 4))).out_BTHD
+        torch.testing.assert_close(packed[:, cut], alone)
+        start += n
+
+
+def test_head_scope_lets_every_query_head_choose():
+    q, k, v = random_qkv(1, 64, 64, 4, 2, 8)
+    call = AttentionCall("sparse", Budget(2, 4))
+    result = METHODS["moba"](scope="head", scoring="logit")(q, k, v, None, call)
+    assert result.block_indices.shape == (1, 4, 64, 2)
+    assert not torch.equal(result.block_indices[:, 0], result.block_indices[:, 1])
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**16), sharpness=st.sampled_from([0.1, 1.0, 5.0]), count=st.integers(1, 9), shift=st.floats(-3, 3))
+def test_theorem_1_bounds_the_error_of_sparse_attention(seed, sharpness, count, shift):
+    """||h_full(t) - h_sparse(t)|| <= delta(t) (max over dropped j of ||v(j)|| + ||h_sparse(t)||)."""
+    q, k, v = (x.detach() for x in random_qkv(1, 32, 32, 2, 1, 4, seed=seed))
+    q, v = q * sharpness, v + shift
+    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=count)
+    full, _, weights = attention_oracle(q, k, v)
+    sparse, _ = block_sparse_attention(q, k, v, index, block_size=4)
+    read = readable_keys(q, k, None, index, 4)
+    causal = readable_keys(q, k, None, None, 1)
+    delta = (weights * (causal & ~read)).sum(-1).transpose(1, 2)
+    largest = torch.where(causal & ~read, v.norm(dim=-1).view(1, 1, 1, -1), 0.0).amax(-1).transpose(1, 2)
+    bound = delta * (largest + sparse.norm(dim=-1))
+    assert ((full - sparse).norm(dim=-1) <= bound + 1e-12).all()
