@@ -56,7 +56,7 @@ class Budget:
 
 
 def parse_budgets(text: str) -> list[Budget | None]:
-    """"4x16,16x16,full" -> [Budget(4, 16), Budget(16, 16), None]; None stands for full attention."""
+    """ "4x16,16x16,full" -> [Budget(4, 16), Budget(16, 16), None]; None stands for full attention."""
     budgets = [None if part.strip() == "full" else Budget.parse(part) for part in text.split(",") if part.strip()]
     if not budgets:
         raise UserError(f"budgets {text!r} names none; write e.g. 4x16,16x16,full")

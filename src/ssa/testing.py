@@ -109,7 +109,15 @@ def document_positions(lengths: list[int], batch: int = 1) -> Tensor:
 
 
 def random_qkv(
-    batch: int, queries: int, keys: int, heads: int, kv_heads: int, size: int, *, seed: int = 0, dtype: torch.dtype = torch.float64
+    batch: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leaf tensors q [B, T, H, D], k and v [B, S, K, D] that require gradients, the same on every device."""
     generator = torch.Generator("cpu").manual_seed(seed)

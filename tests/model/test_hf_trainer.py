@@ -10,7 +10,7 @@ from ssa.testing import tiny_model
 from ssa.train.streams import StreamCallback
 
 pytest.importorskip("accelerate")
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainingArguments
 
 
 class Rows(Dataset):

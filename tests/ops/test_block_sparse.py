@@ -1,5 +1,7 @@
 """block_sparse_attention against the literal masked softmax in fp64."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -106,7 +108,7 @@ def test_packed_equals_separate_documents():
     cu_seqlens = torch.tensor([0, 1, 34, 50, 100], dtype=torch.int32)
     index = chosen(q, k, 8, 2, cu_seqlens=cu_seqlens)
     packed, lse = block_sparse_attention(q, k, v, index, block_size=8, cu_seqlens=cu_seqlens)
-    for (a, b), n in zip(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True), lengths, strict=True):
+    for (a, b), n in zip(itertools.pairwise(cu_seqlens), lengths, strict=True):
         alone_index = chosen(q[:, a:b], k[:, a:b], 8, 2)
         assert torch.equal(index[:, :, a:b], alone_index)
         alone, alone_lse = block_sparse_attention(q[:, a:b], k[:, a:b], v[:, a:b], alone_index, block_size=8)

@@ -66,12 +66,16 @@ def test_compressed_attention(monkeypatch, layout, limit):
             position = int(where[b, t])
             start, complete = keys - queries + t - position, (position + 1) // 4
             if complete:
-                pooled = [x[b, start : start + complete * 4].view(complete, 4, 2, 8).mean(1).repeat_interleave(2, 1) for x in (k, v)]
+                pooled = [
+                    x[b, start : start + complete * 4].view(complete, 4, 2, 8).mean(1).repeat_interleave(2, 1) for x in (k, v)
+                ]
                 weights = (torch.einsum("hd,nhd->hn", q[b, t], pooled[0]) * 8**-0.5).softmax(-1)
                 rows[b, t] = torch.einsum("hn,nhd->hd", weights, pooled[1])
     torch.testing.assert_close(out, rows)
     leaves = (q, k, v)
-    for a, b in zip(torch.autograd.grad(out.square().sum(), leaves), torch.autograd.grad(rows.square().sum(), leaves), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(out.square().sum(), leaves), torch.autograd.grad(rows.square().sum(), leaves), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 

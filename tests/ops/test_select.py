@@ -128,9 +128,7 @@ def test_released_rule_refuses_what_their_kernel_cannot_do(block_size, count):
 def test_packed_equals_separate_documents(rule):
     lengths = [1, 40, 3, 100, 64]
     q, k, _ = random_qkv(2, sum(lengths), sum(lengths), 4, 2, 8)
-    index, score = select_blocks(
-        q, k, block_size=4, num_selected_blocks=4, positions=document_positions(lengths, 2), rule=rule
-    )
+    index, score = select_blocks(q, k, block_size=4, num_selected_blocks=4, positions=document_positions(lengths, 2), rule=rule)
     start = 0
     for n in lengths:
         alone, alone_score = select_blocks(q[:, start : start + n], k[:, start : start + n], block_size=4, num_selected_blocks=4, rule=rule)  # fmt: skip
@@ -191,7 +189,9 @@ def test_block_means_are_means_of_complete_blocks_and_differentiable():
     assert (grad[0, :8] == 0.25).all() and (grad[0, 8:] == 0).all()
 
 
-@pytest.mark.parametrize("change", [{"scope": "x"}, {"scoring": "x"}, {"rule": "x"}, {"block_size": 0}, {"num_selected_blocks": 0}])
+@pytest.mark.parametrize(
+    "change", [{"scope": "x"}, {"scoring": "x"}, {"rule": "x"}, {"block_size": 0}, {"num_selected_blocks": 0}]
+)
 def test_unknown_options_are_one_line(change):
     q, k, _ = random_qkv(1, 8, 8, 2, 1, 4)
     with pytest.raises(UserError, match=next(iter(change))):

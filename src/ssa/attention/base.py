@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ssa.config import AttentionMode, Budget, Rule, Scope, Scoring
+from ssa.config import AttentionMode, Budget
 from ssa.ops import block_sparse_attention, dense_attention, select_blocks
 
 
@@ -72,7 +72,7 @@ class AttentionMethod:
     """The stream that training feeds on; SSA draws it anew each step."""
 
     def __init__(
-        self, *, scope: Scope = "group", scoring: Scoring = "softmax", rule: Rule = "exact", window_size: int = 128,
+        self, *, scope: str = "group", scoring: str = "softmax", rule: str = "exact", window_size: int = 128,
         alignment_loss: str = "smooth_l1", align_gated: bool = True,
     ) -> None:  # fmt: skip
         self.scope, self.scoring, self.rule, self.window_size = scope, scoring, rule, window_size

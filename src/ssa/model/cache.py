@@ -7,6 +7,8 @@ Legend: B batch, S keys, K kv heads, D head size, N blocks, s block size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -16,6 +18,10 @@ from ssa.attention.base import BlockMeans
 
 class BlockLayer(DynamicLayer):
     """One layer's cache. `keys` and `values` are [B, K, S, D] views of buffers that grow by half, so a step copies one token."""
+
+    keys: Any
+    values: Any
+    is_initialized: bool
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__()
@@ -55,7 +61,8 @@ class BlockLayer(DynamicLayer):
             means.length = min(means.length, self.get_seq_length())
 
     def reset(self) -> None:
-        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
         self._buffers, self._means = [], {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -316,9 +316,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             result.logits = self.lm_head(hidden_BTC[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep])
         return result.to_tuple() if return_dict is False else result
 
-    def token_nll(
-        self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None, **kwargs
-    ) -> Tensor:
+    def token_nll(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None, **kwargs) -> Tensor:
         """-log p(token t+1 | tokens <= t) in nats, fp32 [B, T-1]; 0 where there is no target (document starts, labels of -100).
 
         kwargs (attention_mode, budget, attention_mask, observer) go to the model.
@@ -333,7 +331,9 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         if len(hidden) <= step:
             return self._nll_slice(hidden, targets).view(targets_BT.shape)
         parts = [
-            checkpoint(self._nll_slice, hidden[i : i + step], targets[i : i + step], use_reentrant=False, preserve_rng_state=False)
+            checkpoint(
+                self._nll_slice, hidden[i : i + step], targets[i : i + step], use_reentrant=False, preserve_rng_state=False
+            )
             if torch.is_grad_enabled()
             else self._nll_slice(hidden[i : i + step], targets[i : i + step])
             for i in range(0, len(hidden), step)

@@ -53,7 +53,9 @@ def block_sparse_attention(
     if block_indices.ndim != 4 or block_indices.shape[0] != batch or block_indices.shape[2] != queries:
         raise UserError(f"block_indices {tuple(block_indices.shape)} is not [B, K, T, M] with B = {batch}, T = {queries}")
     if block_indices.shape[1] not in (k.shape[2], heads):
-        raise UserError(f"block_indices chooses for {block_indices.shape[1]} heads; there are {k.shape[2]} kv heads and {heads} query heads")
+        raise UserError(
+            f"block_indices chooses for {block_indices.shape[1]} heads; there are {k.shape[2]} kv heads and {heads} query heads"
+        )
     if bias is not None and bias.shape != k.shape[:3]:
         raise UserError(f"bias {tuple(bias.shape)} is not [B, S, K] = {list(k.shape[:3])}")
     if block_size < 1:

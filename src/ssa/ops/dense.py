@@ -44,11 +44,11 @@ def dense_attention(
     if window is not None and window >= keys:
         window = None
     grouped = q.shape[2] != k.shape[2]
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    if positions is None and window is None and (queries == keys or queries == 1):
-        out = scaled_dot_product_attention(*heads_first, is_causal=queries > 1, scale=scale, enable_gqa=grouped)
+    position_BT = None if positions is None and window is None and queries in (1, keys) else query_positions(q, k, positions)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads first, as PyTorch has them
+    if position_BT is None:
+        out = scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2)
-    position_BT = query_positions(q, k, positions)
     start_BT = document_starts(position_BT, keys)
     column_T = torch.arange(keys - queries, keys, device=q.device)
     first_BT = start_BT if window is None else torch.maximum(start_BT, column_T - (window - 1))
@@ -63,8 +63,12 @@ def dense_attention(
         mask = (columns >= first_BT[:, t:stop, None]) & (columns <= column_T[t:stop, None])
         outs.append(
             scaled_dot_product_attention(
-                heads_first[0][:, :, t:stop], heads_first[1][:, :, low:high], heads_first[2][:, :, low:high],
-                attn_mask=mask[:, None], scale=scale, enable_gqa=grouped,
-            )  # fmt: skip
+                q[:, :, t:stop],
+                k[:, :, low:high],
+                v[:, :, low:high],
+                attn_mask=mask[:, None],
+                scale=scale,
+                enable_gqa=grouped,
+            )
         )
     return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)).transpose(1, 2)

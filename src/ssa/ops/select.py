@@ -67,7 +67,9 @@ def select_blocks(
     """
     batch, queries, heads, size = q.shape
     if k.shape[0] != batch or k.shape[3] != size or heads % k.shape[2]:
-        raise UserError(f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit: [B, T, H, D] and [B, S, K, D] with H a multiple of K")
+        raise UserError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit: [B, T, H, D] and [B, S, K, D] with H a multiple of K"
+        )
     if block_size < 1 or num_selected_blocks < 1:
         raise UserError(f"block_size = {block_size} and num_selected_blocks = {num_selected_blocks} must be at least 1")
     for name, value, known in (("scope", scope, ("group", "head")), ("scoring", scoring, ("softmax", "logit")), ("rule", rule, ("exact", "released"))):  # fmt: skip

@@ -56,7 +56,7 @@ class _Pairs(NamedTuple):
 
 def _pair_up(index_BRTM: Tensor, start_BT: Tensor, positions_BT: Tensor, block_size: int, keys: int) -> _Pairs:
     device = index_BRTM.device
-    batch, selectors, queries, selected = index_BRTM.shape
+    batch, selectors, _queries, selected = index_BRTM.shape
     index = index_BRTM.to(torch.int64)
     first_column = start_BT[:, None, :, None] + index * block_size
     visible = (positions_BT[:, None, :, None] + 1 - index * block_size).clamp(0, block_size)
@@ -80,9 +80,7 @@ def _pair_up(index_BRTM: Tensor, start_BT: Tensor, positions_BT: Tensor, block_s
     tile_name = names[block_of_tile]
     row, column = tile_name // keys, tile_name % keys
     columns = (column[:, None] + torch.arange(block_size, device=device)).clamp(max=keys - 1)
-    return _Pairs(
-        slot_of_pair.view(-1, selected), pair_of_slot, visible_of_slot, row // selectors, row % selectors, columns
-    )
+    return _Pairs(slot_of_pair.view(-1, selected), pair_of_slot, visible_of_slot, row // selectors, row % selectors, columns)
 
 
 class _Attend(torch.autograd.Function):
@@ -179,5 +177,8 @@ class _Tiles:
         batch, keys, heads, size = like_BSKD.shape
         row = (self.pairs.batch_of_tile[:, None] * keys + self.pairs.column_of_tile) * heads + self.kv_head[:, None]
         total = x_XsD.new_zeros(batch * keys * heads, size)
-        total.index_add_(0, row.flatten(), x_XsD.reshape(-1, size))
+        if total.is_cuda:  # sorts where index_add_ would add atomically, in a different order each time
+            total.index_put_((row.flatten(),), x_XsD.reshape(-1, size), accumulate=True)
+        else:
+            total.index_add_(0, row.flatten(), x_XsD.reshape(-1, size))
         return total.view(batch, keys, heads, size).to(like_BSKD.dtype)

@@ -32,7 +32,9 @@ def select_blocks(
             q_BTHD[:, cut], block_keys_BNKD, first_block_BT[:, cut], positions_BT[:, cut], block_size, scope, scoring, scale
         )
         own_BC = positions_BT[:, cut] // block_size
-        indices[:, :, cut], scores[:, :, cut] = _top(score_BRCN, block_BCN[:, None], own_BC[:, None], num_selected, block_size, rule)
+        indices[:, :, cut], scores[:, :, cut] = _top(
+            score_BRCN, block_BCN[:, None], own_BC[:, None], num_selected, block_size, rule
+        )
     return indices, scores
 
 
