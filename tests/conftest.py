@@ -3,6 +3,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+if not os.environ.get("SSA_TEST_DEVICE"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU, on tiny shapes
+
 import pytest
 import torch
 

@@ -227,7 +227,7 @@ def _coerce(cls: type, table: Any, where: str) -> Any:
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
-            raise UserError(f"unknown key {where}.{key}; known: {', '.join(known)}")
+            raise UserError(f"unknown key {f'{where}.{key}'!r}; known: {', '.join(known)}")
         values[key] = _typed(value, _HINTS[cls][key], f"{where}.{key}")
     return cls(**values)
 
@@ -306,9 +306,15 @@ def override(recipe: Recipe, arguments: list[str], prog: str = "ssa train CONFIG
     return parse_arguments(Recipe, arguments, prog, default=recipe)
 
 
-def parse_arguments(target: Any, arguments: list[str], prog: str, **keywords: Any) -> Any:
-    """`tyro.cli(target, ...)`, whose boxed errors become one `UserError` line; `--help` still prints and exits."""
+def parse_arguments(target: Any, arguments: list[str], prog: str, repeatable: bool = False, **keywords: Any) -> Any:
+    """`tyro.cli(target, ...)`, whose boxed errors become one `UserError` line; `--help` still prints and exits.
+
+    `repeatable`: flags that take many values are given once for each, `--prompt A --prompt B`.
+    """
     import tyro
+
+    if repeatable:
+        keywords["config"] = (tyro.conf.UseAppendAction,)
 
     said = io.StringIO()
     try:

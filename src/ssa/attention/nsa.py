@@ -20,9 +20,7 @@ class NSA(AttentionMethod):
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, call: AttentionCall, means: BlockMeans | None = None
     ) -> MethodOutput:
-        compressed = compressed_attention(
-            q, k, v, block_size=call.budget.block_size, positions=call.positions_BT, means=means, impl=call.impl
-        )
+        compressed = compressed_attention(q, k, v, block_size=call.budget.block_size, positions=call.positions_BT, means=means)
         selected, block_indices = self.attend(call.mode, q, k, v, call, means)
         window = dense_attention(q, k, v, positions=call.positions_BT, window=self.window_size)
         out = gated(compressed, gates, 0) + gated(selected, gates, 1) + gated(window, gates, 2)

@@ -70,6 +70,7 @@ class SSAConfig(LlamaConfig):
         if self.selection_rule == "released":
             released_rule_check(self.num_selected_blocks, self.block_size)
         super().__post_init__(**kwargs)
+        assert self.num_key_value_heads is not None  # filled in above
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = {self.num_key_value_heads}"

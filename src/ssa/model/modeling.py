@@ -150,7 +150,9 @@ class SSAModel(SSAPreTrainedModel):
         if past_key_values is not None and not isinstance(past_key_values, BlockCache):
             raise UserError(f"past_key_values is a {type(past_key_values).__name__}; pass an ssa.model.BlockCache or None")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        positions_BT, padding_BT = _positions(attention_mask, position_ids, x_BTC, past)
+        # What a training loop hands over is not checked on the GPU, where looking at it would stall every step.
+        checked = not (self.training and x_BTC.is_cuda)
+        positions_BT, padding_BT = _positions(attention_mask, position_ids, x_BTC, past, checked)
         call = self._attention_call(attention_mode, budget, stream, positions_BT, padding_BT, observer)
         absolute_BT = positions_BT
         if absolute_BT is None:
@@ -198,15 +200,18 @@ class SSAModel(SSAPreTrainedModel):
 
 
 def _positions(
-    attention_mask: Tensor | None, position_ids: Tensor | None, x_BTC: Tensor, past: int
+    attention_mask: Tensor | None, position_ids: Tensor | None, x_BTC: Tensor, past: int, checked: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(document-relative positions int64 [B, T] or None for plain rows, padding mask [B, T] or None)."""
+    """(document-relative positions int64 [B, T] or None for plain rows, padding mask [B, T] or None).
+
+    `checked` looks at the values: full masks and plain positions then take the fast paths, and wrong positions are an error.
+    """
     batch, queries = x_BTC.shape[:2]
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UserError(f"attention_mask has {attention_mask.ndim} dimensions; pass the 2-D padding mask [B, S]")
     if attention_mask is not None and attention_mask.shape != (batch, past + queries):
         raise UserError(f"attention_mask {tuple(attention_mask.shape)} is not [B, S] = [{batch}, {past + queries}]")
-    padded = attention_mask is not None and not bool(attention_mask.all())
+    padded = attention_mask is not None and not (checked and bool(attention_mask.all()))
     if position_ids is None and not padded:
         return None, None
     columns = torch.arange(past, past + queries, device=x_BTC.device)
@@ -220,9 +225,9 @@ def _positions(
         padding_BT = attention_mask[:, past:] == 0
         # padding tokens become documents of one token: they read themselves and nobody reads them
         position_BT = torch.where(padding_BT, 0, position_BT)
-    elif bool((position_BT == columns).all()):
+    elif checked and bool((position_BT == columns).all()):
         return None, None
-    if bool(((position_BT < 0) | (position_BT > columns)).any()):
+    if checked and bool(((position_BT < 0) | (position_BT > columns)).any()):
         raise UserError(
             "position_ids must count from 0 in each document: a position is negative or larger than the number of tokens before it"
         )
@@ -236,6 +241,8 @@ class SSACausalLMOutput(CausalLMOutputWithPast):
     cross_entropy: Tensor | None = None
     sparsity_loss: Tensor | None = None
     commitment_loss: Tensor | None = None
+    alignment: Tensor | None = None
+    """fp32 [2], sparsity and commitment loss with their graph, for callers that compose the loss themselves."""
 
 
 class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
@@ -308,6 +315,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             result.loss = self._nll(hidden_BTC[:, :-1], targets).sum() / count
             result.cross_entropy = result.loss.detach()
             if outputs.alignment is not None:
+                result.alignment = outputs.alignment
                 result.sparsity_loss, result.commitment_loss = outputs.alignment.detach().unbind()
                 result.loss = result.loss + self.config.alignment_weight * outputs.alignment.sum()
             result.loss = result.loss * weight

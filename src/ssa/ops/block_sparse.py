@@ -5,10 +5,12 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, M se
 
 from __future__ import annotations
 
+import importlib
+
 from torch import Tensor
 
 from ssa.errors import UserError
-from ssa.ops.documents import query_positions, resolve_positions
+from ssa.ops.documents import resolve_positions
 from ssa.ops.implementations import resolve
 
 
@@ -37,7 +39,7 @@ def block_sparse_attention(
         cu_seqlens: int32 [documents + 1], the same for one packed row (B = 1, T = S).
         bias: [B, S, K] logit bias per key, added after scaling (NOSA).
         scale: logit scale, 1/sqrt(D) by default.
-        impl: "auto" or "reference".
+        impl: "auto", "reference" or "triton".
 
     Returns:
         out [B, T, H, D] in q's dtype, zero for a query with no key; lse [B, T, H], fp32 (fp64 for fp64), -inf there.
@@ -60,9 +62,8 @@ def block_sparse_attention(
         raise UserError(f"bias {tuple(bias.shape)} is not [B, S, K] = {list(k.shape[:3])}")
     if block_size < 1:
         raise UserError(f"block_size = {block_size} must be at least 1")
-    positions = query_positions(q, k, resolve_positions(q, k, positions, cu_seqlens))
-    resolve(impl, q.device)
-    from ssa.ops.reference import block_sparse as reference
-
+    positions = resolve_positions(q, k, positions, cu_seqlens)
     scale = size**-0.5 if scale is None else scale
-    return reference.block_sparse_attention(q, k, v, block_indices, positions, bias, block_size, scale)
+    # modules of one implementation are imported when it runs: without triton the reference still does
+    implementation = importlib.import_module(f"ssa.ops.{resolve(impl, q)}.block_sparse").block_sparse_attention
+    return implementation(q, k, v, block_indices, positions, bias, block_size, scale)

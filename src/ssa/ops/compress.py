@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ssa.ops.documents import BlockGrid, query_positions, resolve_positions
-from ssa.ops.implementations import resolve
 
 LOGIT_ELEMENTS = 1 << 24
 
@@ -24,7 +23,6 @@ def compressed_attention(
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     means: tuple[Tensor, Tensor] | None = None,
-    impl: str = "auto",
 ) -> Tensor:
     """h_cmp(t) = softmax(q(t) . mean(k of block n) * scale) mean(v of block n) over the complete blocks n that end by t.
 
@@ -39,7 +37,6 @@ def compressed_attention(
     """
     batch, queries, heads, size = q.shape
     kv_heads = k.shape[2]
-    resolve(impl, q.device)
     positions = resolve_positions(q, k, positions, cu_seqlens)
     position_BT = query_positions(q, k, positions)
     dtype = torch.promote_types(q.dtype, torch.float32)

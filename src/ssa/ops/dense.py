@@ -13,6 +13,7 @@ from ssa.errors import UserError
 from ssa.ops.documents import document_starts, query_positions, resolve_positions
 
 MASK_ELEMENTS = 1 << 24  # booleans of an explicit mask held at once
+DOCUMENTS_PER_ROW = 4  # up to so many on average, a causal call for each document beats one call with a mask
 
 
 def dense_attention(
@@ -49,6 +50,8 @@ def dense_attention(
     if position_BT is None:
         out = scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2)
+    if window is None and queries == keys and int((position_BT == 0).sum()) <= DOCUMENTS_PER_ROW * batch:
+        return _by_document(q, k, v, position_BT, scale, grouped).transpose(1, 2)
     start_BT = document_starts(position_BT, keys)
     column_T = torch.arange(keys - queries, keys, device=q.device)
     first_BT = start_BT if window is None else torch.maximum(start_BT, column_T - (window - 1))
@@ -72,3 +75,28 @@ def dense_attention(
             )
         )
     return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)).transpose(1, 2)
+
+
+def _by_document(q: Tensor, k: Tensor, v: Tensor, position_BT: Tensor, scale: float | None, grouped: bool) -> Tensor:
+    """One causal call for all rows that are one document, one for every other document; [B, H, T, D] in and out."""
+
+    def attend(rows: Tensor | slice, columns: slice) -> Tensor:
+        return scaled_dot_product_attention(
+            q[rows, :, columns], k[rows, :, columns], v[rows, :, columns], is_causal=True, scale=scale, enable_gqa=grouped
+        )
+
+    starts: list[list[int]] = [[] for _ in range(q.shape[0])]
+    for row, column in (position_BT == 0).nonzero().tolist():
+        starts[row].append(column)
+    whole = [row for row, columns in enumerate(starts) if len(columns) == 1]
+    if len(whole) == len(starts):
+        return attend(slice(None), slice(None))
+    parts: list[Tensor] = [attend(torch.tensor(whole, device=q.device), slice(None))] if whole else []
+    order = whole
+    for row, columns in enumerate(starts):
+        if len(columns) > 1:
+            ends = [*columns[1:], q.shape[2]]
+            pieces = [attend(slice(row, row + 1), slice(a, b)) for a, b in zip(columns, ends, strict=True)]
+            parts.append(torch.cat(pieces, 2))
+            order.append(row)
+    return torch.cat(parts)[torch.tensor(order, device=q.device).argsort()]

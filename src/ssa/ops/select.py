@@ -5,6 +5,8 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, N ke
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def select_blocks(
         scale: logit scale, 1/sqrt(D) by default.
         block_keys: [B, N, K, D] cached means of the complete blocks, row b's block n starting n * block_size keys after the
             start of its only document; computed from k when absent.
-        impl: "auto" or "reference".
+        impl: "auto", "reference" or "triton".
 
     Returns:
         block_indices: int32 [B, K, T, M] ([B, H, T, M] for head scope), document-relative, ascending, right-padded with -1.
@@ -78,21 +80,20 @@ def select_blocks(
     if rule == "released":
         released_rule_check(num_selected_blocks, block_size)
     positions = resolve_positions(q, k, positions, cu_seqlens)
-    resolve(impl, q.device)
-    from ssa.ops.reference import select as reference
+    # modules of one implementation are imported when it runs: without triton the reference still does
+    implementation = importlib.import_module(f"ssa.ops.{resolve(impl, q)}.select").select_blocks
 
     with torch.no_grad():
-        if block_keys is None:
+        first_block = torch.zeros((), dtype=torch.int64, device=q.device).expand(batch, queries)
+        if block_keys is None and positions is None:
+            block_keys = block_means(k, block_size)
+        elif block_keys is None:
             grid = BlockGrid.build(q, k, positions, block_size)
-            if positions is None:
-                block_keys = block_means(k, block_size)
-            else:
-                in_blocks = grid.gather(k)
-                block_keys = in_blocks.to(torch.promote_types(k.dtype, torch.float32)).mean(2).to(k.dtype)
-            first_block = grid.first_block_BT
-        else:
-            first_block = torch.zeros((), dtype=torch.int64, device=q.device).expand(batch, queries)
-        return reference.select_blocks(
+            block_keys = grid.gather(k).to(torch.promote_types(k.dtype, torch.float32)).mean(2).to(k.dtype)
+            first_block = grid.first_block_BT.contiguous()
+        if positions is not None:
+            first_block, positions = first_block.contiguous(), positions.contiguous()
+        return implementation(
             q, block_keys, first_block, positions, k.shape[1], block_size, num_selected_blocks,
             scope, scoring, rule, size**-0.5 if scale is None else scale,
         )  # fmt: skip

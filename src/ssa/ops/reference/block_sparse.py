@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssa.ops.documents import document_starts, query_positions
+
 LOGIT_ELEMENTS = 1 << 26  # logits of a chunk of queries: 256 MiB in fp32
 
 
 def block_sparse_attention(
-    q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, block_indices_BRTM: Tensor, positions_BT: Tensor,
+    q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, block_indices_BRTM: Tensor, positions_BT: Tensor | None,
     bias_BSK: Tensor | None, block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `ssa.ops.block_sparse_attention`."""
     batch, queries, heads, _ = q_BTHD.shape
     keys = k_BSKD.shape[1]
-    start_BT = torch.arange(keys - queries, keys, device=q_BTHD.device) - positions_BT
+    positions_BT = query_positions(q_BTHD, k_BSKD, positions_BT)
+    start_BT = document_starts(positions_BT, keys)
     chunk = max(1, LOGIT_ELEMENTS // max(1, batch * heads * block_indices_BRTM.shape[3] * block_size))
     parts = []
     for t in range(0, queries, chunk):

@@ -1,0 +1,5 @@
+"""`python -m ssa`."""
+
+from ssa.cli import main
+
+raise SystemExit(main())

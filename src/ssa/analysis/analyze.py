@@ -1,0 +1,213 @@
+"""`analyze`: measure one or several runs on the same text, keep the figures, print them side by side, draw the report."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssa.analysis.results import FORMAT, RunResults, read_results
+from ssa.analysis.rows import DEFAULT_CONTEXT, Rows, packed_rows, run_data, run_home, run_recipe
+from ssa.config import Budget
+from ssa.errors import UserError
+from ssa.files import write_atomically
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerFast
+
+    from ssa.model import SSAForCausalLM
+
+MAX_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class AnalysisResult:
+    """What `analyze` found and wrote."""
+
+    runs: list[RunResults]
+    files: list[Path]
+    """The JSON files."""
+    report: Path | None
+
+
+def analyze(
+    runs: Sequence[Path | str], *, data: Path | str | None = None, split: str = "valid", budget: Budget | str | None = None,
+    context: int | None = None, max_tokens: int = MAX_TOKENS, seed: int = 0, device: str = "auto", dtype: str = "auto",
+    out: Path | str | None = None, html: bool = True, console: Console | None = None,
+) -> AnalysisResult:  # fmt: skip
+    """Measure what the selected blocks of every run keep, under sparse and under full inference, on the same rows of text.
+
+    Writes RUN/analysis/analysis.json for each run; for several also their comparison, to `analysis/` beside the first run. The report
+    lies with the last-named. With `out`, everything goes there and the runs are left as they are. Prints one table and the report's path.
+
+    Args:
+        runs: Runs, checkpoints or model directories.
+        data: A prepared directory or a text file; the first run's corpus by default.
+        split: Of the prepared directory.
+        budget: `Budget` or "kxs"; each model's own by default.
+        context: Tokens in a row; that of the first run's training by default.
+        max_tokens: Read at most so many.
+        seed: Draws the rows and the sampled points.
+        device, dtype: As for `ssa.infer.load.load_model`.
+        out: Directory for everything.
+        html: Draw the report (needs matplotlib).
+        console: Where to print; standard output by default.
+
+    Raises:
+        UserError: no run, another tokenizer, unreadable text, a missing library, figures that are not finite.
+    """
+    from rich.console import Console
+
+    from ssa.data.tokenizer import fingerprint, load_tokenizer
+    from ssa.train.checkpoint import resolve_checkpoint
+
+    if not runs:
+        raise UserError("nothing to analyse: name at least one run")
+    if html:
+        from ssa.analysis.plots import require_matplotlib
+
+        require_matplotlib()
+    budget = None if budget is None else Budget.parse(budget)
+    checkpoints = [resolve_checkpoint(run) for run in runs]
+    tokenizers = [load_tokenizer(path) for path in checkpoints]
+    for run, tokenizer in zip(runs, tokenizers, strict=True):
+        if fingerprint(tokenizer) != fingerprint(tokenizers[0]):
+            raise UserError(f"{run} has another tokenizer than {runs[0]}: figures per token do not compare; analyse them apart")
+    rows = _rows(runs[0], tokenizers[0], data, split, context, max_tokens, seed)
+    console = Console() if console is None else console
+    names = unique_names(runs)
+    results: list[RunResults] = []
+    files: list[Path] = []
+    for run, checkpoint, name in zip(runs, checkpoints, names, strict=True):
+        analysis = _measure_run(checkpoint, name, rows, budget, seed, device, dtype, console)
+        results.append(read_results(run_home(run), analysis, name))
+        if out is None:
+            files.append(_write_json(run_home(run) / "analysis" / "analysis.json", analysis))
+    directory = Path(out) if out is not None else run_home(runs[0]) / "analysis"
+    if len(runs) > 1 and out is None:
+        directory = run_home(runs[0]).resolve().parent / "analysis"
+    if len(runs) > 1 or out is not None:
+        content = {"format": FORMAT, "runs": [run.analysis for run in results]} if len(runs) > 1 else results[0].analysis
+        files.append(_write_json(directory / ("comparison.json" if len(runs) > 1 else "analysis.json"), content))
+    print_table(results, console)
+    report = None
+    if html:
+        from ssa.analysis.report import render_report
+
+        report = directory / "report.html"
+        write_atomically(report, render_report(results))
+        console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+    return AnalysisResult(results, files, report)
+
+
+def unique_names(runs: Sequence[Path | str]) -> list[str]:
+    """The last part of every path, with as much of the path before it as it takes to tell the runs apart."""
+    parts = [run_home(run).resolve().parts for run in runs]
+    # Checkpoints of one run share its directory.
+    tails = [(*p, Path(run).name) if run_home(run) != Path(run) else p for p, run in zip(parts, runs, strict=True)]
+    depth = [2 if len(tail) > len(p) else 1 for tail, p in zip(tails, parts, strict=True)]
+    names = ["/".join(tail[-d:]) for tail, d in zip(tails, depth, strict=True)]
+    for more in range(1, max(map(len, tails))):
+        if len(set(names)) == len(names):
+            break
+        names = ["/".join(tail[-d - more :]) if names.count(n) > 1 else n for tail, d, n in zip(tails, depth, names, strict=True)]
+    return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+def print_table(results: Sequence[RunResults], console: Console) -> None:
+    """One column a run, the best of every row in bold."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from ssa.analysis.table import table_rows
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for run in results:
+        table.add_column(Text(run.name), justify="right", overflow="fold")
+    for heading, cells, best in table_rows(results):
+        table.add_row(heading, *(Text(cell, style="bold" if i == best else "") for i, cell in enumerate(cells)))
+    console.print(table)
+    for note in table_notes(results):
+        console.print(note, markup=False, highlight=False)
+
+
+def table_notes(results: Sequence[RunResults]) -> list[str]:
+    """What a reader of the table must know, a line each."""
+    measured = results[0].analysis["measured"]
+    notes = [
+        f"{measured['tokens']} tokens of {measured['data']} in rows of {measured['context']}; losses and KL over all of them."
+    ]
+    if any(run.beyond for run in results):
+        notes.append(
+            "Kept mass, entropy and sink: over queries beyond the receptive field; entropy and sink under full inference."
+        )
+    else:
+        notes.append(
+            "No query stands beyond the receptive field, so nothing is left out: use a longer context or a smaller budget."
+        )
+    violations, checked = (sum(x) for x in zip(*(run.violations() for run in results), strict=True))
+    notes.append(
+        f"Theorem 1: {violations} of {checked} points above the bound" + ("; the numbers cannot be right." if violations else ".")
+    )
+    return notes
+
+
+def _rows(
+    run: Path | str, tokenizer: PreTrainedTokenizerFast, data: Path | str | None, split: str, context: int | None, max_tokens: int, seed: int
+) -> Rows:  # fmt: skip
+    if context is None:
+        recipe = run_recipe(run)
+        context = DEFAULT_CONTEXT if recipe is None else recipe.data.context
+    return packed_rows(
+        run_data(run) if data is None else data, tokenizer, split=split, context=context, max_tokens=max_tokens, seed=seed
+    )
+
+
+def _measure_run(
+    checkpoint: Path, name: str, rows: Rows, budget: Budget | None, seed: int, device: str, dtype: str, console: Console
+) -> dict[str, Any]:
+    from rich.progress import Progress
+
+    from ssa.analysis.measure import measure_model
+    from ssa.infer.load import check_budgets, load_model
+    from ssa.train.environment import versions
+
+    model, _ = load_model(checkpoint, device=device, dtype=dtype)
+    config = model.config
+    budget = config.budget if budget is None else budget
+    check_budgets(config, [budget])
+    if rows.about["context"] > config.max_position_embeddings:
+        raise UserError(f"context = {rows.about['context']} exceeds the {config.max_position_embeddings} positions of {name}")
+    step = re.fullmatch(r"step-(\d+)", checkpoint.name)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name.replace("[", r"\["), total=rows.about["rows"])
+        figures = measure_model(
+            model, rows.input_ids, rows.position_ids, budget, seed=seed, progress=lambda done: bar.advance(task, done)
+        )
+    return {
+        "format": FORMAT, "run": name, "method": config.method, "step": int(step[1]) if step else None, "budget": str(budget),
+        "block_size": budget.block_size, "receptive_field": budget.tokens,
+        "selection": f"{config.selection_scope} / {config.selection_scoring} / {config.selection_rule}",
+        "measured": rows.about, "device": _device_name(model), "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": versions(), **figures,
+    }  # fmt: skip
+
+
+def _device_name(model: SSAForCausalLM) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> Path:
+    try:
+        text = json.dumps(content, allow_nan=False) + "\n"
+    except ValueError:
+        raise UserError(f"the figures for {path} are not finite: the model's activations overflow; try dtype float32") from None
+    return write_atomically(path, text)

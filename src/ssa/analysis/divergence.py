@@ -1,0 +1,82 @@
+"""How far the model's predictions move when it switches from full to sparse attention.
+
+Legend: B batch, T tokens, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOGIT_ELEMENTS = 1 << 22  # fp32 logits held at once, for each of the two modes
+
+
+@dataclass(frozen=True)
+class TokenDivergence:
+    """Per position, [B, T]; positions with nothing to predict (the last of a document) have `target` False."""
+
+    kl: Tensor
+    """KL(full || sparse) of the next-token distribution, fp32, nats."""
+    agree: Tensor
+    """bool: both modes rank the same token first."""
+    nll_full: Tensor
+    """-log p(next token) under full attention, fp32, nats; 0 without a target."""
+    nll_sparse: Tensor
+    target: Tensor
+
+
+@torch.no_grad()
+def token_divergence(
+    full_BTC: Tensor, sparse_BTC: Tensor, head: torch.nn.Module, input_ids: Tensor, positions: Tensor | None = None,
+    rows: int | None = None,
+) -> TokenDivergence:  # fmt: skip
+    """Compare the last hidden states of the two modes through the output projection `head`, a few tokens at a time.
+
+    Args:
+        full_BTC, sparse_BTC: last hidden states under full and sparse attention.
+        input_ids: int [B, T]. positions: int [B, T]; where one is 0 a document starts and the token before it predicts nothing.
+        rows: tokens whose logits are held at once; chosen from the vocabulary by default.
+    """
+    batch, tokens = input_ids.shape
+    target_BT = torch.zeros_like(input_ids, dtype=torch.bool)
+    target_BT[:, :-1] = True if positions is None else positions[:, 1:] != 0
+    next_BT = torch.roll(input_ids, -1, 1).reshape(-1, 1)
+    full, sparse = full_BTC.flatten(0, 1), sparse_BTC.flatten(0, 1)
+    vocabulary = head(full[:1]).shape[-1]
+    rows = rows or max(1, LOGIT_ELEMENTS // vocabulary)
+    parts: list[list[Tensor]] = []
+    for i in range(0, batch * tokens, rows):
+        log_p, log_q = (head(x[i : i + rows]).float().log_softmax(-1) for x in (full, sparse))
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)  # rounding can leave -1e-8
+        chosen = [-x.gather(-1, next_BT[i : i + rows]).squeeze(-1) for x in (log_p, log_q)]
+        parts.append([kl, log_p.argmax(-1) == log_q.argmax(-1), *chosen])
+    kl, agree, nll_full, nll_sparse = (torch.cat(column).view(batch, tokens) for column in zip(*parts, strict=True))
+    return TokenDivergence(kl, agree, nll_full.where(target_BT, 0), nll_sparse.where(target_BT, 0), target_BT)
+
+
+class DivergenceSums:
+    """Means over rows: over all tokens, and over those beyond the receptive field."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(2, 4, dtype=torch.float64)
+        self.counts = torch.zeros(2, 2, dtype=torch.int64)  # tokens, targets
+
+    def add(self, each: TokenDivergence, beyond_BT: Tensor) -> None:
+        """`beyond_BT`: bool, the token's document position is at least k * s."""
+        for i, inside in enumerate((torch.ones_like(beyond_BT), beyond_BT)):
+            columns = (each.kl, each.agree, each.nll_full, each.nll_sparse)
+            self.sums[i] += torch.stack([x[inside].double().sum() for x in columns]).cpu()
+            self.counts[i] += torch.stack([inside.sum(), (inside & each.target).sum()]).cpu()
+
+    def means(self, beyond: bool) -> dict[str, float | int] | None:
+        """tokens, kl_nats, top1_agreement, cross_entropy_full, cross_entropy_sparse, gap_nats; None where there are none."""
+        tokens, targets = self.counts[int(beyond)].tolist()
+        if not tokens or not targets:
+            return None
+        kl, agree, full, sparse = self.sums[int(beyond)].tolist()
+        return {
+            "tokens": tokens, "kl_nats": kl / tokens, "top1_agreement": agree / tokens, "cross_entropy_full": full / targets,
+            "cross_entropy_sparse": sparse / targets, "gap_nats": (sparse - full) / targets,
+        }  # fmt: skip

@@ -1,0 +1,67 @@
+"""All figures of one model over packed rows of text, as a JSON-ready dictionary."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ssa.analysis.divergence import DivergenceSums, token_divergence
+from ssa.analysis.sparsity import SparsityMeter, mean_figures
+from ssa.config import Budget
+
+if TYPE_CHECKING:
+    from ssa.model import SSAForCausalLM
+
+ROW_TOKENS = 4096  # tokens of several rows in one pass
+
+
+@torch.no_grad()
+def measure_model(
+    model: SSAForCausalLM, input_ids: Tensor, position_ids: Tensor, budget: Budget, *, points: int = 200, seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run every row under full and under sparse attention and compare.
+
+    Args:
+        input_ids, position_ids: int64 [rows, T] on any device; positions restart at 0 at each document.
+        points: sampled (delta, error, bound) triples a layer and mode.
+        progress: called with the number of rows done in each step.
+
+    Returns:
+        `predictions`: {"all_tokens", "beyond_receptive_field"} of `DivergenceSums.means`; `inference`: for the modes "sparse" and
+        "full" the mean figures over layers and heads under the same two names' queries, and `layers`, each a `LayerFigures`.
+    """
+    config, device = model.config, model.device
+    rules = {"scope": config.selection_scope, "scoring": config.selection_scoring, "rule": config.selection_rule}
+    meters = {mode: SparsityMeter(**rules, points=points, seed=seed) for mode in ("sparse", "full")}
+    divergence = DivergenceSums()
+    rows, context = input_ids.shape
+    step = max(1, ROW_TOKENS // context)
+    for i in range(0, rows, step):
+        ids, positions = (x[i : i + step].to(device) for x in (input_ids, position_ids))
+        hidden = {
+            mode: model.model(
+                input_ids=ids, position_ids=positions, use_cache=False, attention_mode=mode, budget=budget, observer=meter
+            ).last_hidden_state
+            for mode, meter in meters.items()
+        }
+        each = token_divergence(hidden["full"], hidden["sparse"], model.lm_head, ids, positions)
+        divergence.add(each, positions >= budget.tokens)
+        if progress is not None:
+            progress(len(ids))
+    inference = {}
+    for mode, meter in meters.items():
+        layers = meter.layers()
+        inference[mode] = {
+            "all_queries": mean_figures(layers, beyond=False),
+            "beyond_receptive_field": mean_figures(layers, beyond=True),
+            "layers": [dataclasses.asdict(layer) for layer in layers],
+        }
+    return {
+        "predictions": {"all_tokens": divergence.means(False), "beyond_receptive_field": divergence.means(True)},
+        "inference": inference,
+    }

@@ -1,0 +1,186 @@
+"""What is known about a run when its report is drawn: the analysis, and whatever training and evaluation left beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssa.config import Budget
+from ssa.errors import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BudgetPerplexity:
+    """Perplexity of one budget on one text."""
+
+    budget: str
+    """"kxs", or "full"."""
+    tokens: float
+    """Receptive field in keys; infinite for full attention."""
+    nats: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class NeedleGrid:
+    """Needle-in-a-haystack accuracy, 0..1, by depth (row) and length (column); None = not tested."""
+
+    budget: str
+    lengths: list[int]
+    depths: list[float]
+    accuracy: list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """One run's figures. Everything but `analysis` may be missing."""
+
+    name: str
+    analysis: dict[str, Any]
+    """See `ssa.analysis.measure.measure_model`; plus method, step, budget, block_size and how it was measured."""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    perplexity: list[BudgetPerplexity] = field(default_factory=list)
+    perplexity_setting: dict[str, Any] = field(default_factory=dict)
+    """text_sha256, context, stride: perplexities compare where these are equal; and the step of the checkpoint."""
+    needles: list[NeedleGrid] = field(default_factory=list)
+
+    @property
+    def method(self) -> str:
+        return str(self.analysis["method"])
+
+    @property
+    def beyond(self) -> bool:
+        """Whether any query stood beyond the receptive field, so that selection left something out."""
+        return self.analysis["inference"]["sparse"]["beyond_receptive_field"] is not None
+
+    def means(self, mode: str) -> dict[str, float]:
+        """Mean figures over layers and heads under `mode` inference, of queries beyond the receptive field where there are any."""
+        figures = self.analysis["inference"][mode]
+        return figures["beyond_receptive_field"] or figures["all_queries"]
+
+    def heads(self, mode: str, name: str) -> list[list[float]]:
+        """A `HeadMeans` field by layer and head, of the same queries as `means`."""
+        layers = self.analysis["inference"][mode]["layers"]
+        which = "beyond_receptive_field" if self.beyond else "all_queries"
+        return [layer[which][name] for layer in layers]
+
+    def by_layer(self, mode: str, name: str) -> list[float]:
+        """The same, averaged over heads."""
+        return [sum(row) / len(row) for row in self.heads(mode, name)]
+
+    @property
+    def predictions(self) -> dict[str, float]:
+        """KL, agreement and losses over all tokens."""
+        return self.analysis["predictions"]["all_tokens"]
+
+    def violations(self) -> tuple[int, int]:
+        """(violations of Theorem 1's bound, points checked) over both modes."""
+        layers = [layer["theorem_1"] for mode in ("sparse", "full") for layer in self.analysis["inference"][mode]["layers"]]
+        return sum(x["violations"] for x in layers), sum(x["checked"] for x in layers)
+
+    def perplexity_at(self, budget: str) -> float | None:
+        return next((p.perplexity for p in self.perplexity if p.budget == budget), None)
+
+
+def read_results(run: Path | str, analysis: dict[str, Any], name: str | None = None) -> RunResults:
+    """`analysis` of `run` together with RUN/metrics.jsonl, RUN/eval/perplexity.json and RUN/eval/needle.json, where they are.
+
+    Raises:
+        UserError: one of these files is there and cannot be read.
+    """
+    run = Path(run)
+    perplexity, setting = _perplexities(run / "eval" / "perplexity.json")
+    return RunResults(
+        name=printable(name or run.resolve().name),
+        analysis=analysis,
+        metrics=_metrics(run / "metrics.jsonl"),
+        perplexity=perplexity,
+        perplexity_setting=setting,
+        needles=_needles(run / "eval" / "needle.json"),
+    )
+
+
+def printable(name: str) -> str:
+    """A run's name as a picture, a terminal or a page can show it."""
+    name = "".join(c if c.isprintable() else "?" for c in name)
+    return name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}"
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that have a step; a run that is being written may end in half a line."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            lines.append(entry)
+    return lines
+
+
+def curve(metrics: Iterable[dict[str, Any]], *names: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the lines with all of `names` finite; the values of several names are summed."""
+    steps, values = [], []
+    for line in metrics:
+        parts = [line.get(name) for name in names]
+        if all(isinstance(x, int | float) and math.isfinite(x) for x in parts):
+            steps.append(line["step"])
+            values.append(float(sum(parts)))  # type: ignore[arg-type]
+    return steps, values
+
+
+def _perplexities(path: Path) -> tuple[list[BudgetPerplexity], dict[str, Any]]:
+    """The budgets of the newest evaluation and what decides whether they compare; see `ssa.eval.results`."""
+    entry = _latest(path)
+    if entry is None:
+        return [], {}
+    known = []
+    with _readable(path):
+        for name, figures in entry["budgets"].items():
+            if figures["perplexity"] is not None:  # too large for a float
+                tokens = math.inf if name == "full" else Budget.parse(name).tokens
+                known.append(BudgetPerplexity(name, tokens, float(figures["nats_per_token"]), float(figures["perplexity"])))
+        setting = {key: entry["setting"].get(key) for key in ("text_sha256", "context", "stride")}
+        setting["step"] = entry["model"].get("step")
+    return sorted(known, key=lambda p: (p.tokens, p.budget)), setting
+
+
+def _needles(path: Path) -> list[NeedleGrid]:
+    entry = _latest(path)
+    if entry is None:
+        return []
+    grids = []
+    with _readable(path):
+        for name, figures in entry["budgets"].items():
+            at = {(cell["length"], cell["depth"]): float(cell["accuracy"]) for cell in figures["grid"]}
+            lengths, depths = (sorted({key[i] for key in at}) for i in (0, 1))
+            grids.append(NeedleGrid(name, lengths, depths, [[at.get((n, d)) for n in lengths] for d in depths]))
+    return grids
+
+
+def _latest(path: Path) -> dict[str, Any] | None:
+    from ssa.eval.results import read_results as read_evaluation
+
+    with _readable(path):
+        content = read_evaluation(path)
+        return None if content["latest"] is None else content["results"][content["latest"]]
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} holds no evaluation that this version reads ({error!r}): move it away") from None

@@ -1,0 +1,136 @@
+"""The text that is analysed: whole rows of a prepared corpus or of text files, the same for every run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ssa.config import Recipe, read_recipe
+from ssa.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+DEFAULT_CONTEXT = 2048
+"""Where neither the caller nor a recipe says."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows; positions restart at 0 at each document and at the start of each row."""
+
+    input_ids: torch.Tensor
+    """int64 [rows, T]"""
+    position_ids: torch.Tensor
+    about: dict[str, Any]
+    """data, split, context, rows, tokens, seed: what another analysis must share to be comparable."""
+
+
+def run_home(run: Path | str) -> Path:
+    """The run directory that a checkpoint in it belongs to; any other directory is its own."""
+    path = Path(run)
+    inside = path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name)
+    return path.parent.parent if inside else path
+
+
+def run_recipe(run: Path | str) -> Recipe | None:
+    """The resolved recipe of a run; None for a model directory."""
+    path = run_home(run) / "recipe.json"
+    return read_recipe(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
+
+
+def run_data(run: Path | str) -> Path:
+    """The prepared corpus that a run was trained on.
+
+    Raises:
+        UserError: it is not there any more, or `run` is a model directory.
+    """
+    recipe = run_recipe(run)
+    places = [run_home(run) / "data"] + ([Path(recipe.data.path)] if recipe is not None else [])
+    for place in places:
+        if (place / "index.json").is_file():
+            return place
+    raise UserError(f"{run} does not say what text to read: name a prepared directory or a text file with --data")
+
+
+def packed_rows(
+    data: Path | str, tokenizer: PreTrainedTokenizerFast, *, split: str, context: int, max_tokens: int, seed: int
+) -> Rows:
+    """At most `max_tokens` tokens as rows of `context`, drawn without replacement from the whole split, in its order.
+
+    Args:
+        data: A directory made by `ssa prepare`, or text as `ssa.eval.documents.read_texts` reads it (`split` does not apply).
+        context: Tokens in a row; shorter where the text is.
+
+    Raises:
+        UserError: no such text, too little of it, or a corpus prepared with another tokenizer.
+    """
+    import torch
+
+    from ssa.eval.documents import is_prepared
+
+    if context < 2:
+        raise UserError(f"context = {context} must be at least 2 tokens")
+    if seed < 0:
+        raise UserError(f"seed = {seed} must be 0 or more")
+    if max_tokens < 2:
+        raise UserError(f"max_tokens = {max_tokens} must be at least 2")
+    prepared = is_prepared(data)
+    text = _Shards(Path(data), split, tokenizer) if prepared else _Texts(data, tokenizer)
+    if text.num_tokens < 2:
+        raise UserError(f"{data} has {text.num_tokens} tokens: too few to predict one")
+    context = min(context, text.num_tokens, max_tokens)
+    available = text.num_tokens // context
+    rows = np.sort(np.random.default_rng(seed).permutation(available)[: max_tokens // context])
+    ids, positions = zip(*(text.row(int(row) * context, context) for row in rows), strict=True)
+    return Rows(
+        torch.from_numpy(np.stack(ids).astype(np.int64)),
+        torch.from_numpy(np.stack(positions).astype(np.int64)),
+        {
+            "data": Path(data).resolve().name,
+            "split": split if prepared else None,
+            "context": context,
+            "rows": len(rows),
+            "tokens": len(rows) * context,
+            "seed": seed,
+        },
+    )
+
+
+class _Shards:
+    """A split of a prepared corpus."""
+
+    def __init__(self, path: Path, split: str, tokenizer: PreTrainedTokenizerFast) -> None:
+        from ssa.data.shards import TokenShards
+        from ssa.data.tokenizer import fingerprint
+
+        self.shards = TokenShards(path, split)
+        if self.shards.tokenizer_fingerprint != fingerprint(tokenizer):
+            raise UserError(f"{path} was prepared with another tokenizer than the run's: prepare the text again with that one")
+        self.num_tokens = self.shards.num_tokens
+
+    def row(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.shards.read(start, start + length), self.shards.positions(start, start + length)
+
+
+class _Texts:
+    """Text files, or the built-in corpus, packed as training packs documents."""
+
+    def __init__(self, data: Path | str, tokenizer: PreTrainedTokenizerFast) -> None:
+        from ssa.data.tokenizer import encode_documents
+        from ssa.eval.documents import read_texts
+
+        documents = encode_documents(tokenizer, [text for text, _ in read_texts(data)])
+        self.tokens = np.concatenate(documents)
+        self.ends = np.cumsum([len(document) for document in documents])
+        self.num_tokens = len(self.tokens)
+
+    def row(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        from ssa.data.packing import positions_from_document_ends
+
+        return self.tokens[start : start + length], positions_from_document_ends(self.ends - start, length)

@@ -1,0 +1,1 @@
+"""Text in, batches out: tokenizers, the embedded corpus, token shards and the training loader."""

@@ -1,0 +1,411 @@
+"""`prepare`: text to token shards, in parallel, resumable, the same bytes whatever the workers and however often it was killed.
+
+One process reads blocks in a fixed order, workers encode them, and their results are appended in that order, so nothing about the
+output depends on timing. Every so often the shards are made durable and the place reached is noted in `.progress.json`; the next run
+cuts the shards back to that place and goes on. `index.json` comes last and makes the corpus visible.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ssa.data.encode import EncoderSpec, encode_blocks, valid_threshold
+from ssa.data.shard_writer import ShardWriter
+from ssa.data.shards import FORMAT, INDEX, PROGRESS, TOKENIZER, VERSION, ShardInfo, read_index
+from ssa.data.sources import Source, expand_inputs, read_blocks, read_texts
+from ssa.data.tokenizer import fingerprint, load_tokenizer, token_dtype, train_bpe, vocabulary_size
+from ssa.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_COMMIT_BLOCKS = 64
+_BPE_TRAINING_BYTES = 256 << 20
+_BYTES_PER_WORKER = 4 << 20  # on disk; for less, starting a process takes longer than it saves
+_SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_OURS = re.compile(r"[a-z][a-z0-9_]*-\d{5,}\.(tokens|docs)\.npy(\.partial)?")
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    tokens: int
+    documents: int
+    bytes: int
+    words: int
+    shards: int
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What a prepared directory holds."""
+
+    out: Path
+    splits: dict[str, SplitSummary]
+    vocab_size: int
+    dtype: str
+    skipped_documents: int
+
+    def __str__(self) -> str:
+        splits = "; ".join(
+            f"{name} {split.tokens:,} tokens, {split.documents:,} documents, {split.shards} shard{'s' * (split.shards != 1)}"
+            for name, split in self.splits.items()
+        )
+        rate = sum(split.bytes for split in self.splits.values()) / sum(split.tokens for split in self.splits.values())
+        empty = f", {self.skipped_documents:,} empty documents left out" if self.skipped_documents else ""
+        return f"{self.out}: {splits}\n{self.vocab_size:,} token ids ({self.dtype}), {rate:.2f} bytes a token{empty}"
+
+
+@dataclass
+class _Progress:
+    """`.progress.json`: what is being done and how far it is."""
+
+    plan: dict[str, Any]
+    modified: str
+    """Hash of the input files' sizes and times; not in the index, which is to be the same on every machine."""
+    tokenizer: dict[str, Any] | None = None
+    valid_below: int = 0
+    position: tuple[int, int] = (0, 0)
+    writers: dict[str, Any] = field(default_factory=dict)
+    skipped: int = 0
+    hashes: tuple[int, int] | None = None
+    """Lowest and highest document hash so far."""
+
+
+def prepare(
+    inputs: Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] = "byte",
+    train_bpe: int = 0,
+    valid_fraction: float = 0.01,
+    split: str | None = None,
+    text_field: str = "text",
+    shard_tokens: int = 1 << 28,
+    document_bytes: int = 256 << 10,
+    workers: int = 0,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> PrepareSummary:
+    """Encode text into the token shards of ``out`` (`ssa.data.shards` has the format) and say what came out.
+
+    ``inputs``: files, directories or globs of .txt .md .jsonl (.gz .xz .zst) .parquet, ``builtin:python`` (see `ssa.data.corpus`), or
+    ``hf:NAME[:CONFIG][:SPLIT]``. A text file is one document, cut at line ends into documents of equal size where it has more than
+    ``document_bytes``; a JSON line or a Parquet row is one document, its text in ``text_field``. Empty documents are left out.
+
+    ``tokenizer``: see `load_tokenizer`; or ``train_bpe`` > 0 trains a byte-level BPE of that many ids on (at most 256 MiB of) the inputs.
+
+    A document goes to split "valid" with probability ``valid_fraction``, decided by its text's hash alone, else to "train"; where that
+    leaves one of them empty, the document with the extreme hash goes there. ``split`` puts everything into the one split it names and,
+    if ``out`` already holds other splits of the same tokenizer, adds it to them.
+
+    ``workers`` processes (0: one a core, fewer for little text). Running the same call again after an interruption continues it; after
+    completion it changes nothing. ``overwrite`` starts anew. Raises `UserError` for whatever is wrong with the arguments and the input.
+    """
+    out = Path(out)
+    given = [os.fspath(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
+    _check_options(valid_fraction, split, shard_tokens, document_bytes, workers, train_bpe, str(tokenizer))
+    sources = expand_inputs(given)
+    loaded = None if train_bpe else load_tokenizer(os.fspath(tokenizer))
+    plan: dict[str, Any] = {
+        "tokenizer": f"BPE of {train_bpe} ids trained on the inputs" if loaded is None else fingerprint(loaded),
+        "inputs": given,
+        "files": sum(len(source.paths) for source in sources),
+        "bytes": sum(source.num_bytes for source in sources),
+        "digest": _digest([[s.kind, s.name, [[str(path), path.stat().st_size] for path in s.paths]] for s in sources]),
+        "text_field": text_field,
+        "valid_fraction": 0.0 if split else valid_fraction,
+        "split": split,
+        "shard_tokens": shard_tokens,
+        "document_bytes": document_bytes,
+    }
+    if any(source.kind == "builtin" for source in sources):
+        plan["python"] = sys.version.split()[0]
+    splits = (split,) if split else ("train", "valid") if valid_fraction else ("train",)
+    with _write_errors_reported(out), _locked(out):
+        modified = _digest([[path.stat().st_mtime_ns for path in s.paths] for s in sources])
+        fresh = _Progress(plan, modified, valid_below=valid_threshold(plan["valid_fraction"]))
+        progress = _begin(out, fresh, splits, overwrite)
+        if progress is None:
+            return _summary(out)
+        try:
+            _run(out, progress, splits, sources, loaded, train_bpe, workers, show_progress)
+        except UserError:
+            if progress.position == (0, 0):  # nothing worth keeping: correct the call and run it again
+                _remove(out, splits)
+                (out / PROGRESS).unlink()
+            raise
+        return _summary(out)
+
+
+def _run(
+    out: Path,
+    progress: _Progress,
+    splits: tuple[str, ...],
+    sources: list[Source],
+    loaded: PreTrainedTokenizerFast | None,
+    bpe_size: int,
+    workers: int,
+    show_progress: bool,
+) -> None:
+    if progress.tokenizer is None:
+        tokenizer = loaded or train_bpe(_bpe_training_texts(sources, progress.plan), bpe_size)
+        progress.tokenizer = _install_tokenizer(out, tokenizer)
+        _save(out, progress)
+    while True:
+        written = _write_splits(out, progress, splits, sources, workers, show_progress)
+        empty = [name for name in splits if not written[name]]
+        if not empty:
+            break
+        if progress.hashes is None:
+            progress.position = (0, 0)
+            raise UserError(f"no text in {', '.join(progress.plan['inputs'])}: every document is empty")
+        lowest, highest = progress.hashes
+        if lowest == highest:
+            progress.position = (0, 0)
+            raise UserError(
+                "the input is a single document, which cannot be split into train and valid: lower document_bytes to cut it, "
+                "or set valid_fraction to 0"
+            )
+        # Few documents and bad luck. The corpus is small then, and a second pass simpler than moving a document between shards.
+        progress.valid_below = lowest + 1 if empty == ["valid"] else highest
+        progress.position, progress.writers, progress.skipped = (0, 0), {}, 0
+        _save(out, progress)
+    _write_index(out, progress, written)
+    (out / PROGRESS).unlink()
+
+
+def _write_splits(
+    out: Path, progress: _Progress, splits: tuple[str, ...], sources: list[Source], workers: int, show_progress: bool
+) -> dict[str, list[ShardInfo]]:
+    """Encode everything from the place reached on and return the finished shards."""
+    assert progress.tokenizer is not None
+    plan, dtype = progress.plan, np.dtype(progress.tokenizer["dtype"])
+    spec = EncoderSpec(out / TOKENIZER, progress.tokenizer["end_id"], plan["text_field"], progress.valid_below, splits)
+    blocks = read_blocks(sources, plan["text_field"], plan["document_bytes"], progress.position)
+    writers = {name: ShardWriter(out, name, dtype, plan["shard_tokens"], progress.writers.get(name)) for name in splits}
+    encoded = encode_blocks(blocks, spec, _workers(workers, sources))
+    try:
+        with _progress_bar(sources, show_progress) as report:
+            for count, block in enumerate(encoded, start=1):
+                for name, tokens in block.tokens.items():
+                    writers[name].append(tokens, block.docs[name])
+                if block.tokens:
+                    lowest, highest = progress.hashes or (block.lowest_hash, block.highest_hash)
+                    progress.hashes = min(lowest, block.lowest_hash), max(highest, block.highest_hash)
+                progress.skipped += block.skipped
+                reached = block.block[0], block.block[1] + 1
+                if count % _COMMIT_BLOCKS == 0:
+                    progress.position = reached
+                    progress.writers = {name: writer.commit() for name, writer in writers.items()}
+                    _save(out, progress)
+                report(block.block[0], block.read_bytes)
+        return {name: writer.finish() for name, writer in writers.items()}
+    finally:
+        encoded.close()
+        for writer in writers.values():
+            writer.abandon()
+
+
+def _begin(out: Path, fresh: _Progress, splits: tuple[str, ...], overwrite: bool) -> _Progress | None:
+    """Where to go on from: ``fresh``, an interrupted run's progress, or None where all is done. Refuses what it must not touch."""
+    names = {path.name for path in out.iterdir()} - {f"{INDEX}.partial", f"{PROGRESS}.partial"}
+    if names and not names & {INDEX, PROGRESS}:
+        raise UserError(f"{out} holds something else than a prepared corpus: choose an empty or new directory")
+    index = read_index(out) if INDEX in names else None
+    others = {name: split for name, split in index["splits"].items() if name not in splits} if index else {}
+    if index and len(others) < len(index["splits"]) and not overwrite:
+        if all(index["splits"].get(name, {}).get("source", {}).get("plan") == fresh.plan for name in splits):
+            (out / PROGRESS).unlink(missing_ok=True)
+            return None
+        raise UserError(f"{out} is already prepared from other inputs or options: choose another directory, or overwrite")
+    if PROGRESS in names and not overwrite:
+        return _resume(out, fresh)
+    if index and others:
+        if index["tokenizer"]["fingerprint"] != fresh.plan["tokenizer"]:
+            raise UserError(f"{out} holds {', '.join(others)} in another tokenizer: give {out} as the tokenizer to use the same")
+        fresh.tokenizer = index["tokenizer"]
+    _save(out, fresh)  # first, so that an interrupted removal is known as ours
+    _remove(out, splits)
+    return fresh
+
+
+def _resume(out: Path, fresh: _Progress) -> _Progress:
+    try:
+        saved = _Progress(**json.loads((out / PROGRESS).read_bytes()))
+        different = [name for name in {**saved.plan, **fresh.plan} if saved.plan.get(name) != fresh.plan.get(name)]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{out / PROGRESS} is damaged: overwrite to start anew") from error
+    if different or saved.modified != fresh.modified:
+        changed = ", ".join(different) or "the times of the input files"
+        raise UserError(f"{out} holds an interrupted run that differs in {changed}: repeat its call to finish it, or overwrite")
+    saved.position = saved.position[0], saved.position[1]  # JSON made it a list
+    return saved
+
+
+def _remove(out: Path, splits: tuple[str, ...]) -> None:
+    """Remove ``splits``, finished or not; with the last split, all that `prepare` ever wrote except its progress."""
+    index = read_index(out) if (out / INDEX).is_file() else None
+    kept = {name: value for name, value in (index["splits"] if index else {}).items() if name not in splits}
+    if index and kept:
+        _write_json(out / INDEX, index | {"splits": kept})
+    else:
+        (out / INDEX).unlink(missing_ok=True)
+        for leftover in (out / TOKENIZER, out / f"{TOKENIZER}.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    for path in out.iterdir():
+        if _OURS.fullmatch(path.name) and path.name.rsplit("-", 1)[0] not in kept:
+            path.unlink()
+
+
+def _install_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    partial = out / f"{TOKENIZER}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+    partial.rename(out / TOKENIZER)
+    size = vocabulary_size(tokenizer)
+    return {
+        "fingerprint": fingerprint(tokenizer),
+        "vocab_size": size,
+        "end_id": tokenizer.eos_token_id,
+        "dtype": token_dtype(size).name,
+    }
+
+
+def _bpe_training_texts(sources: list[Source], plan: dict[str, Any]) -> Iterator[str]:
+    # The same share of every source rather than all of the first ones.
+    for source in sources:
+        yield from read_texts(source, plan["text_field"], plan["document_bytes"], _BPE_TRAINING_BYTES // len(sources))
+
+
+def _write_index(out: Path, progress: _Progress, written: dict[str, list[ShardInfo]]) -> None:
+    splits = read_index(out)["splits"] if (out / INDEX).is_file() else {}
+    for name, shards in written.items():
+        counts = {key: sum(getattr(shard, key) for shard in shards) for key in ("tokens", "documents", "bytes", "words")}
+        source = {"plan": progress.plan, "skipped_documents": progress.skipped}
+        splits[name] = {**counts, "source": source, "shards": [asdict(shard) for shard in shards]}
+    index = {"format": FORMAT, "version": VERSION, "tokenizer": progress.tokenizer, "splits": dict(sorted(splits.items()))}
+    _write_json(out / INDEX, index)
+
+
+def _summary(out: Path) -> PrepareSummary:
+    index = read_index(out)
+    splits = {
+        name: SplitSummary(split["tokens"], split["documents"], split["bytes"], split["words"], len(split["shards"]))
+        for name, split in index["splits"].items()
+    }
+    # Splits written by one run carry that run's count each.
+    skipped = {_digest(split["source"]["plan"]): split["source"]["skipped_documents"] for split in index["splits"].values()}
+    return PrepareSummary(out, splits, index["tokenizer"]["vocab_size"], index["tokenizer"]["dtype"], sum(skipped.values()))
+
+
+def _check_options(
+    valid_fraction: float, split: str | None, shard_tokens: int, document_bytes: int, workers: int, bpe_size: int, tokenizer: str
+) -> None:
+    if not 0 <= valid_fraction < 1:
+        raise UserError(f'valid_fraction {valid_fraction} is not in [0, 1): for validation text only, set split to "valid"')
+    if split is not None and not _SPLIT_NAME.fullmatch(split):
+        raise UserError(f"split {split!r} is no name: use lower-case letters, digits and _, such as valid")
+    for name, value, least in (
+        ("shard_tokens", shard_tokens, 1),
+        ("document_bytes", document_bytes, 1024),
+        ("workers", workers, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name} of {value} is too small: at least {least}")
+    if bpe_size and tokenizer != "byte":
+        raise UserError(f"train_bpe {bpe_size} trains a tokenizer, so none can be given: leave out tokenizer {tokenizer}")
+
+
+def _workers(asked: int, sources: list[Source]) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if any(source.kind == "hf" for source in sources):
+        return asked or cores
+    return min(asked or cores, 1 + sum(source.num_bytes for source in sources) // _BYTES_PER_WORKER)
+
+
+@contextmanager
+def _progress_bar(sources: list[Source], show: bool) -> Iterator[Any]:
+    """A callable for (source number, bytes of it read), shown on a terminal only."""
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    before = np.cumsum([0, *(source.num_bytes for source in sources)])
+    columns = (
+        "preparing",
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as bar:
+        task = bar.add_task("prepare", total=int(before[-1]) or None)
+        yield lambda source, read: bar.update(task, completed=int(before[source]) + read)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep a second `prepare` out of the directory; the lock goes with the process."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose a directory for the shards")
+    existed = out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out} is being prepared by another process: wait for it, or choose another directory") from None
+        yield
+    finally:
+        os.close(descriptor)
+        if not existed and not any(out.iterdir()):
+            out.rmdir()
+
+
+@contextmanager
+def _write_errors_reported(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(f"{error.filename or out}: {error.strerror}; what is done is kept, run again to go on") from error
+        raise
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _save(out: Path, progress: _Progress) -> None:
+    _write_json(out / PROGRESS, asdict(progress))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

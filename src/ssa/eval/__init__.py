@@ -1,0 +1,1 @@
+"""Perplexity and needle-in-a-haystack, under full and sparse inference."""

@@ -1,0 +1,131 @@
+"""The text of an evaluation: a prepared data directory, or anything that `ssa prepare` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ssa.errors import UserError
+from ssa.eval.perplexity import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Text(NamedTuple):
+    text: str
+    num_words: int
+
+
+def is_prepared(data: str | Path) -> bool:
+    return (Path(data) / "index.json").is_file()
+
+
+def read_documents(
+    data: str | Path, split: str, tokenizer: PreTrainedTokenizerFast, max_tokens: int | None = None
+) -> tuple[list[Document], bool]:
+    """(documents without their end token, whether `max_tokens` cut something off).
+
+    Args:
+        data: A directory made by `ssa prepare`; or text files (see `read_texts`), encoded with `tokenizer`.
+        split: Of a prepared directory; text files have none.
+        max_tokens: Stop where so many tokens would be scored. Bytes and words of the document cut there are those of its beginning.
+
+    Raises:
+        UserError: Nothing there, or shards of another tokenizer.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens = {max_tokens} must be at least 1")
+    documents: list[Document] = []
+    left, cut = max_tokens, False
+    for document in _prepared(Path(data), split, tokenizer) if is_prepared(data) else _encoded(read_texts(data), tokenizer):
+        if left is not None and len(document.tokens) - 1 > left:
+            cut = True
+            if left:
+                documents.append(_beginning(document, left + 1, tokenizer))
+            break
+        documents.append(document)
+        if left is not None:
+            left -= max(0, len(document.tokens) - 1)
+    return documents, cut
+
+
+def document_texts(data: str | Path, split: str, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+    """The same documents as text."""
+    if not is_prepared(data):
+        yield from (text for text, _ in read_texts(data))
+        return
+    for document in _prepared(Path(data), split, tokenizer):
+        yield _decode(tokenizer, document.tokens)
+
+
+def fingerprint(documents: Iterable[Document]) -> str:
+    """sha256 over the tokens and where documents end."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(np.int64(len(document.tokens)).tobytes())
+        digest.update(np.ascontiguousarray(document.tokens, dtype="<u4").tobytes())
+    return digest.hexdigest()
+
+
+def read_texts(data: str | Path) -> Iterator[Text]:
+    """The documents of whatever `ssa prepare` reads: files, directories, patterns, "builtin:python", "hf:NAME".
+
+    A JSON line holds its document in "text"; an integer "words" beside it overrides the count of white-space separated words, for
+    texts that were detokenised (WikiText). A text file is one document.
+    """
+    from ssa.data.encode import block_texts
+    from ssa.data.sources import expand_inputs, read_blocks
+
+    for block in read_blocks(expand_inputs([data]), "text", document_bytes=sys.maxsize):
+        if block.texts is not None:
+            yield from (Text(text, len(text.split())) for text in block.texts)
+            continue
+        for number, line in enumerate(block.lines.split(b"\n"), start=block.first_line):
+            for text in block_texts(replace(block, lines=line, first_line=number), "text"):
+                words = json.loads(line).get("words") if b'"words"' in line else None
+                yield Text(text, words if type(words) is int and words >= 0 else len(text.split()))
+
+
+def _encoded(texts: Iterable[Text], tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
+    from ssa.data.tokenizer import encode_documents
+
+    for text, num_words in texts:
+        tokens = encode_documents(tokenizer, [text])[0][:-1]
+        yield Document(tokens, len(text.encode("utf-8", "surrogatepass")), num_words)
+
+
+def _prepared(path: Path, split: str, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
+    from ssa.data.shards import TokenShards
+    from ssa.data.tokenizer import fingerprint as tokenizer_fingerprint
+
+    shards = TokenShards(path, split)
+    if shards.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
+        raise UserError(f"{path} was prepared with another tokenizer than the model's; give its text files instead")
+    for tokens, num_bytes, num_words in shards.documents():
+        yield Document(tokens[:-1], num_bytes, num_words)
+
+
+def _beginning(document: Document, num_tokens: int, tokenizer: PreTrainedTokenizerFast) -> Document:
+    """The first tokens with their share of the bytes and words, by decoding both: exact where decoding gives the text back."""
+    part, whole = (_decode(tokenizer, tokens) for tokens in (document.tokens[:num_tokens], document.tokens))
+
+    def share(a: int, b: int, count: int) -> int:
+        return round(count * a / b) if b else 0
+
+    return Document(
+        document.tokens[:num_tokens],
+        share(len(part.encode()), len(whole.encode()), document.num_bytes),
+        share(len(part.split()), len(whole.split()), document.num_words),
+    )
+
+
+def _decode(tokenizer: PreTrainedTokenizerFast, tokens: np.ndarray) -> str:
+    return str(tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False))

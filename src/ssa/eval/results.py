@@ -1,0 +1,53 @@
+"""Evaluation results on disk: RUN/eval/perplexity.json and RUN/eval/needle.json, added to and never lost.
+
+    {"format": 1, "latest": KEY, "results": {KEY: {"model": ..., "setting": {...}, ..., "budgets": {"full": {...}, "16x16": {...}}}}}
+
+KEY is a hash of everything that two figures must share to be compared (text, context, checkpoint, precision, ...), all of it
+under "setting". Budgets of one setting gather under one key, whenever they were measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ssa.errors import UserError
+from ssa.files import write_atomically
+
+FORMAT = 1
+
+
+def result_key(setting: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The file's content, or that of an empty one where there is none.
+
+    Raises:
+        UserError: The file is damaged or of another format; it is left as it is.
+    """
+    if not path.exists():
+        return {"format": FORMAT, "latest": None, "results": {}}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = content["format"] == FORMAT and all(isinstance(entry["budgets"], dict) for entry in content["results"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise UserError(f"{path} holds no evaluation results that this version reads; move it away")
+    return content
+
+
+def add_results(path: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """Put `entry` (with "setting" and "budgets") into the file and return it together with the budgets that were there."""
+    content = read_results(path)
+    key = result_key(entry["setting"])
+    before = content["results"].get(key, {"budgets": {}})
+    entry = {**entry, "budgets": {**before["budgets"], **entry["budgets"]}}
+    content["results"][key] = entry
+    content["latest"] = key
+    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return entry

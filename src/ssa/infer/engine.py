@@ -1,0 +1,299 @@
+"""Text generation: prompts in, completions out, with the block cache, streaming and stop strings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from ssa.config import AttentionMode, Budget
+from ssa.errors import UserError
+from ssa.infer.load import attention_choice, check_budgets, load_model
+from ssa.infer.transcript import FinishReason, Transcript
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from ssa.model import SSAForCausalLM
+
+
+@dataclass(frozen=True)
+class Completion:
+    prompt: str
+    text: str
+    """What the model wrote, without the prompt, the end token and the stop string."""
+    token_ids: list[int]
+    """The generated tokens without the end token; those of a stop string included."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen and when to stop. temperature 0 = greedy; top_k 0 and top_p 1 = from the whole vocabulary."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: Sequence[str] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens = {self.max_new_tokens} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature = {self.temperature} must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise UserError(f"top_k = {self.top_k} must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p} must lie in 0..1, 0 excluded")
+        if any(not s for s in self.stop):
+            raise UserError("a stop string is empty")
+
+
+def generate(
+    run: Path | str,
+    prompts: Sequence[str],
+    *,
+    mode: AttentionMode | None = None,
+    budget: Budget | str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+    stream: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+    out: TextIO | None = None,
+    err: TextIO | None = None,
+) -> list[Completion]:
+    """Continue each prompt with the model of `run` (a run, a checkpoint or a model directory).
+
+    Args:
+        prompts: An empty one starts from the tokenizer's first-token (bos or, without one, the end of a document).
+        mode: "sparse" or "full"; None = the model's own.
+        budget: `Budget` or "kxs", also one the model was not trained with; alone it means sparse. None = the model's own.
+        max_new_tokens ... stop: See `Sampling`. `seed` decides all draws of the call; with another `batch_size` or other prompts
+            beside it, a prompt gets other draws. Greedy completions do not depend on their neighbours.
+        batch_size: Prompts computed together, left-padded.
+        stream: With one prompt, write to `out` while generating.
+        out: Where completions are written, None = nowhere. One prompt: its bare text. Several: each under a heading.
+        err: Where the summary (tokens per second) is written, None = nowhere.
+
+    Returns:
+        One `Completion` per prompt, in order.
+
+    Raises:
+        UserError: Anything a user can get wrong, before any token is generated.
+    """
+    mode, budget = attention_choice(mode, budget)
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop))
+    if not prompts:
+        raise UserError("no prompt given; pass at least one (an empty one is fine)")
+    if batch_size < 1:
+        raise UserError(f"batch_size = {batch_size} must be at least 1")
+    model, tokenizer = load_model(run, device, dtype, mode, budget)
+    live = out if stream and len(prompts) == 1 else None
+    clock = _Clock()
+    completions = []
+    for group in _complete(model, tokenizer, prompts, sampling, batch_size, live, clock):
+        for completion in group:
+            completions.append(completion)
+            if out is not None and live is None:
+                out.write(_shown(completion, len(completions), len(prompts)))
+                out.flush()
+    if live is not None:
+        live.write("\n")
+        live.flush()
+    if err is not None:
+        print(_summary(model, completions, clock), file=err, flush=True)
+    return completions
+
+
+def complete(
+    model: SSAForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    sampling: Sampling | None = None,
+    *,
+    mode: AttentionMode | None = None,
+    budget: Budget | str | None = None,
+    batch_size: int = 16,
+    live: TextIO | None = None,
+) -> list[Completion]:
+    """`generate` for a model in memory; `live` receives the text of the first row of each batch as it comes."""
+    mode, chosen = attention_choice(mode, budget)
+    check_budgets(model.config, [chosen])
+    groups = _complete(model, tokenizer, prompts, sampling or Sampling(), batch_size, live, _Clock(), mode, chosen)
+    return [completion for group in groups for completion in group]
+
+
+def read_prompts(prompts: Sequence[str], file: str | Path | None, stdin: TextIO | None) -> list[str]:
+    """The prompts of a command line: those given, then the text of `file` ("-" = standard input) as one more.
+
+    With neither, standard input is the prompt if it is no terminal. A file's last line break is not part of the prompt: editors and
+    shells put it there. Raises `UserError` where there is nothing or the file cannot be read as UTF-8.
+    """
+    found = list(prompts)
+    if not found and file is None and stdin is not None and not stdin.isatty():
+        file = "-"
+    if file is not None:
+        try:
+            text = stdin.read() if str(file) == "-" and stdin is not None else Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompt file {file} cannot be read: {error}") from None
+        found.append(text.removesuffix("\n").removesuffix("\r"))
+    if not found:
+        raise UserError("no prompt: give --prompt TEXT, a prompt file, or text on standard input")
+    return found
+
+
+def first_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What the tokenizer itself puts before a text: [bos] for Llama's, nothing for this project's own."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
+
+
+@dataclass
+class _Clock:
+    """Seconds and tokens of prefill and decoding, over all batches."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+    decoded: int = 0
+
+
+class _Follower(StoppingCriteria):
+    """Sees the rows after every step: feeds the transcripts, prints the first row live, tells which rows are done."""
+
+    def __init__(self, transcripts: list[Transcript], live: TextIO | None) -> None:
+        self.transcripts, self.live = transcripts, live
+        self.first_token_at: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        tokens = input_ids[:, -1].tolist()
+        self.first_token_at = self.first_token_at or time.perf_counter()
+        for row, (transcript, token) in enumerate(zip(self.transcripts, tokens, strict=True)):
+            self.show(row, transcript.push(token))
+        return torch.tensor([t.reason is not None for t in self.transcripts], device=input_ids.device)
+
+    def show(self, row: int, text: str) -> None:
+        if self.live is not None and row == 0 and text:
+            self.live.write(text)
+            self.live.flush()
+
+
+def _complete(
+    model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], sampling: Sampling, batch_size: int,
+    live: TextIO | None, clock: _Clock, mode: AttentionMode | None = None, budget: Budget | None = None,
+) -> Iterator[list[Completion]]:  # fmt: skip
+    """The completions, a batch at a time."""
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    longest, limit = max(map(len, encoded)), model.config.max_position_embeddings
+    if longest + sampling.max_new_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones exceed the model's {limit} positions; "
+            + (f"set max_new_tokens to {limit - longest} or less" if longest < limit else "shorten the prompt")
+        )
+    # A random state of our own, from the seed and the batch's first prompt: the caller's stays as it is.
+    devices = [model.device] if model.device.type == "cuda" else []
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(sampling.seed + start)
+            group = _batch(model, tokenizer, prompts[rows], encoded[rows], sampling, live, clock, mode, budget)
+        yield group
+
+
+def _batch(
+    model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], encoded: list[list[int]],
+    sampling: Sampling, live: TextIO | None, clock: _Clock, mode: AttentionMode | None, budget: Budget | None,
+) -> list[Completion]:  # fmt: skip
+    end_ids = _end_ids(model, tokenizer)
+    pad_id = next((i for i in (tokenizer.pad_token_id, *end_ids) if i is not None), 0)
+    width = max(map(len, encoded))
+    input_ids = torch.full((len(encoded), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(encoded):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, width - len(ids) :] = 1
+    follower = _Follower([Transcript(tokenizer, end_ids, sampling.stop) for _ in encoded], live)
+    started = time.perf_counter()
+    # `generate` fills what a configuration leaves open from the model's own; sampling settings saved with a model are not to mix in.
+    saved, model.generation_config = model.generation_config, _generation_config(sampling, sorted(end_ids), pad_id)
+    try:
+        model.generate(  # type: ignore[misc]
+            input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            stopping_criteria=StoppingCriteriaList([follower]),
+            attention_mode=mode,
+            budget=None if budget is None else str(budget),
+        )
+    finally:
+        model.generation_config = saved
+    stopped = time.perf_counter()
+    for row, transcript in enumerate(follower.transcripts):
+        follower.show(row, transcript.finish())
+    first = follower.first_token_at or stopped
+    clock.prefill += first - started
+    clock.decode += stopped - first
+    clock.decoded += sum(max(0, len(t.token_ids) - 1) for t in follower.transcripts)
+    return [
+        Completion(prompt, t.text, t.token_ids, t.reason or "length")
+        for prompt, t in zip(prompts, follower.transcripts, strict=True)
+    ]
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    ids = first_ids(tokenizer) + tokenizer(prompt, add_special_tokens=False).input_ids
+    if ids:
+        return ids
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise UserError("the prompt is empty and the tokenizer has neither a bos nor an eos token to start from")
+    return [first]
+
+
+def _end_ids(model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Every token that the tokenizer, the model or its saved generation settings call an end."""
+    saved = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found: set[int] = set()
+    for ids in (tokenizer.eos_token_id, model.config.eos_token_id, saved):
+        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    return frozenset(found)
+
+
+def _generation_config(sampling: Sampling, end_ids: list[int], pad_id: int) -> GenerationConfig:
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, eos_token_id=end_ids or None, pad_token_id=pad_id, use_cache=True
+    )
+    config.do_sample = sampling.temperature > 0
+    if config.do_sample:
+        config.temperature, config.top_k, config.top_p = float(sampling.temperature), sampling.top_k, float(sampling.top_p)
+    return config
+
+
+def _shown(completion: Completion, number: int, total: int) -> str:
+    if total == 1:
+        return completion.text + "\n"
+    heading = " ".join(completion.prompt.split())
+    heading = heading if len(heading) <= 60 else heading[:59] + "…"
+    return f"[{number}/{total}] {heading}\n{completion.text}\n" + ("\n" if number < total else "")
+
+
+def _summary(model: SSAForCausalLM, completions: list[Completion], clock: _Clock) -> str:
+    tokens = sum(len(c.token_ids) for c in completions)
+    how = "full attention" if model.config.attention_mode == "full" else f"sparse attention, {model.config.budget}"
+    speed = f", decoding {clock.decoded / clock.decode:.1f} tokens/s" if clock.decoded and clock.decode else ""
+    several = f"{len(completions)} completions, " if len(completions) > 1 else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{several}{tokens} tokens, first after {clock.prefill:.2f} s{speed} ({how}, {model.device.type} {dtype})"

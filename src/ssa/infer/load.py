@@ -1,0 +1,156 @@
+"""A model and its tokenizer from a run, a checkpoint or a model directory, on the device and in the precision asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssa.config import AttentionMode, Budget, released_rule_check
+from ssa.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from ssa.model import SSAForCausalLM
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(
+    run: Path | str,
+    device: str = "auto",
+    dtype: str = "auto",
+    mode: AttentionMode | None = None,
+    budget: Budget | str | None = None,
+) -> tuple[SSAForCausalLM, PreTrainedTokenizerFast]:
+    """The model of `run` in eval mode, and its tokenizer.
+
+    Args:
+        run: A run directory (its newest complete checkpoint), a checkpoint, or a model directory of this project's models.
+        device: "cpu", "cuda", "cuda:1", "mps"; auto = cuda where there is one, else cpu.
+        dtype: One of `DTYPES`; auto = bfloat16 on CUDA devices that compute in it, else float32.
+        mode: "sparse" or "full": what the model does from now on unless a call says otherwise; None = as it was saved.
+        budget: `Budget` or "kxs", likewise; "full" is another way to say mode "full".
+
+    Raises:
+        UserError: No model there, a damaged or foreign one, or a device, precision, mode or budget that does not exist.
+    """
+    mode, budget = attention_choice(mode, budget)
+    the_device = resolve_device(device)
+    the_dtype = resolve_dtype(dtype, the_device)
+
+    from ssa.data.tokenizer import load_tokenizer, vocabulary_size
+    from ssa.train.checkpoint import resolve_checkpoint
+
+    path = resolve_checkpoint(run)
+    model = _from_pretrained(path, the_dtype)
+    if mode is not None:
+        model.config.attention_mode = mode
+    if budget is not None:
+        check_budgets(model.config, [budget])
+        model.config.num_selected_blocks, model.config.block_size = budget.num_selected_blocks, budget.block_size
+    tokenizer = load_tokenizer(path)
+    if vocabulary_size(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {path} has {vocabulary_size(tokenizer)} ids and the model only {model.config.vocab_size}: they do not belong together"
+        )
+    return model.to(the_device).eval(), tokenizer
+
+
+def attention_choice(mode: str | None, budget: Budget | str | None) -> tuple[AttentionMode | None, Budget | None]:
+    """(mode, budget) as a user may write them: a budget alone means sparse attention, the budget "full" means full."""
+    if mode not in (None, "sparse", "full"):
+        raise UserError(f"mode {mode!r} is neither 'sparse' nor 'full'")
+    if isinstance(budget, str) and budget.strip() == "full":
+        if mode == "sparse":
+            raise UserError("mode 'sparse' and budget 'full' contradict each other; drop one of them")
+        return "full", None
+    if budget is None:
+        return mode, None  # type: ignore[return-value]
+    return mode or "sparse", Budget.parse(budget)  # type: ignore[return-value]
+
+
+def check_budgets(config: Any, budgets: Sequence[Budget | None]) -> None:
+    """A `UserError` for the first budget that the model's selection rule cannot serve; None stands for full attention."""
+    if config.selection_rule == "released":
+        for budget in budgets:
+            if budget is not None:
+                released_rule_check(budget.num_selected_blocks, budget.block_size)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that `device` names, else a `UserError`; "auto" never picks mps."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device {device!r} is unknown; use auto, cpu, cuda, cuda:N or mps") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {device!r} does not exist: PyTorch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu"
+        )
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device {device!r} does not exist on this machine; use auto or cpu")
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {device!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
+    return found
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The precision that `dtype` names on `device`."""
+    import torch
+
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return getattr(torch, dtype)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws one even for models that load in milliseconds."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _from_pretrained(path: Path, dtype: torch.dtype) -> Any:
+    from safetensors import SafetensorError
+
+    from ssa.model import SSAForCausalLM
+
+    try:
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path / 'config.json'} cannot be read: {' '.join(str(error).split())}") from None
+    if kind != "ssa":
+        raise UserError(f"the model in {path} is of type {kind!r}, not 'ssa'; convert it first: ssa convert {path} OUT")
+    try:
+        with _no_progress_bar():
+            loaded: Any = SSAForCausalLM.from_pretrained(
+                path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the model in {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    model, report = loaded
+    # Otherwise weights that are not in the file would silently be random.
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := sorted(map(str, report.get(what) or ())):
+            raise UserError(f"the model in {path} does not fit its config.json: {what.split('_')[0]} tensor {found[0]}")
+    return model

@@ -1,0 +1,254 @@
+"""Configurations of other checkpoints as ours, and ours as theirs.
+
+llama, mistral, qwen2: transformers' models whose blocks are ours without the gate. llama-nsa: the layout in which the method's
+authors published SSA, MoBA, NSA and FullAttn; always three gates a head, whichever the method uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+from ssa.config import Budget, released_rule_check
+from ssa.errors import UserError
+from ssa.model.configuration import SSAConfig
+from ssa.model.weights import one_line
+
+Gates = Literal["none", "own", "three"]
+"""g_proj of a checkpoint: absent; as `SSAForCausalLM` has it; or three rows a head, (compression, selection, window)."""
+
+RELEASED = "llama-nsa"
+PUBLISHED = {"zen-E/SSA-1B": "ssa", "zen-E/MoBA-1B": "moba", "zen-E/NSA-1B": "nsa", "zen-E/FullAttn-1B": "full"}
+"""The authors' checkpoints, whose configurations do not all say which method they are."""
+
+_CLASSES: dict[str, Any] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    RELEASED: LlamaConfig,
+    "ssa": SSAConfig,
+}
+_SHARED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id",
+    "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_bias", "attention_dropout", "mlp_bias", "dtype",
+)  # fmt: skip
+_READ = {
+    *_SHARED,
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+          "max_position_embeddings", "block_size", "block_counts", "num_selected_blocks")  # fmt: skip
+_DIFFERS = {
+    "qwen3": "normalises queries and keys", "olmo2": "normalises queries and keys, and norms after the blocks",
+    "phi3": "fuses its projections", "gemma": "scales its embeddings and norms", "gemma2": "scales, caps and slides",
+    "gemma3_text": "scales, normalises and slides", "granite": "scales its embeddings, residuals and logits",
+    "cohere": "has parallel blocks and a logit scale", "smollm3": "has layers without RoPE", "mixtral": "is a mixture of experts",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the caller asks of the result; None = as the source has it, or the default."""
+
+    method: str | None = None
+    block_size: int | None = None
+    num_selected_blocks: int | None = None
+    selection_rule: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint's configuration, read."""
+
+    model_type: str
+    config: SSAConfig
+    gates: Gates
+    missing_o_bias: bool
+    """Biases on q, k and v but none on o: ours has all four or none, so o gets zeros."""
+    notes: tuple[str, ...] = ()
+
+
+def read_layout(raw: Mapping[str, Any], choices: Choices, origin: str) -> Layout:
+    """`raw`, a config.json, as ours with `choices` applied; `origin` is the hub name or path it came from.
+
+    Raises:
+        UserError: an architecture that ours cannot express (the difference is named), values that make no sense, or a method
+            that neither the configuration nor the caller tells.
+    """
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError(f"config.json: model_type {model_type!r} names no architecture; convert reads {', '.join(_CLASSES)}")
+    if model_type not in _CLASSES:
+        differs = _DIFFERS.get(model_type, "is not Llama's architecture")
+        raise UserError(f"model_type {model_type!r} {differs}; convert reads {', '.join(_CLASSES)}")
+    if raw.get("quantization_config"):
+        raise UserError(f"{origin} is quantised (quantization_config in config.json); dequantise it first")
+    for name in _SIZES:
+        value = raw.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value < 2**31):
+            raise UserError(f"config.json: {name} = {value!r} is not a positive integer")
+    if model_type == "ssa":
+        return _read_own(raw, choices)
+    theirs = _parse(model_type, {k: v for k, v in raw.items() if k in _READ})
+    fields = {name: getattr(theirs, name) for name in _SHARED if hasattr(theirs, name)}
+    if model_type == RELEASED:
+        return _read_released(raw, fields, choices, origin)
+    _check_window(model_type, theirs)
+    if choices.method == "nsa":
+        raise UserError(
+            "method nsa adds a compression and a window branch, so it cannot start as the same function as a Llama; use ssa, moba or full"
+        )
+    if model_type == "qwen2":
+        fields["attention_bias"] = True
+    notes = ("attention dropout in training is not kept",) if fields.get("attention_dropout") else ()
+    changed = {"method": "ssa"} | {k: v for k, v in vars(choices).items() if v is not None}
+    config = _build(fields | changed | {"attention_gate": False})
+    return Layout(model_type, config, "none", model_type == "qwen2", notes)
+
+
+def _read_own(raw: Mapping[str, Any], choices: Choices) -> Layout:
+    fields = {k: v for k, v in raw.items() if k not in ("auto_map", "model_type", "transformers_version")}
+    had = _parse("ssa", dict(fields))
+    if choices.method and choices.method != had.method:
+        if "nsa" in (choices.method, had.method):
+            raise UserError(
+                f"method {had.method} cannot become {choices.method}: nsa has branches and gates that the others have not"
+            )
+        fields["attention_mode"] = None
+    changed = {k: v for k, v in vars(choices).items() if v is not None}
+    return Layout("ssa", _build(fields | changed), "own" if had.attention_gate else "none", False)
+
+
+def _read_released(raw: Mapping[str, Any], fields: dict[str, Any], choices: Choices, origin: str) -> Layout:
+    if raw.get("entmax_alpha") is not None:
+        raise UserError(f"entmax_alpha = {raw['entmax_alpha']!r}: attention by entmax instead of softmax is not supported")
+    window = raw.get("window_size")
+    if window is not None and (type(window) is not int or not 0 <= window < 2**31):
+        raise UserError(f"config.json: window_size = {window!r} is not a whole number of keys")
+    notes = []
+    method = choices.method or raw.get("method") or PUBLISHED.get(origin)
+    if method is None and window:
+        method = "nsa"
+        notes.append(f"method nsa, because window_size = {window}")
+    if method is None:
+        raise UserError(f"{origin} does not say which method it was trained with; add --method ssa, moba, full or nsa")
+    if method != "nsa" and window:
+        notes.append(f"window_size = {window} ignored: method {method} has no window branch")
+    if method == "nsa" and not window:
+        raise UserError(f"method nsa needs a sliding window, but {origin} has window_size = {window!r}; use ssa, moba or full")
+    # block_size and block_counts: 64 and 16 where absent, their class's defaults
+    budget = Budget(
+        choices.num_selected_blocks if choices.num_selected_blocks is not None else raw.get("block_counts") or 16,
+        choices.block_size if choices.block_size is not None else raw.get("block_size") or 64,
+    )
+    rule = choices.selection_rule or raw.get("selection_rule")
+    if rule is None:
+        try:
+            released_rule_check(budget.num_selected_blocks, budget.block_size)
+            rule = "released"
+            if budget.num_selected_blocks * 2 > budget.block_size:
+                notes.append("their kernel's selection rule kept (selection_rule released); exact is the true top-k")
+        except UserError:
+            rule = "exact"
+            notes.append(f"selection rule exact: their kernel's rule does not exist at {budget}")
+    fields |= {
+        "method": method, "selection_rule": rule, "block_size": budget.block_size, "num_selected_blocks": budget.num_selected_blocks,
+    }  # fmt: skip
+    if method == "nsa":
+        fields["window_size"] = window
+    if method in ("ssa", "moba") and raw.get("inference_mode") is not None:
+        fields["attention_mode"] = raw["inference_mode"]
+    return Layout(RELEASED, _build(fields), "three", False, tuple(notes))
+
+
+def llama_json(config: SSAConfig) -> dict[str, Any]:
+    """config.json of the Llama that `config` is without its gate, readable by transformers 4 and 5."""
+    values = LlamaConfig(**_shared(config), architectures=["LlamaForCausalLM"]).to_dict()
+    return values | _names_of_transformers_4(config)
+
+
+def released_json(config: SSAConfig) -> tuple[dict[str, Any], list[str]]:
+    """(config.json in the authors' layout, notes). `method` and `selection_rule` are ours: theirs ignores them."""
+    if config.method != "full" and (config.selection_scope, config.selection_scoring) != ("group", "softmax"):
+        raise UserError(
+            f"selection by {config.selection_scope} and {config.selection_scoring} cannot be exported: the {RELEASED} kernel knows group and softmax alone"
+        )
+    notes = [
+        "transformers loads it only with the authors' LlamaNSAConfig and LlamaNSAForCausalLM, which are not part of this package"
+    ]
+    if config.selection_rule == "exact" and 2 * config.num_selected_blocks > config.block_size:
+        notes.append(
+            f"their kernel is not an exact top-k at {config.budget}: sparse results differ from this model's (rule exact)"
+        )
+    values = LlamaConfig(**_shared(config), architectures=["LlamaNSAForCausalLM"]).to_dict()
+    for name in ("rope_parameters", "dtype"):
+        values.pop(name, None)
+    return values | _names_of_transformers_4(config) | {
+        "model_type": RELEASED,
+        "block_size": config.block_size,
+        "block_counts": config.num_selected_blocks,
+        "window_size": config.window_size if config.method == "nsa" else 0,
+        "inference_mode": config.attention_mode,
+        "method": config.method,
+        "selection_rule": config.selection_rule,
+    }, notes  # fmt: skip
+
+
+def _shared(config: SSAConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in _SHARED}
+
+
+def _names_of_transformers_4(config: SSAConfig) -> dict[str, Any]:
+    rope = dict(config.rope_parameters or {})
+    theta = rope.pop("rope_theta")
+    scaled = rope.get("rope_type", "default") != "default"
+    return {
+        "rope_theta": theta,
+        "rope_scaling": rope if scaled else None,
+        "torch_dtype": str(config.dtype or "float32").removeprefix("torch."),
+    }
+
+
+def _check_window(model_type: str, theirs: Any) -> None:
+    """Windowed attention is exact only where no window is shorter than the context."""
+    window = getattr(theirs, "sliding_window", None)
+    types = getattr(theirs, "layer_types", None) or []
+    slides = model_type != "qwen2" or any(kind != "full_attention" for kind in types)
+    if window is not None and slides and window < theirs.max_position_embeddings:
+        raise UserError(
+            f"{model_type} with sliding_window = {window} under {theirs.max_position_embeddings} positions attends in a window, which ours does not"
+        )
+
+
+def _parse(model_type: str, values: dict[str, Any]) -> Any:
+    try:
+        parsed = _CLASSES[model_type].from_dict(values)
+        rope = parsed.rope_parameters
+        if not isinstance(rope.get("rope_theta"), int | float) or rope["rope_theta"] <= 0:
+            raise ValueError(f"rope_theta = {rope.get('rope_theta')!r} is not a positive number")
+        return parsed
+    except UserError:
+        raise
+    except Exception as error:  # transformers validates with several classes of its own
+        raise UserError(f"config.json does not make a {model_type} configuration: {one_line(error)}") from None
+
+
+def _build(fields: dict[str, Any]) -> SSAConfig:
+    try:
+        config = SSAConfig(**fields)
+        _ = config.budget  # a budget of less than 1 block or key is an error here
+        return config
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"config.json does not make an ssa configuration: {one_line(error)}") from None

@@ -1,0 +1,1 @@
+"""Triton kernels for NVIDIA GPUs. Modules here and in `reference` never import one another."""

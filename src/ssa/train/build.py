@@ -1,0 +1,104 @@
+"""From a recipe to what training needs: data and model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssa.config import Recipe
+from ssa.errors import UserError
+
+if TYPE_CHECKING:
+    from ssa.model import SSAConfig, SSAForCausalLM
+
+
+@dataclass(frozen=True)
+class Data:
+    """A prepared data directory, opened."""
+
+    path: Path
+    tokenizer: Any
+    train: Any
+    """`TokenShards` of the training split."""
+    valid: Any
+    fingerprint: str
+    """SHA-256 of index.json, which holds the hash of every shard."""
+
+
+def open_data(recipe: Recipe, out: Path) -> Data:
+    """The data of a recipe; text that is not prepared yet is prepared into `out`/data first (once)."""
+    from ssa.data.prepare import prepare
+    from ssa.data.shards import INDEX, PROGRESS, TokenShards, sha256_of_file
+
+    path = Path(recipe.data.path)
+    if not any((path / name).is_file() for name in (INDEX, PROGRESS)):
+        path = out / "data"
+        if not (path / INDEX).is_file():
+            print(f"preparing {recipe.data.path} into {path}", flush=True)
+            print(prepare([recipe.data.path], path, tokenizer=recipe.data.tokenizer), flush=True)
+    train = TokenShards(path, "train")
+    return Data(path, train.load_tokenizer(), train, TokenShards(path, "valid"), sha256_of_file(path / INDEX))
+
+
+def build_model(recipe: Recipe, tokenizer: Any) -> SSAForCausalLM:
+    """A new model in float32 on the CPU (or the present default device), or the one in `model.init_from` with the recipe's method."""
+    from ssa.data.tokenizer import vocabulary_size
+    from ssa.model import SSAConfig, SSAForCausalLM
+
+    if recipe.model.init_from:
+        return _from_checkpoint(recipe, tokenizer)
+    vocab_size = recipe.model.vocab_size or vocabulary_size(tokenizer)
+    _check_vocabulary(vocab_size, tokenizer, "model.vocab_size")
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return SSAForCausalLM(SSAConfig.from_recipe(recipe.model, vocab_size, stream_seed=recipe.train.seed, **tokens))
+
+
+def _from_checkpoint(recipe: Recipe, tokenizer: Any) -> SSAForCausalLM:
+    import torch
+
+    from ssa.model import SSAConfig, SSAForCausalLM
+    from ssa.train.checkpoint import resolve_checkpoint
+
+    directory = resolve_checkpoint(recipe.model.init_from)
+    kind = json.loads((directory / "config.json").read_text()).get("model_type")
+    if kind != SSAConfig.model_type:
+        raise UserError(
+            f"model.init_from = {recipe.model.init_from!r} is a {kind!r} model; make it an ssa model with `ssa convert` first"
+        )
+    config = with_method(SSAConfig.from_pretrained(directory), recipe)
+    _check_vocabulary(config.vocab_size, tokenizer, "the vocabulary of model.init_from")
+    try:
+        model, loaded = SSAForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32, output_loading_info=True)
+    except RuntimeError as error:
+        raise UserError(f"model.init_from = {recipe.model.init_from!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if wrong := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
+        raise UserError(
+            f"model.init_from = {recipe.model.init_from!r} has no fitting {wrong[0]} for method {recipe.model.method!r}: "
+            "its gates differ; train that method from a new model"
+        )
+    return model
+
+
+def with_method(config: SSAConfig, recipe: Recipe) -> SSAConfig:
+    """A checkpoint's configuration under the recipe's method: everything but the weights' shapes (the gate stays the checkpoint's).
+
+    `model.rope_factor` > 1 applies too: it is how the paper goes on to 32k tokens.
+    """
+    from ssa.model.configuration import METHOD_FIELDS, SSAConfig
+
+    wanted = SSAConfig.from_recipe(recipe.model, config.vocab_size)
+    values = config.to_dict() | {
+        name: getattr(wanted, name) for name in ("method", "attention_mode", *METHOD_FIELDS) if name != "attention_gate"
+    }
+    if recipe.model.rope_factor > 1:
+        values["rope_parameters"] = wanted.rope_parameters | {"rope_theta": config.rope_parameters["rope_theta"]}
+    return SSAConfig.from_dict(values | {"stream_seed": recipe.train.seed})
+
+
+def _check_vocabulary(vocab_size: int, tokenizer: Any, name: str) -> None:
+    from ssa.data.tokenizer import vocabulary_size
+
+    if vocab_size < vocabulary_size(tokenizer):
+        raise UserError(f"{name} = {vocab_size} is smaller than the tokenizer's {vocabulary_size(tokenizer)} ids")

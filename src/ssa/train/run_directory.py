@@ -1,0 +1,92 @@
+"""The run directory: who may write to it, what it may be resumed with, and what it records.
+
+RUN/recipe.json        the resolved recipe            RUN/environment.json   versions, device, git state, data, one entry a start
+RUN/metrics.jsonl      see `ssa.train.metrics`        RUN/checkpoints/       see `ssa.train.checkpoint`
+RUN/data/              shards, if `data.path` was not prepared before
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ssa.config import Recipe, read_recipe
+from ssa.errors import UserError
+from ssa.files import write_atomically
+
+RESUMABLE = frozenset({"steps", "log_every", "eval_every", "save_every", "keep_last"})
+"""Fields of `[train]` that a resumed run may change; any other would make it another run."""
+
+_OWN = ("recipe.json", "environment.json", "metrics.jsonl", "checkpoints", "tensorboard", "data", "eval", "analysis")
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def open_run(out: Path, recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+    """Hold the directory `out` for one run: created, locked against a second writer, and checked.
+
+    A directory that holds nothing but prepared data counts as empty; resuming an empty one starts at step 0. `overwrite` deletes what a
+    run wrote, and only in a directory that is a run.
+
+    Raises:
+        UserError: `out` is in use, holds something else, or was started with another recipe (the field is named).
+    """
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / _LOCK).open("a")
+    except OSError as error:
+        raise UserError(f"run directory {out} cannot be written: {error.strerror}") from None
+    with lock:
+        _lock(lock, out)
+        names = {p.name for p in out.iterdir()} - {_LOCK}
+        if names - {"data"}:
+            is_run = "recipe.json" in names
+            if not (resume or overwrite):
+                hint = "pass --resume or --overwrite, or" if is_run else "it is no run;"
+                raise UserError(f"{out} is not empty: {hint} name another directory with --out")
+            if not is_run:
+                raise UserError(f"{out} holds {sorted(names)[0]} but no recipe.json: it is no run, and nothing in it was touched")
+            if overwrite:
+                for name in _OWN:
+                    path = out / name
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            else:
+                check_resumable(read_recipe((out / "recipe.json").read_text(encoding="utf-8"), str(out / "recipe.json")), recipe)
+        yield
+
+
+def check_resumable(old: Recipe, new: Recipe) -> None:
+    """Refuse, naming the field, a recipe that differs from the run's in more than the `RESUMABLE` fields."""
+    before, after = old.to_dict(), new.to_dict()
+    for table, values in before.items():
+        for name, value in values.items():
+            if value != after[table][name] and not (table == "train" and name in RESUMABLE):
+                raise UserError(
+                    f"{table}.{name} = {after[table][name]!r} differs from the run's {value!r}; "
+                    f"a resumed run may change only train.{', train.'.join(sorted(RESUMABLE))}"
+                )
+
+
+def record_start(out: Path, recipe: Recipe, environment: dict[str, Any]) -> None:
+    """Write recipe.json and add `environment` to the starts in environment.json."""
+    path = out / "environment.json"
+    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+    write_atomically(path, json.dumps({"starts": [*starts, environment]}, indent=2) + "\n")
+    write_atomically(out / "recipe.json", recipe.to_json())
+
+
+def _lock(file: Any, out: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such call on this system: two writers are then the user's care
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training in {out}; wait for it, or name another directory with --out") from None

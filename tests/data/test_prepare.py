@@ -1,0 +1,428 @@
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssa.data import encode, sources
+from ssa.data import prepare as prepare_module
+from ssa.data.encode import count_words, document_hash, valid_threshold
+from ssa.data.prepare import prepare
+from ssa.data.shards import TokenShards
+from ssa.errors import UserError
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "naïve", "漢字", "2024", "\n"]
+
+
+def some_texts(count, seed=0):
+    rng = random.Random(seed)
+    return [f"{i}: " + " ".join(rng.choices(WORDS, k=rng.randint(1, 80))) for i in range(count)]
+
+
+def write_jsonl(path, texts, field="text"):
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    return path
+
+
+def texts_of(out, split="train"):
+    shards = TokenShards(out, split)
+    return [bytes(tokens[:-1].tolist()).decode() for tokens, _, _ in shards.documents()]
+
+
+def contents(out):
+    """Every file of a prepared directory by hash."""
+    files = (path for path in out.rglob("*") if path.is_file())
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@given(st.text(max_size=60))
+def test_words_are_counted_as_split_does(text):
+    assert count_words(text, text.encode()) == len(text.split())
+
+
+def test_split_follows_the_hash_of_the_text_alone(tmp_path):
+    texts = some_texts(400)
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    write_jsonl(tmp_path / "b.jsonl", texts[::-1])
+    prepare([tmp_path / "a.jsonl"], tmp_path / "a", valid_fraction=0.1)
+    prepare([tmp_path / "b.jsonl"], tmp_path / "b", valid_fraction=0.1)
+    expected = [text for text in texts if document_hash(text.encode()) < valid_threshold(0.1)]
+    assert 20 < len(expected) < 70
+    assert texts_of(tmp_path / "a", "valid") == expected == texts_of(tmp_path / "b", "valid")[::-1]
+    assert sorted(texts_of(tmp_path / "a") + expected) == sorted(texts)
+
+
+def test_formats_hold_the_same_documents(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    zstandard = pytest.importorskip("zstandard")
+    texts = some_texts(50)
+    plain = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain[:500]) + gzip.compress(plain[500:]))
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(plain))
+    compress = zstandard.ZstdCompressor().compress
+    (tmp_path / "a.jsonl.zst").write_bytes(compress(plain[:700]) + compress(plain[700:]))
+    parquet.write_table(pyarrow.table({"text": texts, "other": range(50)}), tmp_path / "a.parquet", row_group_size=20)
+    for suffix in ("jsonl", "jsonl.gz", "jsonl.xz", "jsonl.zst", "parquet"):
+        prepare([tmp_path / f"a.{suffix}"], tmp_path / suffix, valid_fraction=0)
+        assert texts_of(tmp_path / suffix) == texts
+
+
+def test_blocks_are_invisible(tmp_path, monkeypatch):
+    texts = [*some_texts(60), "", "   ", "long " * 500]
+    path = write_jsonl(tmp_path / "a.jsonl.gz", texts)
+    path.write_bytes(gzip.compress(path.read_bytes().rstrip(b"\n").replace(b"\n", b"\r\n\n")))
+    summary = prepare([path], tmp_path / "one", valid_fraction=0)
+    assert summary.skipped_documents == 2
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 300)
+    prepare([path], tmp_path / "many", valid_fraction=0)
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+    assert texts_of(tmp_path / "one") == [*texts[:60], texts[-1]]
+
+
+def test_text_files_directories_and_globs(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "b.txt").write_bytes("\ufeffsecond\r\nline".encode())
+    (folder / "a.md").write_text("first")
+    (folder / "sub" / "c.txt").write_text("third é")
+    (folder / ".hidden.txt").write_text("no")
+    (folder / "image.png").write_bytes(b"\x89")
+    prepare([folder], tmp_path / "dir", valid_fraction=0)
+    prepare([str(folder / "*.md"), folder / "b.txt", folder], tmp_path / "glob", valid_fraction=0)
+    assert texts_of(tmp_path / "dir") == texts_of(tmp_path / "glob") == ["first", "second\r\nline", "third é"]
+
+
+@pytest.mark.parametrize("line", ["some words é\n", "no line ends 漢字"])
+def test_long_text_files_are_cut_without_loss(tmp_path, line):
+    text = line * 20_000
+    (tmp_path / "a.txt").write_text(text)
+    summary = prepare([tmp_path / "a.txt"], tmp_path / "out", valid_fraction=0, document_bytes=100_000)
+    pieces = texts_of(tmp_path / "out")
+    assert "".join(pieces) == text
+    assert len(pieces) == -(-len(text.encode()) // 100_000) == summary.splits["train"].documents
+    assert max(map(len, pieces)) < 1.1 * min(map(len, pieces))
+    if "\n" in line:
+        assert all(piece.endswith("\n") for piece in pieces)
+
+
+def test_workers_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(prepare_module, "_BYTES_PER_WORKER", 1)
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", some_texts(150, ord(name)))
+    options = {"train_bpe": 300, "valid_fraction": 0.1, "shard_tokens": 3000}
+    for workers in (1, 2):
+        prepare([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / str(workers), workers=workers, **options)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert len(TokenShards(tmp_path / "1").shards) > 2
+
+
+def test_worker_errors_reach_the_caller(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_BYTES_PER_WORKER", 1)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n{"content": "b"}\n')
+    with pytest.raises(UserError, match=r'a\.jsonl:3 has no field "text" \(it has content\)'):
+        prepare([path], tmp_path / "out", workers=2)
+
+
+KILLED_RUN = """
+import sys
+from ssa.data import prepare, sources
+if __name__ == "__main__":
+    sources.BLOCK_BYTES, prepare._COMMIT_BLOCKS, prepare._BYTES_PER_WORKER = 1500, 8, int(sys.argv[3])
+    print("go", flush=True)
+    prepare.prepare([sys.argv[1]], sys.argv[2], valid_fraction=0.05, shard_tokens=9000, workers=2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_worker", "attempts"),
+    [
+        pytest.param(1 << 30, 2, id="in process"),
+        pytest.param(1, 1, id="with workers"),
+        pytest.param(1, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_runs_go_on_to_the_same_bytes(tmp_path, bytes_per_worker, attempts):
+    source = write_jsonl(tmp_path / "a.jsonl", some_texts(2000))
+    prepare([source], tmp_path / "expected", valid_fraction=0.05, shard_tokens=9000)
+    (tmp_path / "run.py").write_text(KILLED_RUN)
+    command = [sys.executable, tmp_path / "run.py", source, tmp_path / "out", str(bytes_per_worker)]
+    environment = os.environ | {"PYTHONPATH": str(Path(prepare_module.__file__).parents[2])}
+    progress, rng, kills = tmp_path / "out" / ".progress.json", random.Random(1), 0
+    for _ in range(attempts):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+        before = progress.read_bytes() if progress.exists() else None
+        # Kill somewhere after the run has got further than the last one.
+        while process.poll() is None and (not progress.exists() or progress.read_bytes() == before):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        process.stdout.close()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert kills >= 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", range(1, 40, 3))
+def test_interruptions_at_any_write_go_on_to_the_same_bytes(tmp_path, monkeypatch, stop_at):
+    """As above without luck: stop before the n-th file operation that matters, in the forced second pass too."""
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 400)
+    monkeypatch.setattr(prepare_module, "_COMMIT_BLOCKS", 2)
+    source = write_jsonl(tmp_path / "a.jsonl", some_texts(30))
+    call = {"inputs": [source], "valid_fraction": 1e-9, "shard_tokens": 2000}
+    prepare(out=tmp_path / "expected", **call)
+    calls, rename = [], Path.rename
+
+    def failing_rename(path, target):
+        calls.append(path)
+        if len(calls) == stop_at:
+            raise StoppedError
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing_rename)
+    try:
+        prepare(out=tmp_path / "out", **call)
+    except StoppedError:
+        prepare(out=tmp_path / "out", **call)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_few_documents_still_fill_both_splits(tmp_path):
+    texts = some_texts(5)
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    by_hash = sorted(texts, key=lambda text: document_hash(text.encode()))
+    prepare([tmp_path / "a.jsonl"], tmp_path / "low", valid_fraction=1e-9)
+    assert texts_of(tmp_path / "low", "valid") == by_hash[:1]
+    prepare([tmp_path / "a.jsonl"], tmp_path / "high", valid_fraction=1 - 1e-9)
+    assert texts_of(tmp_path / "high", "train") == by_hash[-1:]
+    (tmp_path / "one.txt").write_text("only")
+    with pytest.raises(UserError, match="single document"):
+        prepare([tmp_path / "one.txt"], tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+
+
+def test_splits_can_be_added_and_replaced(tmp_path):
+    for name in ("train", "valid", "other"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} text")
+    out = tmp_path / "out"
+    prepare([tmp_path / "train.txt"], out, split="train", train_bpe=270)
+    with pytest.raises(UserError, match="another tokenizer"):
+        prepare([tmp_path / "valid.txt"], out, split="valid")
+    prepare([tmp_path / "valid.txt"], out, split="valid", tokenizer=out)
+    prepare([tmp_path / "other.txt"], out, split="valid", tokenizer=out, overwrite=True)
+    for split, text in (("train", "train text"), ("valid", "other text")):
+        shards = TokenShards(out, split)
+        shards.verify()
+        assert shards.load_tokenizer().decode(shards.read(0, shards.num_tokens - 1)) == text
+    summary = prepare([tmp_path / "train.txt", tmp_path / "other.txt"], out, valid_fraction=0.5, overwrite=True)
+    assert set(summary.splits) == {"train", "valid"} and summary.vocab_size == 258
+    assert len(str(summary).splitlines()) == 2 and "train" in str(summary)
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", some_texts(20))
+    first = prepare([source], tmp_path / "out", valid_fraction=0.2)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert prepare([source], tmp_path / "out", valid_fraction=0.2) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == times
+    with pytest.raises(UserError, match="already prepared"):
+        prepare([source], tmp_path / "out", valid_fraction=0.3)
+    prepare([source], tmp_path / "out", valid_fraction=0.3, overwrite=True)
+
+
+def test_an_interrupted_run_resumes_only_itself(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", some_texts(60))
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 400)
+    monkeypatch.setattr(prepare_module, "_COMMIT_BLOCKS", 2)
+    encoded_block, blocks = encode.BlockEncoder.__call__, []
+
+    def stopping(self, block):
+        blocks.append(block)
+        if len(blocks) == 9:
+            raise StoppedError
+        return encoded_block(self, block)
+
+    monkeypatch.setattr(encode.BlockEncoder, "__call__", stopping)
+    with pytest.raises(StoppedError):
+        prepare([source], tmp_path / "out")
+    with pytest.raises(UserError, match="differs in text_field"):
+        prepare([source], tmp_path / "out", text_field="other")
+    with pytest.raises(UserError, match="differs in tokenizer"):
+        prepare([source], tmp_path / "out", train_bpe=300)
+    with pytest.raises(UserError, match="half prepared"):
+        TokenShards(tmp_path / "out")
+    blocks.clear()
+    monkeypatch.setattr(encode.BlockEncoder, "__call__", lambda self, block: blocks.append(block) or encoded_block(self, block))
+    prepare([source], tmp_path / "out")
+    assert blocks[0].number == 8  # eight were committed and not encoded again
+
+
+def test_other_directories_are_not_touched(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").write_text("!")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="something else"):
+            prepare([tmp_path / "a.txt"], tmp_path / "mine", overwrite=overwrite)
+    with pytest.raises(UserError, match="is a file"):
+        prepare([tmp_path / "a.txt"], tmp_path / "a.txt")
+    assert contents(tmp_path / "mine").keys() == {"precious"}
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path):
+    files = {
+        "list.jsonl": b"[1]\n",
+        "null.jsonl": b'{"text": null}\n',
+        "number.jsonl": b'{"text": "a"}\n{"text": 5}\n',
+        "json.jsonl": b'{"text": "a"\n',
+        "deep.jsonl": b"[" * 100_000 + b"\n",
+        "latin.txt": "é".encode("latin-1"),
+        "cut.jsonl.gz": gzip.compress(b'{"text": "a"}\n' * 99)[:-12],
+        "cut.jsonl.xz": lzma.compress(b'{"text": "a"}\n' * 99)[:-12],
+        "bad.jsonl.xz": b"no such thing",
+        "x.csv": b"a,b",
+        "empty.txt": b"",
+        "bad.parquet": b"PAR1",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    expected = {
+        "list.jsonl": "list.jsonl:1 is not a JSON object",
+        "null.jsonl": "every document is empty",
+        "number.jsonl": 'number.jsonl:2: field "text" holds int',
+        "json.jsonl": "json.jsonl:1 is not JSON",
+        "deep.jsonl": "deep.jsonl:1 is not",
+        "latin.txt": "not UTF-8 at byte 0",
+        "cut.jsonl.gz": "is damaged",
+        "cut.jsonl.xz": "is damaged",
+        "bad.jsonl.xz": "is damaged",
+        "x.csv": "unknown kind of file",
+        "empty.txt": "every document is empty",
+        "bad.parquet": "is damaged or no Parquet file",
+        "folder": "no .txt .md",
+        "nowhere.txt": "no such file",
+        "nothing*.txt": "no such file",
+    }
+    for name, message in expected.items():
+        with pytest.raises(UserError) as caught:
+            prepare([tmp_path / name], tmp_path / "out", valid_fraction=0)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+    for inputs, options, message in (
+        (["builtin:perl"], {}, "unknown corpus"),
+        ([], {}, "nothing to prepare"),
+        (["builtin:python"], {"valid_fraction": 1.5}, "valid_fraction 1.5"),
+        (["builtin:python"], {"split": "../x"}, "no name"),
+        (["builtin:python"], {"workers": -1}, "workers"),
+        (["builtin:python"], {"train_bpe": 300, "tokenizer": "x"}, "leave out tokenizer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(inputs, tmp_path / "out", **options)
+
+
+def test_truncated_zstd_is_noticed(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    whole = zstandard.ZstdCompressor().compress(b"".join(b'{"text": "%d"}\n' % i for i in range(5000)))
+    (tmp_path / "a.jsonl.zst").write_bytes(whole[:-20])
+    with pytest.raises(UserError, match="damaged"):
+        prepare([tmp_path / "a.jsonl.zst"], tmp_path / "out")
+
+
+def test_parquet_columns_are_checked(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"body": ["a", None, "b"], "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r'no column "text" \(it has body, n\)'):
+        prepare([tmp_path / "a.parquet"], tmp_path / "out")
+    with pytest.raises(UserError, match='column "n" holds int64'):
+        prepare([tmp_path / "a.parquet"], tmp_path / "out", text_field="n")
+    prepare([tmp_path / "a.parquet"], tmp_path / "out", text_field="body", valid_fraction=0)
+    assert texts_of(tmp_path / "out") == ["a", "b"]
+
+
+def test_hugging_face_names(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, *, split, streaming):
+        asked.append((name, config, split, streaming))
+        if name == "gone":
+            raise FileNotFoundError("no dataset\ngone")
+        return iter([{"text": "a"}, {"text": None}, {"text": "b"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    for i, name in enumerate(("hf:org/set", "hf:org/set:validation", "hf:org/set:en", "hf:org/set:en:test")):
+        prepare([name], tmp_path / str(i), valid_fraction=0, workers=1)
+        assert texts_of(tmp_path / str(i)) == ["a", "b"]
+    assert asked == [
+        ("org/set", *rest, True) for rest in ((None, "train"), (None, "validation"), ("en", "train"), ("en", "test"))
+    ]
+    for name, message in (("hf:gone", "cannot be read: no dataset gone"), ("hf:a:b:c:d", "write hf:NAME")):
+        with pytest.raises(UserError, match=message):
+            prepare([name], tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize(("module", "name"), [("datasets", "hf:x"), ("zstandard", "a.jsonl.zst"), ("pyarrow", "a.parquet")])
+def test_missing_extras_are_named(tmp_path, monkeypatch, module, name):
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / name).write_bytes(b"x")
+    source = name if name.startswith("hf:") else tmp_path / name
+    with pytest.raises(UserError, match=rf'{module}: pip install "sparse-sparse-attention\[data\]"'):
+        prepare([source], tmp_path / "out", workers=1)
+
+
+def test_surrogates_and_special_names_survive_as_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b<|end|>c"}\n')
+    prepare([tmp_path / "a.jsonl"], tmp_path / "out", valid_fraction=0)
+    shards = TokenShards(tmp_path / "out")
+    shards.verify()
+    assert texts_of(tmp_path / "out") == ["a\ufffdb<|end|>c"]
+    assert shards.num_bytes == len("a\ufffdb<|end|>c".encode())
+
+
+def test_one_directory_one_run(tmp_path):
+    import fcntl
+
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "out").mkdir()
+    descriptor = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(UserError, match="another process"):
+            prepare([tmp_path / "a.txt"], tmp_path / "out")
+    finally:
+        os.close(descriptor)
+
+
+def test_large_vocabularies_take_32_bits(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"</s>": 0, "last": 70_000} | {f"w{i}": i for i in range(1, 70_000)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w1"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("w5 last what")
+    prepare([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "tokenizer", valid_fraction=0)
+    shards = TokenShards(tmp_path / "out")
+    assert shards.dtype == np.uint32 and shards.vocab_size == 70_001
+    assert shards.read(0, 4).tolist() == [5, 70_000, 1, 0]

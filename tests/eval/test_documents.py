@@ -1,0 +1,91 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from ssa.data.shards import TokenShards
+from ssa.data.tokenizer import byte_tokenizer, train_bpe
+from ssa.errors import UserError
+from ssa.eval.documents import document_texts, fingerprint, is_prepared, read_documents
+
+TEXT = "Zwölf Boxkämpfer  jagen\nViktor quer über den großen Sylter Deich. "
+
+
+def test_prepared_documents_are_the_texts_without_their_end(prepared):
+    tokenizer = byte_tokenizer()
+    shards = TokenShards(prepared, "valid")
+    documents, cut = read_documents(prepared, "valid", tokenizer)
+    assert not cut and len(documents) == shards.num_documents > 0
+    assert sum(d.num_bytes for d in documents) == shards.num_bytes == sum(len(d.tokens) for d in documents)
+    texts = list(document_texts(prepared, "valid", tokenizer))
+    for document, text in zip(documents, texts, strict=True):
+        assert tokenizer.decode(document.tokens.tolist()) == text
+        assert document.num_words == len(text.split())
+
+
+def test_text_files_count_as_prepared_ones_do(prepared):
+    """The directory holds the same texts: train and valid of the shards together are the files."""
+    tokenizer = byte_tokenizer()
+    files, _ = read_documents(prepared.parent / "*.txt", "valid", tokenizer)
+    shards = [d for split in ("train", "valid") for d in read_documents(prepared, split, tokenizer)[0]]
+
+    def content(documents):
+        return sorted((d.tokens.tobytes(), d.num_bytes, d.num_words) for d in documents)
+
+    assert content(files) == content(shards)
+
+
+@pytest.mark.parametrize("make_tokenizer", [byte_tokenizer, lambda: train_bpe([TEXT * 3], 300)])
+def test_bytes_and_words_are_those_of_the_text(tmp_path, make_tokenizer):
+    (tmp_path / "a.md").write_text(TEXT, encoding="utf-8")
+    (document,), _ = read_documents(tmp_path / "a.md", "valid", make_tokenizer())
+    assert (document.num_bytes, document.num_words) == (len(TEXT.encode()), 10)
+
+
+def test_json_lines_with_word_counts(tmp_path):
+    records = [{"text": TEXT}, {"text": TEXT, "words": 99}, {"text": TEXT, "words": "many"}]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode()))
+    documents, _ = read_documents(tmp_path / "a.jsonl.gz", "valid", byte_tokenizer())
+    assert [d.num_words for d in documents] == [10, 99, 10]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 30, 67, 68, 69, 120, 137, 500])
+def test_max_tokens_cuts_the_last_document_and_its_counts(tmp_path, max_tokens):
+    tokenizer = byte_tokenizer()
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(TEXT, encoding="utf-8")
+    each = len(TEXT.encode())
+    documents, cut = read_documents(tmp_path, "valid", tokenizer, max_tokens)
+    scored = sum(len(d.tokens) - 1 for d in documents)
+    assert scored == min(max_tokens, 2 * (each - 1)) and cut == (max_tokens < 2 * (each - 1))
+    for document in documents:
+        text = TEXT.encode()[: len(document.tokens)].decode(errors="ignore")
+        assert document.num_words in (len(text.split()), len(text.split()) + 1)  # a cut character may count as a word
+        assert abs(document.num_bytes - len(document.tokens)) <= 2
+
+
+def test_fingerprint_sees_tokens_and_borders(tmp_path):
+    def of(*texts):
+        for i, text in enumerate(texts):
+            (tmp_path / f"{i}.txt").write_text(text)
+        documents = [read_documents(tmp_path / f"{i}.txt", "valid", byte_tokenizer())[0][0] for i in range(len(texts))]
+        return fingerprint(documents)
+
+    assert of("ab", "c") == of("ab", "c") != of("a", "bc")
+    assert of("ab", "c") != of("ab", "d")
+    documents = read_documents(tmp_path / "0.txt", "valid", byte_tokenizer())[0]
+    wide = [documents[0]._replace(tokens=documents[0].tokens.astype(np.int64))]
+    assert fingerprint(documents) == fingerprint(wide)
+
+
+def test_errors(tmp_path, prepared):
+    with pytest.raises(UserError, match="another tokenizer"):
+        read_documents(prepared, "valid", train_bpe([TEXT], 280))
+    with pytest.raises(UserError, match="no split"):
+        read_documents(prepared, "test", byte_tokenizer())
+    with pytest.raises(UserError, match="no such file"):
+        read_documents(tmp_path / "nothing.txt", "valid", byte_tokenizer())
+    with pytest.raises(UserError, match="max_tokens = 0"):
+        read_documents(prepared, "valid", byte_tokenizer(), 0)
+    assert not is_prepared(tmp_path)

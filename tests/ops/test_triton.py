@@ -1,0 +1,183 @@
+"""The Triton kernels: against the reference (on the CPU by Triton's interpreter, or on the GPU named by SSA_TEST_DEVICE), and
+compiled for the GPUs that are supported."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ssa.errors import UserError
+from ssa.ops import block_sparse_attention, select_blocks
+from ssa.testing import assert_near_exact, attention_oracle, document_positions, poisoned_empty, random_qkv
+
+pytest.importorskip("triton")
+
+PACKED = document_positions([7, 1, 22])
+# B, T, S, H, K, D, block size, k, scope, scoring, positions
+SELECTIONS = {
+    "plain": (1, 40, 40, 4, 2, 16, 2, 3, "group", "softmax", None),
+    "padded group and head size": (1, 12, 30, 6, 2, 24, 4, 5, "group", "softmax", None),
+    "batch, one key a block": (2, 6, 20, 3, 3, 16, 1, 4, "group", "softmax", None),
+    "heads choose by logits": (1, 14, 30, 4, 2, 16, 2, 2, "head", "logit", None),
+    "documents": (1, 30, 30, 4, 1, 16, 4, 3, "group", "softmax", PACKED),
+    "own block only": (1, 9, 9, 2, 1, 16, 4, 1, "group", "softmax", None),
+    "fewer keys than a block": (1, 5, 5, 2, 1, 16, 16, 2, "group", "softmax", None),
+}
+
+
+def check_selection(q, k, **options):
+    expected, expected_score = select_blocks(q, k, impl="reference", **options)
+    with poisoned_empty():
+        index, score = select_blocks(q, k, impl="triton", **options)
+    assert index.dtype == torch.int32 and index.shape == expected.shape
+    # scores, not indices: near-ties flip
+    torch.testing.assert_close(score.sort(-1).values, expected_score.sort(-1).values, rtol=1e-4, atol=1e-5)
+    assert (index == expected).all(-1).double().mean() > 0.98
+    finite = torch.isfinite(expected_score)
+    assert torch.equal(finite, torch.isfinite(score)) and torch.equal(index < 0, expected < 0)
+
+
+@pytest.mark.parametrize("case", SELECTIONS)
+def test_selection(case):
+    batch, queries, keys, heads, kv_heads, size, block_size, count, scope, scoring, positions = SELECTIONS[case]
+    q, k, _ = (x.detach() for x in random_qkv(batch, queries, keys, heads, kv_heads, size, dtype=torch.float32))
+    check_selection(q, k, block_size=block_size, num_selected_blocks=count, scope=scope, scoring=scoring, positions=positions)
+
+
+@pytest.mark.parametrize("positions", [None, PACKED], ids=["plain", "packed"])
+def test_selection_by_the_released_rule(positions):
+    q, k, _ = (x.detach() for x in random_qkv(1, 30, 30, 2, 1, 16, dtype=torch.float32))
+    check_selection(q, k, block_size=2, num_selected_blocks=2, rule="released", positions=positions)
+
+
+@pytest.mark.parametrize("sharpness", [30.0, 1e-3])
+def test_selection_with_extreme_logits(sharpness):
+    q, k, _ = (x.detach() for x in random_qkv(1, 24, 24, 2, 1, 16, dtype=torch.float32))
+    q = q * sharpness
+    index, _ = select_blocks(q, k, block_size=2, num_selected_blocks=3, impl="triton")
+    _, expected_score = select_blocks(q, k, block_size=2, num_selected_blocks=12, impl="reference")
+    for t in range(24):  # what is chosen scores no less than what is not
+        own = t // 2
+        every = dict(zip(range(own + 1), expected_score[0, 0, t, : own + 1].tolist(), strict=True))
+        picked = [n for n in index[0, 0, t].tolist() if n >= 0]
+        assert len(picked) == min(3, own + 1) and own in picked
+        others = [every[n] for n in every if n not in picked]
+        assert not others or min(every[n] for n in picked) >= max(others) - 1e-5
+
+
+ATTENTIONS = {
+    "plain": (1, 24, 24, 4, 2, 16, 4, 3, "group", None, False, 256),
+    "late queries, bias, padding": (2, 7, 15, 6, 2, 24, 4, 2, "group", None, True, 256),
+    "segments": (1, 30, 30, 3, 3, 16, 4, 3, "group", None, False, 8),
+    "heads choose": (1, 16, 16, 4, 2, 16, 4, 2, "head", None, True, 8),
+    "documents": (1, 30, 30, 4, 2, 16, 4, 3, "group", PACKED, True, 8),
+}
+
+
+@pytest.mark.parametrize("case", ATTENTIONS)
+def test_attention_and_gradients(monkeypatch, case):
+    from ssa.ops.triton import block_sparse as kernels
+
+    batch, queries, keys, heads, kv_heads, size, block_size, count, scope, positions, biased, segment = ATTENTIONS[case]
+    monkeypatch.setattr(kernels, "SEGMENT", segment)
+    low = random_qkv(batch, queries, keys, heads, kv_heads, size, dtype=torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in low]
+    bias = torch.randn(batch, keys, kv_heads, requires_grad=True) if biased else None
+    options = {"block_size": block_size, "positions": positions}
+    index, _ = select_blocks(low[0], low[1], num_selected_blocks=count, scope=scope, impl="reference", **options)
+    weight, lse_weight = torch.randn(low[0].shape), torch.randn(low[0].shape[:3])
+
+    def results(out, lse, inputs):
+        leaves = [*inputs, bias] if biased else inputs
+        total = (out * weight.to(out.dtype)).sum() + (lse * lse_weight.to(lse.dtype)).sum()
+        return [out, *torch.autograd.grad(total, leaves)]
+
+    with poisoned_empty():
+        actual = results(*block_sparse_attention(*low, index, bias=bias, impl="triton", **options), low)
+        again = results(*block_sparse_attention(*low, index, bias=bias, impl="triton", **options), low)
+    eager = results(*attention_oracle(*low, index, bias=bias, **options)[:2], low)
+    gold = results(*attention_oracle(*exact, index, bias=bias, **options)[:2], exact)
+    for i, name in enumerate(["out", "dq", "dk", "dv", "dbias"][: len(actual)]):
+        assert torch.equal(actual[i], again[i]), f"{name} is not reproducible"
+        assert_near_exact(actual[i], eager[i], gold[i].double(), 2 if i == 0 else 3, name)
+
+
+def test_a_query_without_keys_gets_zero():
+    q, k, v = random_qkv(1, 4, 4, 2, 1, 16, dtype=torch.float32)
+    index = torch.tensor([0, -1, 0, 0], dtype=torch.int32).view(1, 1, 4, 1)
+    out, lse = block_sparse_attention(q, k, v, index, block_size=4, impl="triton")
+    assert (out[:, 1] == 0).all() and (lse[:, 1] == float("-inf")).all()
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_the_operator_is_a_good_citizen_of_pytorch():
+    from ssa.ops.triton.block_sparse import block_sparse_forward
+
+    q, k, v = random_qkv(1, 6, 6, 2, 1, 16, dtype=torch.float32)
+    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2, impl="reference")
+    arguments = (q, k, v, index, None, None, 4, 0.25)
+    torch.library.opcheck(
+        block_sparse_forward, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
+
+
+def test_float64_is_refused_when_asked_for_and_avoided_when_not():
+    q, k, v = random_qkv(1, 6, 6, 2, 1, 16)
+    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2)
+    assert block_sparse_attention(q, k, v, index, block_size=4)[0].dtype == torch.float64
+    with pytest.raises(UserError, match="float64"):
+        block_sparse_attention(q, k, v, index, block_size=4, impl="triton")
+
+
+def test_an_explicit_request_never_falls_back(monkeypatch):
+    from ssa.ops import implementations
+
+    monkeypatch.setattr(implementations, "_interpreting", lambda: False)
+    monkeypatch.setattr(
+        implementations, "_triton_missing", lambda kind: f"the Triton kernels need an NVIDIA GPU, not a {kind} device"
+    )
+    q, k, _ = random_qkv(1, 6, 6, 2, 1, 16, dtype=torch.float32)
+    with pytest.raises(UserError, match="cannot run"):
+        select_blocks(q, k, block_size=4, num_selected_blocks=2, impl="triton")
+    select_blocks(q, k, block_size=4, num_selected_blocks=2)  # auto takes the reference
+
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from ssa.ops.triton import block_sparse, select
+
+half, single, index, long = "*bf16", "*fp32", "*i32", "*i64"
+types = {n: half for n in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v", "block_keys")}
+types |= {n: single for n in ("bias", "lse_out", "lse_in", "shift_out", "shift_in", "d_lse", "key_bound", "chunk_max", "scores",
+                              "d_b", "part_k", "part_v", "part_b")}
+types |= {n: index for n in ("indices", "scratch", "block_start", "item_end", "part_end", "item_block")}
+types |= {n: long for n in ("positions", "first_blocks", "pair_order")} | {"scale": "fp32", "scale2": "fp32"}
+common = dict(R=2, K=2, G=16, D=64, DP=64, M=16, BS=16, PLAIN=True, PRECISION="tf32", BIAS=True)
+jobs = [
+    (select._score_kernel, dict(GP=16, BT=4, BC=64, SOFTMAX=True), 4), (select._pick_kernel, dict(GP=16, MP=16, CP=64, SOFTMAX=True, RELEASED=True), 1),
+    (block_sparse._forward_kernel, dict(GP=16, BN=32), 1), (block_sparse._dq_kernel, dict(GP=16, BN=32, D_LSE=True), 1),
+    (block_sparse._dkv_kernel, dict(GP=16, BSP=16, BP=8, SEGMENT=256), 2), (block_sparse._add_parts_kernel, dict(BSP=16, SEGMENT=256), 4),
+]
+for kernel, own, warps in jobs:
+    names = kernel.arg_names
+    constants = {n: v for n, v in (common | own).items() if n in names}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
+    binary = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": warps, "num_stages": 3})
+    assert binary.metadata.shared <= 99 * 1024, (kernel, binary.metadata.shared)
+    print(kernel.fn.__name__, binary.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize("capability", ["80", "90", "100"])
+def test_kernels_compile_without_a_gpu(capability):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, capability], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("_kernel") == 6

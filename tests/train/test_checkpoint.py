@@ -1,0 +1,194 @@
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ssa.errors import UserError
+from ssa.testing import tiny_model
+from ssa.train import checkpoint as module
+from ssa.train.checkpoint import find_checkpoints, load_checkpoint, resolve_checkpoint, save_checkpoint, verify_checkpoint
+
+
+def trained(seed=0, steps=2, **changes):
+    """A tiny model and its optimizer after a few steps."""
+    model = tiny_model(seed=seed, **changes).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    for step in range(steps):
+        ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(step))
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_everything_comes_back(tmp_path, tied):
+    model, optimizer = trained(tie_word_embeddings=tied)
+    path = save_checkpoint(tmp_path, 2, model, None, optimizer, {"note": [1, "x"]})
+    drawn = torch.rand(3), np.random.rand(3)
+    other, blank = trained(seed=5, steps=0, tie_word_embeddings=tied)
+    assert load_checkpoint(path, other, blank) == {"note": [1, "x"], "step": 2}
+    again = torch.rand(3), np.random.rand(3)
+    assert torch.equal(drawn[0], again[0]) and (drawn[1] == again[1]).all()
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(value, blank.state[b][key]), (name, key)
+
+
+def test_it_is_a_model_directory_without_pickles(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import ssa.model  # noqa: F401  (registers the model)
+    from ssa.data.tokenizer import byte_tokenizer
+
+    model, optimizer = trained()
+    path = save_checkpoint(tmp_path, 2, model, byte_tokenizer(), optimizer, {})
+    ids = torch.arange(12)[None]
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(path)(ids).logits, model.eval()(ids).logits)
+    assert AutoTokenizer.from_pretrained(path).decode(AutoTokenizer.from_pretrained(path).encode("añ")) == "añ"
+    assert {p.suffix for p in path.iterdir()} <= {".json", ".safetensors"}
+
+
+def test_only_the_last_are_kept_and_foreign_directories_stay(tmp_path):
+    model, optimizer = trained()
+    (tmp_path / "checkpoints" / "mine").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".step-00000001.tmp-99999").mkdir()
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, model, None, optimizer, {}, keep_last=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["mine", "step-00000002", "step-00000003"]
+    with pytest.raises(UserError, match="exists already"):
+        save_checkpoint(tmp_path, 3, model, None, optimizer, {})
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_damage_is_named_and_changes_nothing(tmp_path, damage):
+    model, optimizer = trained()
+    path = save_checkpoint(tmp_path, 2, model, None, optimizer, {})
+    file = path / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink() if damage == "delete" else file.write_bytes(content if damage == "flip" else content[:-1])
+    other, blank = trained(seed=5, steps=0)
+    before = [p.clone() for p in other.parameters()]
+    with pytest.raises(UserError, match=r"damaged: .*optimizer\.safetensors") as caught:
+        load_checkpoint(path, other, blank)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(p, b) for p, b in zip(other.parameters(), before, strict=True))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    model, optimizer = trained()
+    path = save_checkpoint(tmp_path, 2, model, None, optimizer, {})
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_checkpoint(path, tiny_model(hidden_size=64, head_dim=16))
+    with pytest.raises(UserError, match=r"has no tensor 'model.layers.2"):
+        load_checkpoint(path, tiny_model(num_hidden_layers=3))
+
+
+@pytest.mark.parametrize("where", ["save_pretrained", "fsync", "rename"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_is_one_error_and_costs_nothing(tmp_path, monkeypatch, where, number):
+    model, optimizer = trained()
+    kept = save_checkpoint(tmp_path, 1, model, None, optimizer, {})
+
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(model if where == "save_pretrained" else module.os, where, fail)
+    with pytest.raises(UserError, match=rf"step 2 cannot be written .*{os.strerror(number)}"):
+        save_checkpoint(tmp_path, 2, model, None, optimizer, {}, keep_last=1)
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [kept.name]
+    verify_checkpoint(kept)
+    assert save_checkpoint(tmp_path, 2, model, None, optimizer, {}).name == "step-00000002"
+
+
+KILLED = """
+import os, random, signal, sys, time, torch
+from pathlib import Path
+from ssa.testing import tiny_model
+from ssa.train.checkpoint import find_checkpoints, save_checkpoint, load_checkpoint
+
+torch.set_num_threads(1)
+run = Path(sys.argv[1])
+model = tiny_model(hidden_size=128, intermediate_size=256)
+optimizer = torch.optim.AdamW(model.parameters())
+model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+optimizer.step()
+save_checkpoint(run, 1, model, None, optimizer, {})
+clock = time.perf_counter()
+save_checkpoint(run, 2, model, None, optimizer, {})
+duration = time.perf_counter() - clock
+source = random.Random(0)
+torn = 0
+for trial in range(10):
+    child = os.fork()
+    if child == 0:
+        step = int(find_checkpoints(run)[-1].name[5:])
+        while True:
+            step += 1
+            save_checkpoint(run, step, model, None, optimizer, {"trial": trial})
+    time.sleep(duration * source.uniform(0.5, 3))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    torn += any(p.name.startswith(".") for p in (run / "checkpoints").iterdir())
+    load_checkpoint(find_checkpoints(run)[-1], model, optimizer)
+print("survived", trial + 1, "torn", torn)
+"""
+
+
+def test_ten_kills_while_saving(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert done.stdout.startswith("survived 10"), done.stderr
+    assert int(done.stdout.split()[-1]) > 0, "no kill hit a save: the test shows nothing"
+
+
+def test_resolve(tmp_path):
+    model, optimizer = trained()
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "run", step, model, None, optimizer, {})
+    first, second = find_checkpoints(tmp_path / "run")
+    assert resolve_checkpoint(tmp_path / "run") == second
+    assert resolve_checkpoint(str(first)) == first
+    model.save_pretrained(tmp_path / "plain")
+    assert resolve_checkpoint(tmp_path / "plain") == tmp_path / "plain"
+    (second / "checkpoint.json").unlink()
+    assert resolve_checkpoint(tmp_path / "run") == first
+    with pytest.raises(UserError, match="incomplete"):
+        resolve_checkpoint(second)
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        resolve_checkpoint(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="neither a run"):
+        resolve_checkpoint(tmp_path / "empty")
+    with pytest.raises(UserError, match="not a directory"):
+        resolve_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "plain" / "model.safetensors").rename(tmp_path / "plain" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        resolve_checkpoint(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}', '{"format": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}'])
+def test_hostile_metadata_is_an_incomplete_checkpoint(tmp_path, text):
+    path = tmp_path / "checkpoints" / "step-00000001"
+    path.mkdir(parents=True)
+    (path / "checkpoint.json").write_text(text)
+    assert find_checkpoints(tmp_path) == []
+    with pytest.raises(UserError, match="incomplete"):
+        verify_checkpoint(path)
+
+
+def test_metadata_names_versions(tmp_path):
+    model, optimizer = trained()
+    path = save_checkpoint(tmp_path, 7, model, None, optimizer, {})
+    metadata = json.loads((path / "checkpoint.json").read_text())
+    assert metadata["step"] == 7 and metadata["versions"]["torch"] == torch.__version__
+    assert set(metadata["files"]) == {p.name for p in path.iterdir()} - {"checkpoint.json"}

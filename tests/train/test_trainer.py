@@ -1,0 +1,299 @@
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssa.errors import UserError
+from ssa.train import trainer as module
+from ssa.train.checkpoint import find_checkpoints, resolve_checkpoint
+from ssa.train.trainer import train
+
+
+def state(checkpoint):
+    """Every tensor of a checkpoint, and its generators' JSON."""
+    tensors = {f"{f.name}/{n}": t for f in checkpoint.glob("*.safetensors") for n, t in load_file(f).items()}
+    return tensors, json.loads((checkpoint / "trainer.json").read_text())
+
+
+def assert_same_state(a, b):
+    (tensors, values), (others, other_values) = state(a), state(b)
+    assert tensors.keys() == others.keys() and values == other_values
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+
+
+def lines(out, kind="train"):
+    return [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if line["kind"] == kind]
+
+
+def timeless(rows):
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def test_a_run_learns_and_leaves_what_it_promises(recipe, tmp_path, capsys):
+    result = train(recipe(steps=30, eval_every=10), tmp_path / "run")
+    assert result.step == 30 and result.stopped_by is None and result.checkpoint.name == "step-00000030"
+    rows = lines(result.out)
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert {row["stream"] for row in rows} == {"full", "sparse"}
+    assert rows[-1]["cross_entropy"] < 0.9 * rows[0]["cross_entropy"]
+    for row in rows:
+        assert row["sparsity_loss"] == pytest.approx(row["commitment_loss"], rel=1e-5)  # SmoothL1 is symmetric in value
+        assert row["loss"] == pytest.approx(row["cross_entropy"] + 10 * (row["sparsity_loss"] + row["commitment_loss"]), rel=1e-5)
+        assert row["tokens"] == row["step"] * 64
+    valid = lines(result.out, "valid")
+    assert [row["step"] for row in valid] == [10, 20, 30]
+    assert result.validation == {mode: valid[-1][mode] for mode in ("full", "sparse")}
+    assert json.loads((result.out / "recipe.json").read_text()) == json.loads(recipe(steps=30, eval_every=10).to_json())
+    environment = json.loads((result.out / "environment.json").read_text())["starts"][0]
+    assert environment["versions"]["torch"] == torch.__version__ and environment["seed"] == 1
+    assert "step 30/30" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["full", "moba", "nsa"])
+def test_other_methods_train_without_alignment(recipe, tmp_path, method):
+    result = train(recipe(steps=2, method=method), tmp_path / "run")
+    assert all(row["stream"] is None and row["sparsity_loss"] is None for row in lines(result.out))
+    assert all(value > 0 for value in result.validation.values())
+
+
+KILLED = """
+import os, signal, sys, torch
+sys.modules["torch.utils.tensorboard"] = None  # as in this process
+from ssa.config import read_recipe
+from ssa.data.loader import PackedLoader
+from ssa.train.trainer import train
+torch.set_num_threads(1)
+batch = PackedLoader.batch
+def kill_at_7(self, step):
+    if step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batch(self, step)
+PackedLoader.batch = kill_at_7
+train(read_recipe(open(sys.argv[1]).read()), sys.argv[2])
+"""
+
+
+def test_killed_and_resumed_is_bitwise_uninterrupted(recipe, tmp_path):
+    """Weights, optimizer, generators, data order and metrics, with accumulation."""
+    r = recipe(steps=10, save_every=3, log_every=2, eval_every=5, accumulation=2)
+    whole = train(r, tmp_path / "whole")
+    (tmp_path / "recipe.json").write_text(r.to_json())
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "recipe.json"), str(tmp_path / "killed")]
+    assert subprocess.run(command, capture_output=True, timeout=200).returncode == -signal.SIGKILL
+    assert [p.name for p in find_checkpoints(tmp_path / "killed")] == ["step-00000003", "step-00000006"]
+    resumed = train(r, tmp_path / "killed", resume=True)
+    assert_same_state(whole.checkpoint, resumed.checkpoint)
+    assert timeless(lines(whole.out)) == timeless(lines(resumed.out))
+    assert lines(whole.out, "valid") == lines(resumed.out, "valid")
+    assert len(json.loads((resumed.out / "environment.json").read_text())["starts"]) == 2
+
+
+def test_sigterm_saves_and_resumes(recipe, tmp_path, monkeypatch, capsys):
+    from ssa.data.loader import PackedLoader
+
+    r = recipe(steps=6)
+    whole = train(r, tmp_path / "whole")
+    batch = PackedLoader.batch
+
+    def signalled(self, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, step)
+
+    monkeypatch.setattr(PackedLoader, "batch", signalled)
+    stopped = train(r, tmp_path / "run")
+    assert (stopped.stopped_by, stopped.step, stopped.validation) == ("SIGTERM", 3, None)
+    assert "stopped by SIGTERM after step 3" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert_same_state(whole.checkpoint, train(r, tmp_path / "run", resume=True).checkpoint)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("method", ["full", "ssa"])
+def test_micro_batches_add_up_to_the_batch(recipe, tmp_path, method):
+    """4 x 1 equals 1 x 4: rows have different numbers of targets, so the means must be weighted."""
+    one = train(recipe(steps=3, batch_size=4, method=method), tmp_path / "one")
+    four = train(recipe(steps=3, batch_size=1, accumulation=4, method=method), tmp_path / "four")
+    for a, b in zip(lines(one.out), lines(four.out), strict=True):
+        for name in ("loss", "cross_entropy", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (name, a["step"])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_not_finite_moves_nothing(recipe, tmp_path, monkeypatch, accumulation):
+    from ssa.model import SSAForCausalLM
+
+    moves = []
+    optimizer_step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (moves.append(1), optimizer_step(self, *a)))
+    forward, calls = SSAForCausalLM.forward, []
+
+    def poisoned(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 3 * accumulation:
+            output.loss = output.loss * float("nan")
+            output.cross_entropy = output.cross_entropy * float("nan")
+        return output
+
+    monkeypatch.setattr(SSAForCausalLM, "forward", poisoned)
+    with pytest.raises(UserError, match=r"loss is nan at step 3 .*before the weights moved") as caught:
+        train(recipe(steps=6, save_every=2, accumulation=accumulation), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert len(moves) == 2
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2]
+    assert resolve_checkpoint(tmp_path / "run").name == "step-00000002"
+    monkeypatch.undo()
+    assert train(recipe(steps=6, save_every=2, accumulation=accumulation), tmp_path / "run", resume=True).step == 6
+
+
+def test_a_gradient_that_is_not_finite_stops_too(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(module._Run, "_gradient_norm", lambda self, clip: torch.tensor(float("inf")))
+    with pytest.raises(UserError, match="grad_norm is inf at step 1 "):
+        train(recipe(), tmp_path / "run")
+
+
+def test_on_a_device_the_optimizer_itself_skips_from_the_bad_step_on(recipe, tmp_path, monkeypatch):
+    """What CUDA does, acted out on the CPU: nobody looks at step 3's loss before step 6's log, and yet the weights stay those of step 2."""
+    init, runs = module._Run.__init__, []
+
+    def on_device(self, *args):
+        init(self, *args)
+        self.found_inf = self.optimizer.found_inf = torch.zeros(())
+        runs.append(self)
+
+    step = module._Run._step
+
+    def poisoned(self, number):
+        if number == 2:
+            with monkeypatch.context() as patch:
+                patch.setattr(self, "_gradient_norm", lambda clip: torch.tensor(float("nan")))
+                return step(self, number)
+        return step(self, number)
+
+    monkeypatch.setattr(module._Run, "__init__", on_device)
+    monkeypatch.setattr(module._Run, "_step", poisoned)
+    with pytest.raises(UserError, match="grad_norm is nan at step 3 "):
+        train(recipe(steps=8, log_every=6), tmp_path / "run")
+    monkeypatch.undo()
+    clean = train(recipe(steps=8, log_every=6, save_every=2, keep_last=9), tmp_path / "clean")
+    weights = load_file(clean.out / "checkpoints" / "step-00000002" / "model.safetensors")
+    assert all(torch.equal(weights[name], p) for name, p in runs[0].model.named_parameters())
+
+
+@pytest.mark.gpu
+def test_a_gpu_run_resumes(recipe, tmp_path):
+    r = recipe(steps=6, save_every=3, device="cuda", log_every=5)
+    whole = train(r, tmp_path / "run")
+    rows = lines(whole.out)
+    assert rows[-1]["cross_entropy"] < rows[0]["cross_entropy"]
+    assert json.loads((whole.out / "environment.json").read_text())["starts"][0]["dtype"] == "bfloat16"
+    import shutil
+
+    shutil.rmtree(whole.checkpoint)
+    again = train(r, tmp_path / "run", resume=True)
+    assert lines(again.out)[-1]["cross_entropy"] == pytest.approx(rows[-1]["cross_entropy"], rel=1e-2)
+
+
+def test_directories_that_are_not_free(recipe, tmp_path):
+    out = tmp_path / "run"
+    train(recipe(steps=1), out)
+    with pytest.raises(UserError, match="pass --resume or --overwrite"):
+        train(recipe(steps=1), out)
+    with pytest.raises(UserError, match="exclude each other"):
+        train(recipe(steps=1), out, resume=True, overwrite=True)
+    with pytest.raises(UserError, match=r"model.hidden_size = 64 differs from the run's 32"):
+        train(recipe(steps=1, hidden_size=64), out, resume=True)
+    with pytest.raises(UserError, match=r"train.lr = 0.5 differs"):
+        train(recipe(steps=1, lr=0.5), out, resume=True)
+    assert train(recipe(steps=2, save_every=1, eval_every=1, log_every=1), out, resume=True).step == 2
+    with pytest.raises(UserError, match=r"train.steps = 1 lies before the run's step 2"):
+        train(recipe(steps=1), out, resume=True)
+    assert train(recipe(steps=1, lr=0.5), out, overwrite=True).step == 1
+    assert [p.name for p in find_checkpoints(out)] == ["step-00000001"]
+    foreign = tmp_path / "home"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match="no run"):
+            train(recipe(), foreign, **flags)
+    assert (foreign / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(UserError, match="cannot be written"):
+        train(recipe(), foreign / "thesis.tex")
+
+
+def test_a_second_writer_is_refused(recipe, tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is training"):
+            train(recipe(), tmp_path / "run")
+
+
+def test_resume_notices_other_data(recipe, shards, tmp_path):
+    import shutil
+
+    shutil.copytree(shards, tmp_path / "data")
+    r = recipe(steps=1)
+    r = dataclasses.replace(r, data=dataclasses.replace(r.data, path=str(tmp_path / "data")))
+    train(r, tmp_path / "run")
+    index = json.loads((tmp_path / "data" / "index.json").read_text())
+    (tmp_path / "data" / "index.json").write_text(json.dumps(index, indent=7))
+    with pytest.raises(UserError, match="is not what"):
+        train(dataclasses.replace(r, train=dataclasses.replace(r.train, steps=2)), tmp_path / "run", resume=True)
+
+
+def test_a_full_disk_while_logging_is_one_line(recipe, tmp_path, monkeypatch):
+    from ssa.train.metrics import Metrics
+
+    def full(self, lines):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Metrics, "_write", full)
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        train(recipe(), tmp_path / "run")
+
+
+def test_going_on_from_a_checkpoint_with_another_method(recipe, tmp_path):
+    base = train(recipe(steps=2, method="full"), tmp_path / "base")
+    r = recipe(steps=1, method="ssa", init_from=str(base.out), hidden_size=64, num_selected_blocks=3, rope_factor=4.0)
+    result = train(r, tmp_path / "more")
+    config = json.loads((result.checkpoint / "config.json").read_text())
+    assert (config["method"], config["hidden_size"], config["num_selected_blocks"]) == ("ssa", 32, 3)
+    assert config["rope_parameters"]["factor"] == 4.0 and config["attention_mode"] == "sparse"
+    start, end = (load_file(run.checkpoint / "model.safetensors") for run in (base, result))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert 0 < (start[name] - end[name]).abs().max() < 0.05  # one step away, not a new model
+    with pytest.raises(UserError, match=r"gates differ|cannot be loaded"):
+        train(recipe(method="nsa", init_from=str(base.out)), tmp_path / "nsa")
+    with pytest.raises(UserError, match="not a directory"):
+        train(recipe(init_from="nowhere"), tmp_path / "none")
+
+
+def test_activation_checkpointing_changes_nothing(recipe, tmp_path):
+    plain = train(recipe(steps=2), tmp_path / "plain")
+    saving = train(recipe(steps=2, activation_checkpointing=True), tmp_path / "saving")
+    assert_same_state(plain.checkpoint, saving.checkpoint)
+
+
+def test_bfloat16_keeps_weights_in_float32(recipe, tmp_path):
+    result = train(recipe(steps=2, dtype="bfloat16"), tmp_path / "run")
+    assert {t.dtype for t in load_file(result.checkpoint / "model.safetensors").values()} == {torch.float32}
+    assert lines(result.out)[0]["loss"] != lines(train(recipe(steps=2), tmp_path / "exact").out)[0]["loss"]
+
+
+def test_bad_device_and_vocabulary(recipe, tmp_path):
+    with pytest.raises(UserError, match="tpu"):
+        train(recipe(device="tpu"), tmp_path / "a")
+    with pytest.raises(UserError, match=r"model.vocab_size = 100 is smaller"):
+        train(recipe(vocab_size=100), tmp_path / "b")
+    assert train(recipe(steps=1), tmp_path / "b").step == 1  # the failed start left nothing in the way
