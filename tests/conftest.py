@@ -3,11 +3,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-if not os.environ.get("SSA_TEST_DEVICE"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU, on tiny shapes
-
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels run on the CPU, on tiny shapes
 
 
 @pytest.fixture(autouse=True)

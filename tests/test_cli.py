@@ -51,7 +51,7 @@ def test_every_verb_and_argument_is_explained(capsys):
     "arguments, says",
     [
         (["trian"], "did you mean train?"),
-        (["xyzzy"], "there are prepare, train"),
+        (["xyzzy"], "there are demo, prepare, train"),
         (["train"], "CONFIG"),
         (["train", "no-such-recipe"], "no-such-recipe"),
         (["train", "tiny", "--train.stps", "3"], "did you mean --train.steps?"),

@@ -132,7 +132,7 @@ def test_a_damaged_results_file_is_left_alone(make_run):
 
 
 def test_a_failed_write_leaves_the_old_file(make_run, monkeypatch):
-    import ssa.eval.results as results
+    import ssa.files
 
     run = make_run()
     evaluate(run, budgets="2x4")
@@ -141,7 +141,7 @@ def test_a_failed_write_leaves_the_old_file(make_run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "fsync", full)
+    monkeypatch.setattr(ssa.files.os, "fsync", full)
     with pytest.raises(UserError, match=r"perplexity\.json cannot be written: No space left"):
         evaluate(run, budgets="full")
     assert (run / "eval" / "perplexity.json").read_bytes() == before

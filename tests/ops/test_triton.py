@@ -13,6 +13,10 @@ from ssa.ops import block_sparse_attention, select_blocks
 from ssa.testing import assert_near_exact, attention_oracle, document_positions, poisoned_empty, random_qkv
 
 pytest.importorskip("triton")
+on_gpu = os.environ.get("SSA_TEST_DEVICE", "cpu").startswith("cuda")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() and not on_gpu, reason="with a GPU at hand the kernels are tested there: SSA_TEST_DEVICE=cuda"
+)
 
 PACKED = document_positions([7, 1, 22])
 # B, T, S, H, K, D, block size, k, scope, scoring, positions

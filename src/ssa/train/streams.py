@@ -21,7 +21,7 @@ def draw_stream(seed: int, step: int, full_ratio: float) -> Stream:
     It reads no global generator, so every rank, a recomputed forward pass and a resumed run see the same draw. `full_ratio` 0
     is always "sparse", 1 always "full".
     """
-    uniform = np.random.Generator(np.random.Philox(key=[seed % 2**64, step % 2**64])).random()
+    uniform = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, step % 2**64], dtype=np.uint64))).random()
     return "full" if uniform < full_ratio else "sparse"
 
 

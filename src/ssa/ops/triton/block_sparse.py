@@ -284,19 +284,14 @@ def block_sparse_forward(
     _forward_kernel[(queries, batch * shape["R"])](
         q, k, v, block_indices, positions, bias, out, lse, scale, queries, k.shape[1], *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], *_bias_strides(bias), BS=block_size, BN=columns, PLAIN=positions is None, BIAS=bias is not None,
-        num_warps=_warps(shape), num_stages=3, **shape,
+        num_warps=1, num_stages=3, **shape,
     )  # fmt: skip
     return out, lse
 
 
 def _columns(shape: dict[str, Any], block_size: int) -> int:
     """Keys of one step. Small steps by single warps, many in flight, hide the latency of gathered keys best (measured)."""
-    wanted = 32 if shape["DP"] <= 64 else 64
-    return max(16, min(wanted, triton.next_power_of_2(shape["M"] * block_size)))
-
-
-def _warps(shape: dict[str, Any]) -> int:
-    return 1 if shape["GP"] * shape["DP"] <= 16 * 64 else 2
+    return max(16, min(32, triton.next_power_of_2(shape["M"] * block_size)))
 
 
 @block_sparse_forward.register_fake
@@ -322,7 +317,7 @@ def block_sparse_backward(
     _dq_kernel[(queries, batch * selectors)](
         q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse.contiguous() if d_lse is not None else None, shift, d_q, scale,
         queries, keys, *strides, BS=block_size, BN=columns, PLAIN=positions is None, BIAS=bias is not None,
-        D_LSE=d_lse is not None, num_warps=_warps(shape), num_stages=3, **shape,
+        D_LSE=d_lse is not None, num_warps=1, num_stages=3, **shape,
     )  # fmt: skip
 
     lists = _reader_lists(block_indices, positions, keys, block_size)
@@ -337,7 +332,7 @@ def block_sparse_backward(
         d_b = torch.zeros(batch, keys, selectors, dtype=torch.float32, device=q.device)
         part_b = torch.empty(parts, block_size, dtype=torch.float32, device=q.device)
     padded = max(16, triton.next_power_of_2(block_size))
-    per_step = max(1, 128 // shape["GP"] if size <= 64 else 64 // shape["GP"])
+    per_step = max(1, (128 if size <= 64 and block_size <= 16 else 64) // shape["GP"])
     _dkv_kernel[(len(lists.item_block),)](
         q, k, v, d_out, lse, shift, bias, lists.pair_order, lists.block_start, lists.item_end, lists.part_end, lists.item_block, d_k, d_v,
         d_b, part_k, part_v, part_b, scale, queries, keys, *strides, lists.num_blocks, lists.row_blocks, lists.unit, BS=block_size,

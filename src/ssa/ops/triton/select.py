@@ -25,20 +25,6 @@ _SAFE_BOUND = tl.constexpr(110.0)
 
 
 @triton.jit
-def _exp2_by_multiplication(x):
-    """2^x for x <= 127 to 3e-6, on the multipliers: the GPU's exponential unit is what the first sweep waits for."""
-    x = tl.maximum(x, -126.0)
-    shifted = x + 12582912.0  # adding 1.5 * 2^23 rounds to an integer, in the low bits
-    f = x - (shifted - 12582912.0)
-    p = 0.0013333558 * f + 0.009618129
-    p = p * f + 0.055503324
-    p = p * f + 0.24022650
-    p = p * f + 0.69314718
-    p = p * f + 1.0
-    return (p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _exp_sum(total, peak, logits):
     """One tile of an online log-sum-exp whose reference point moves only when a logit passes it by far."""
     if tl.max(logits - peak[None, :]) > 64.0:
@@ -89,15 +75,11 @@ def _score_kernel(
         if tl.max(bound) <= _SAFE_BOUND:
             # 2^(logit - peak) neither overflows nor loses the largest term, whatever the logits: no running maximum needed
             peak = bound - 100.0
-            paired = low + (inner - low) // (2 * BC) * (2 * BC)
-            for c in range(low, paired, 2 * BC):
+            for c in range(low, inner, BC):
                 n = c + step
                 keys = tl.load(base + n[:, None] * (K * D) + d[None, :], mask=(d < D)[None, :], other=0.0)
                 total += tl.exp2(tl.dot(keys, q_T, input_precision=PRECISION) * scale2 - peak[None, :])
-                n += BC
-                keys = tl.load(base + n[:, None] * (K * D) + d[None, :], mask=(d < D)[None, :], other=0.0)
-                total += _exp2_by_multiplication(tl.dot(keys, q_T, input_precision=PRECISION) * scale2 - peak[None, :])
-            for c in range(paired, stop, BC):
+            for c in range(inner, stop, BC):
                 n = c + step
                 keys = tl.load(base + n[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
                 seen = (n[:, None] >= first[None, :]) & (n[:, None] < complete[None, :])
@@ -307,6 +289,6 @@ def select_blocks(
     _pick_kernel[(queries, batch * selectors)](
         q, block_keys, positions_BT, first_block_BT, lse, chunk_max, scratch, indices, scores, scale2, queries, num_keys, blocks,
         num_chunks, *strides, GP=max(16, wide), M=num_selected, MP=padded, CP=triton.next_power_of_2(num_chunks),
-        RELEASED=rule == "released" and num_selected > max(1, block_size // 2), num_warps=1, **common,
+        RELEASED=rule == "released" and num_selected > max(1, block_size // 2), num_warps=1 if padded <= 16 else 2, **common,
     )  # fmt: skip
     return indices, scores
