@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssa.attention import METHODS
+from ssa.errors import UserError
 from ssa.model import BlockCache
 from ssa.model.cache import BlockLayer
 from ssa.testing import rms_ratio, tiny_model
@@ -168,3 +169,24 @@ def test_generate_with_left_padding_equals_alone():
     together = model.generate(ids, attention_mask=mask, **options)[:, 19:]
     for i, row in enumerate(rows):
         assert torch.equal(model.generate(row[None], **options)[0, len(row) :], together[i])
+
+
+def test_masks_that_cannot_be_honoured_are_refused():
+    model, x = tiny_model(), torch.randint(0, 256, (1, 14))
+    hole = torch.ones(1, 14, dtype=torch.long)
+    hole[:, 5:7] = 0
+    with pytest.raises(UserError, match="padding between"):
+        model(x, attention_mask=hole)
+    right = torch.cat([torch.ones(1, 11), torch.zeros(1, 3)], 1).long()
+    cache = model(x, attention_mask=right, use_cache=True).past_key_values
+    with pytest.raises(UserError, match="padding between"):
+        model(x[:, :1], attention_mask=torch.cat([right, torch.ones(1, 1, dtype=torch.long)], 1), past_key_values=cache)
+    left = torch.cat([torch.zeros(1, 3), torch.ones(1, 11)], 1).long()
+    with pytest.raises(UserError, match="padding between"):
+        model(x, attention_mask=left, position_ids=torch.arange(14)[None])
+
+
+def test_other_caches_are_refused():
+    model, x = tiny_model(), torch.randint(0, 256, (1, 5))
+    with pytest.raises(UserError, match="cache_implementation"):
+        model.generate(x, max_new_tokens=2, cache_implementation="static")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssa.errors import UserError
-from ssa.ops import block_sparse_attention, dense_attention, select_blocks
+from ssa.ops import block_sparse_attention, compressed_attention, dense_attention, select_blocks
 from ssa.ops.reference import block_sparse as reference
 from ssa.testing import (
     LargestTensor,
@@ -193,6 +193,20 @@ def test_reads_a_strided_cache_in_place():
     strided = [x[:, :, :40].transpose(1, 2) for x in (wide_k, wide_v)]
     out, _ = block_sparse_attention(q.detach(), *strided, index, block_size=8)
     torch.testing.assert_close(out, block_sparse_attention(q, k, v, index, block_size=8)[0], rtol=0, atol=0)
+
+
+def test_autocast_leaves_the_inside_of_the_operations_alone():
+    q, k, v = (x.detach() for x in random_qkv(1, 64, 64, 4, 2, 16, dtype=torch.bfloat16))
+
+    def run():
+        index = chosen(q, k, 4, 3)
+        return index, *block_sparse_attention(q, k, v, index, block_size=4), compressed_attention(q, k, v, block_size=4)
+
+    plain = run()
+    with torch.autocast(q.device.type, torch.bfloat16):
+        cast = run()
+    assert cast[2].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
 def test_what_does_not_fit_is_one_line():

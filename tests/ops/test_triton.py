@@ -28,6 +28,22 @@ SELECTIONS = {
     "documents": (1, 30, 30, 4, 1, 16, 4, 3, "group", "softmax", PACKED),
     "own block only": (1, 9, 9, 2, 1, 16, 4, 1, "group", "softmax", None),
     "fewer keys than a block": (1, 5, 5, 2, 1, 16, 16, 2, "group", "softmax", None),
+    # long enough for the unmasked sweeps over 64 blocks and for choosing chunks first
+    "many blocks": (1, 6, 300, 2, 1, 16, 1, 3, "group", "softmax", None),
+    "many blocks, heads choose": (2, 3, 200, 4, 2, 16, 1, 2, "head", "logit", None),
+    "many blocks, left padding": (
+        2,
+        5,
+        150,
+        2,
+        1,
+        16,
+        1,
+        3,
+        "group",
+        "softmax",
+        torch.arange(145, 150) - torch.tensor([[0], [37]]),
+    ),
 }
 
 
@@ -54,6 +70,12 @@ def test_selection(case):
 def test_selection_by_the_released_rule(positions):
     q, k, _ = (x.detach() for x in random_qkv(1, 30, 30, 2, 1, 16, dtype=torch.float32))
     check_selection(q, k, block_size=2, num_selected_blocks=2, rule="released", positions=positions)
+
+
+@pytest.mark.parametrize(("queries", "keys", "block_size", "count"), [(8, 160, 4, 4), (3, 645, 16, 16)])
+def test_released_rule_with_chunks_and_a_tail(queries, keys, block_size, count):
+    q, k, _ = (x.detach() for x in random_qkv(1, queries, keys, 2, 1, 16, dtype=torch.float32))
+    check_selection(q, k, block_size=block_size, num_selected_blocks=count, rule="released")
 
 
 @pytest.mark.parametrize("sharpness", [30.0, 1e-3])

@@ -364,7 +364,10 @@ def _locked(out: Path) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a directory for the shards")
     existed = out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be created: {error.strerror}; name another directory with --out") from None
     descriptor = os.open(out, os.O_RDONLY)
     try:
         try:

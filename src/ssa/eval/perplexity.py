@@ -122,6 +122,8 @@ def perplexity(
     Raises:
         UserError: Impossible windows, nothing to score, or a loss that is not finite.
     """
+    if model.training:
+        raise UserError("the model is in training mode, where each pass draws its own stream; call model.eval() first")
     import torch
 
     stride = context if stride is None else stride

@@ -69,6 +69,8 @@ def attention_choice(mode: str | None, budget: Budget | str | None) -> tuple[Att
         if mode == "sparse":
             raise UserError("mode 'sparse' and budget 'full' contradict each other; drop one of them")
         return "full", None
+    if mode == "full" and budget is not None:
+        raise UserError(f"mode 'full' and budget {str(budget)!r} contradict each other; drop one of them")
     if budget is None:
         return mode, None  # type: ignore[return-value]
     return mode or "sparse", Budget.parse(budget)  # type: ignore[return-value]

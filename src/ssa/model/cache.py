@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ssa.attention.base import BlockMeans
+from ssa.errors import UserError
 
 
 class BlockLayer(DynamicLayer):
@@ -132,6 +133,8 @@ class BlockCacheGeneration:
     """Makes `generate` use a `BlockCache` (mix in before GenerationMixin)."""
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise UserError(f"cache_implementation = {generation_config.cache_implementation!r} is not supported; leave it out")
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = BlockCache()
             return None

@@ -69,6 +69,8 @@ class SSAConfig(LlamaConfig):
                 raise UserError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(choices)}")
         if self.selection_rule == "released":
             released_rule_check(self.num_selected_blocks, self.block_size)
+        if self.attention_dropout:
+            raise UserError(f"attention_dropout = {self.attention_dropout} is not supported; use 0")
         super().__post_init__(**kwargs)
         assert self.num_key_value_heads is not None  # filled in above
         if self.num_attention_heads % self.num_key_value_heads:

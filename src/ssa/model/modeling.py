@@ -150,7 +150,7 @@ class SSAModel(SSAPreTrainedModel):
         if past_key_values is not None and not isinstance(past_key_values, BlockCache):
             raise UserError(f"past_key_values is a {type(past_key_values).__name__}; pass an ssa.model.BlockCache or None")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        # What a training loop hands over is not checked on the GPU, where looking at it would stall every step.
+        # What a training loop hands over is not checked on the GPU, where looking at it would stall the step.
         checked = not (self.training and x_BTC.is_cuda)
         positions_BT, padding_BT = _positions(attention_mask, position_ids, x_BTC, past, checked)
         call = self._attention_call(attention_mode, budget, stream, positions_BT, padding_BT, observer)
@@ -231,6 +231,15 @@ def _positions(
         raise UserError(
             "position_ids must count from 0 in each document: a position is negative or larger than the number of tokens before it"
         )
+    if padded and checked:
+        assert attention_mask is not None and padding_BT is not None
+        # What a query reads is a span of columns, from its document's start to itself: no padding may lie in it.
+        pads = torch.nn.functional.pad((attention_mask == 0).to(torch.int64).cumsum(1), (1, 0))
+        inside = pads.gather(1, (columns + 1).expand_as(position_BT)) - pads.gather(1, columns - position_BT)
+        if bool(((inside > 0) & ~padding_BT).any()):
+            raise UserError(
+                "attention_mask has padding between the tokens of a document, or position_ids count it: pad before the first or after the last token only"
+            )
     return position_BT, padding_BT
 
 
@@ -286,7 +295,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         """One pass over [B, T] tokens.
 
         Args:
-            attention_mask: [B, S], 0 = padding, on either side.
+            attention_mask: [B, S], 0 = padding, before the first or after the last token of a row, never between.
             position_ids: int [B, T]. Where they restart at 0 a new document starts, and nothing crosses it.
             labels: int [B, T], `input_ids` with -100 where there is nothing to learn; shifted inside. The first token of a
                 document is never a target.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 
+import torch
 from torch import Tensor
 
 from ssa.errors import UserError
@@ -66,4 +67,5 @@ def block_sparse_attention(
     scale = size**-0.5 if scale is None else scale
     # modules of one implementation are imported when it runs: without triton the reference still does
     implementation = importlib.import_module(f"ssa.ops.{resolve(impl, q)}.block_sparse").block_sparse_attention
-    return implementation(q, k, v, block_indices, positions, bias, block_size, scale)
+    with torch.autocast(q.device.type, enabled=False):  # it would take the reference's fp32 products back to half precision
+        return implementation(q, k, v, block_indices, positions, bias, block_size, scale)

@@ -35,9 +35,21 @@ def compressed_attention(
     Returns:
         out [B, T, H, D] in q's dtype.
     """
+    with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
+        return _compressed(q, k, v, block_size, resolve_positions(q, k, positions, cu_seqlens), scale, means)
+
+
+def _compressed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    positions: Tensor | None,
+    scale: float | None,
+    means: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     batch, queries, heads, size = q.shape
     kv_heads = k.shape[2]
-    positions = resolve_positions(q, k, positions, cu_seqlens)
     position_BT = query_positions(q, k, positions)
     dtype = torch.promote_types(q.dtype, torch.float32)
     if means is None:

@@ -33,7 +33,14 @@ def resolve_positions(q: Tensor, k: Tensor, positions: Tensor | None, cu_seqlens
         return None
     if positions.shape != (batch, queries):
         raise UserError(f"positions has shape {tuple(positions.shape)}, not [B, T] = [{batch}, {queries}]")
-    return positions.to(torch.int64)
+    positions = positions.to(torch.int64)
+    if not positions.is_cuda:  # on a GPU looking at them would stall every layer
+        columns = torch.arange(keys - queries, keys, device=positions.device)
+        if bool(((positions < 0) | (positions > columns)).any()):
+            raise UserError(
+                "positions must count from 0 in each document: one is negative or larger than the number of keys before it"
+            )
+    return positions
 
 
 def positions_from_cu_seqlens(cu_seqlens: Tensor, total: int) -> Tensor:
@@ -64,8 +71,8 @@ def document_starts(positions_BT: Tensor, num_keys: int) -> Tensor:
 class BlockGrid:
     """Key blocks of a row, anchored at the start of their document and numbered through the row.
 
-    Block n of a query's document is row block `first_block_BT + n`. Blocks cut short by the end of their document are in the
-    grid; whoever uses them masks by position.
+    Block n of a query's document is row block `first_block_BT + n`. In packed and padded rows only complete blocks are in the grid:
+    an incomplete one is the last of its document, is never scored, and padding would otherwise fill the grid with them.
     """
 
     block_size: int
@@ -87,11 +94,13 @@ class BlockGrid:
         # Keys cached before this call belong to the first query's document, or to none that is still being read.
         position_BS = torch.cat([columns[: keys - queries] - start_BT[:, :1], positions], dim=1)
         opens_BS = (position_BS >= 0) & (position_BS % block_size == 0)
-        block_BS = opens_BS.cumsum(1) - 1
-        blocks = int(block_BS[:, -1].max()) + 1
+        ends_BS = torch.nn.functional.pad(position_BS[:, block_size - 1 :], (0, min(block_size - 1, keys)), value=-1)[:, :keys]
+        opens_BS &= ends_BS == position_BS + block_size - 1
+        before_BS = opens_BS.cumsum(1) - opens_BS.to(torch.int64)  # complete blocks that open before this column
+        blocks = max(1, int((before_BS[:, -1] + opens_BS[:, -1]).max()))
         first_BN = columns.new_full((batch, blocks + 1), keys - 1)
-        first_BN.scatter_(1, torch.where(opens_BS, block_BS, blocks), columns.expand(batch, keys))
-        return cls(block_size, blocks, first_BN[:, :blocks], block_BS.gather(1, start_BT.clamp(min=0)))
+        first_BN.scatter_(1, torch.where(opens_BS, before_BS, blocks), columns.expand(batch, keys))
+        return cls(block_size, blocks, first_BN[:, :blocks], before_BS.gather(1, start_BT.clamp(min=0)))
 
     def gather(self, x_BSKD: Tensor) -> Tensor:
         """Keys by block, [B, N, block_size, K, D]; columns past the row's end repeat its last key."""

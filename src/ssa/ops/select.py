@@ -79,11 +79,20 @@ def select_blocks(
             raise UserError(f"{name} = {value!r} is not one of {', '.join(known)}")
     if rule == "released":
         released_rule_check(num_selected_blocks, block_size)
+    if block_keys is not None and (
+        block_keys.shape[0] != batch or block_keys.shape[2:] != k.shape[2:] or block_keys.shape[1] < k.shape[1] // block_size
+    ):
+        raise UserError(
+            f"block_keys {tuple(block_keys.shape)} is not [B, N, K, D] with a mean for each of {k.shape[1] // block_size} blocks"
+        )
+    if scale is not None and not scale > 0:
+        raise UserError(f"scale = {scale} must be positive")
     positions = resolve_positions(q, k, positions, cu_seqlens)
     # modules of one implementation are imported when it runs: without triton the reference still does
     implementation = importlib.import_module(f"ssa.ops.{resolve(impl, q)}.select").select_blocks
 
-    with torch.no_grad():
+    # autocast would take the reference's fp32 products back to half precision
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         first_block = torch.zeros((), dtype=torch.int64, device=q.device).expand(batch, queries)
         if block_keys is None and positions is None:
             block_keys = block_means(k, block_size)

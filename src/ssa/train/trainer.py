@@ -148,7 +148,8 @@ class _Run:
             self.metrics.close()
 
     def _step(self, step: int) -> None:
-        """One optimizer step over `accumulation` micro-batches; nothing in it waits for a CUDA device."""
+        """One optimizer step over `accumulation` micro-batches; the loop itself does not wait for a CUDA device (packed rows still do, in
+        the attention layers, to learn where their documents start)."""
         import torch
 
         from ssa.train.optim import learning_rate

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-MAX_TOKENS = 32768
+MAX_TOKENS = 16384
 """Validation reads at most this much of the split, from its start: the same tokens each time."""
 
 

@@ -4,6 +4,9 @@ The lists of queries that read each block come from one stable sort of the (bloc
 cut into segments of SEGMENT pairs, one program each; their partial sums are added in a fixed order, so every gradient is bitwise
 reproducible.
 
+The GPU has 2^x, not e^x. Logits stay natural until their reference point is subtracted: the product with log2(e) then rounds a small
+number instead of a large one.
+
 Legend: B batch, T queries, S keys, H query heads, K kv heads, R = K or H (who selects), G = H / R, D head size, M selected
 blocks, N key blocks of a row.
 """
@@ -17,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
 SEGMENT = 256
 
 
@@ -43,7 +46,9 @@ def _forward_kernel(
         position = tl.load(positions + b * T + t).to(tl.int32)
         start = S - T + t - position
     tile_mask = (g < G)[:, None] & (d < D)[None, :]
-    q_G = tl.load(q + b * q_b + t.to(tl.int64) * q_t + ((r * G + g) * q_h)[:, None] + d[None, :], mask=tile_mask, other=0.0)
+    q_G = tl.load(
+        q + b * q_b + t.to(tl.int64) * q_t + ((r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=tile_mask, other=0.0
+    )
     query = (b * R + r) * T + t
     peak = tl.full([GP], -1e30, tl.float32)
     total = tl.zeros([GP], tl.float32)
@@ -54,21 +59,25 @@ def _forward_kernel(
         key = block * BS + (c + j) % BS
         seen = (block >= 0) & (key <= position)
         column = (start + tl.where(seen, key, 0)).to(tl.int64)
-        keys = tl.load(k + b * k_b + kv * k_h + (column * k_s)[None, :] + d[:, None], mask=(d < D)[:, None], other=0.0)
-        values = tl.load(v + b * v_b + kv * v_h + (column * v_s)[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
-        logits = tl.dot(q_G, keys, input_precision=PRECISION) * (scale * 1.4426950408889634)
+        keys = tl.load(
+            k + b * k_b + kv.to(tl.int64) * k_h + (column * k_s)[None, :] + d[:, None], mask=(d < D)[:, None], other=0.0
+        )
+        values = tl.load(
+            v + b * v_b + kv.to(tl.int64) * v_h + (column * v_s)[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0
+        )
+        logits = tl.dot(q_G, keys, input_precision=PRECISION) * scale
         if BIAS:
-            logits += tl.load(bias + b * b_b + kv * b_h + column * b_s).to(tl.float32)[None, :] * 1.4426950408889634
+            logits += tl.load(bias + b * b_b + kv * b_h + column * b_s).to(tl.float32)[None, :]
         logits = tl.where(seen[None, :], logits, -1e30)
         higher = tl.maximum(peak, tl.max(logits, 1))
-        p = tl.where(seen[None, :], tl.exp2(logits - higher[:, None]), 0.0)
-        shrink = tl.exp2(peak - higher)
+        p = tl.where(seen[None, :], tl.exp2((logits - higher[:, None]) * LOG2E), 0.0)
+        shrink = tl.exp2((peak - higher) * LOG2E)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
         peak = higher
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, float("-inf"), (peak + tl.log2(total)) * 0.6931471805599453)
+    lse = tl.where(empty, float("-inf"), peak + tl.log2(total) * 0.6931471805599453)
     head = (b * T + t) * (R * G) + r * G + g
     tl.store(out + (head * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=tile_mask)
     tl.store(lse_out + head, lse, mask=g < G)
@@ -96,7 +105,9 @@ def _dq_kernel(
         position = tl.load(positions + b * T + t).to(tl.int32)
         start = S - T + t - position
     tile_mask = (g < G)[:, None] & (d < D)[None, :]
-    q_G = tl.load(q + b * q_b + t.to(tl.int64) * q_t + ((r * G + g) * q_h)[:, None] + d[None, :], mask=tile_mask, other=0.0)
+    q_G = tl.load(
+        q + b * q_b + t.to(tl.int64) * q_t + ((r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=tile_mask, other=0.0
+    )
     head = (b * T + t) * (R * G) + r * G + g
     d_out_G = tl.load(d_out + (head * D)[:, None] + d[None, :], mask=tile_mask, other=0.0)
     out_G = tl.load(out + (head * D)[:, None] + d[None, :], mask=tile_mask, other=0.0)
@@ -105,7 +116,7 @@ def _dq_kernel(
     if D_LSE:
         shift -= tl.load(d_lse + head, mask=g < G, other=0.0)
     tl.store(shift_out + head, shift, mask=g < G)
-    lse = tl.load(lse_in + head, mask=g < G, other=0.0) * 1.4426950408889634
+    lse = tl.load(lse_in + head, mask=g < G, other=0.0)
     lse = tl.where(lse == float("-inf"), 0.0, lse)
     query = (b * R + r) * T + t
     acc = tl.zeros([GP, DP], tl.float32)
@@ -115,12 +126,16 @@ def _dq_kernel(
         key = block * BS + (c + j) % BS
         seen = (block >= 0) & (key <= position)
         column = (start + tl.where(seen, key, 0)).to(tl.int64)
-        keys = tl.load(k + b * k_b + kv * k_h + (column * k_s)[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
-        values = tl.load(v + b * v_b + kv * v_h + (column * v_s)[None, :] + d[:, None], mask=(d < D)[:, None], other=0.0)
-        logits = tl.dot(q_G, tl.trans(keys), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        keys = tl.load(
+            k + b * k_b + kv.to(tl.int64) * k_h + (column * k_s)[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0
+        )
+        values = tl.load(
+            v + b * v_b + kv.to(tl.int64) * v_h + (column * v_s)[None, :] + d[:, None], mask=(d < D)[:, None], other=0.0
+        )
+        logits = tl.dot(q_G, tl.trans(keys), input_precision=PRECISION) * scale
         if BIAS:
-            logits += tl.load(bias + b * b_b + kv * b_h + column * b_s).to(tl.float32)[None, :] * 1.4426950408889634
-        p = tl.where(seen[None, :], tl.exp2(logits - lse[:, None]), 0.0)
+            logits += tl.load(bias + b * b_b + kv * b_h + column * b_s).to(tl.float32)[None, :]
+        p = tl.where(seen[None, :], tl.exp2((logits - lse[:, None]) * LOG2E), 0.0)
         d_logits = p * (tl.dot(d_out_G, values, input_precision=PRECISION) - shift[:, None])
         acc += tl.dot(d_logits.to(keys.dtype), keys, input_precision=PRECISION)
     tl.store(d_q + (head * D)[:, None] + d[None, :], (acc * scale).to(d_q.dtype.element_ty), mask=tile_mask)
@@ -154,8 +169,8 @@ def _dkv_kernel(
     inside = (i < BS) & (first + i < S)
     column = (first + i).to(tl.int64)
     key_mask = inside[:, None] & (d < D)[None, :]
-    keys = tl.load(k + b * k_b + kv * k_h + (column * k_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
-    values = tl.load(v + b * v_b + kv * v_h + (column * v_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
+    keys = tl.load(k + b * k_b + kv.to(tl.int64) * k_h + (column * k_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
+    values = tl.load(v + b * v_b + kv.to(tl.int64) * v_h + (column * v_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
     if BIAS:
         key_bias = tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=inside, other=0.0).to(tl.float32)
     sum_b = tl.zeros([BSP], tl.float32)
@@ -168,17 +183,19 @@ def _dkv_kernel(
         t = (pair // M % T).to(tl.int32)
         real = (e < high) & (g < G)
         mask = real[:, None] & (d < D)[None, :]
-        q_P = tl.load(q + b * q_b + (t.to(tl.int64) * q_t + (r * G + g) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
+        q_P = tl.load(
+            q + b * q_b + (t.to(tl.int64) * q_t + (r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0
+        )
         head = (b * T + t) * (R * G) + r * G + g
         d_out_P = tl.load(d_out + (head * D)[:, None] + d[None, :], mask=mask, other=0.0)
-        lse = tl.load(lse_in + head, mask=real, other=0.0) * 1.4426950408889634
+        lse = tl.load(lse_in + head, mask=real, other=0.0)
         shift = tl.load(shift_in + head, mask=real, other=0.0)
-        logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
         if BIAS:
-            logits += key_bias[:, None] * 1.4426950408889634
+            logits += key_bias[:, None]
         # causal by columns: the query stands at column S - T + t, and a block never leaves its query's document
         seen = real[None, :] & inside[:, None] & ((first + i)[:, None] <= (S - T + t)[None, :])
-        p = tl.where(seen, tl.exp2(logits - lse[None, :]), 0.0)
+        p = tl.where(seen, tl.exp2((logits - lse[None, :]) * LOG2E), 0.0)
         sum_v += tl.dot(p.to(d_out_P.dtype), d_out_P, input_precision=PRECISION)
         d_logits = p * (tl.dot(values, tl.trans(d_out_P), input_precision=PRECISION) - shift[None, :])
         if BIAS:

@@ -1,4 +1,4 @@
-"""Exact block selection in two kernels, never holding a [T, N] score matrix.
+"""Exact block selection in two kernels, holding an eighth of a [T, N] score matrix.
 
 1. `_score_kernel`: per tile of queries, a first sweep over the block keys for every head's log-sum-exp, a second for the group's
    summed probabilities, of which only the maximum of each chunk of CH consecutive blocks is stored.
@@ -51,7 +51,7 @@ def _score_kernel(
     head = r * G + column % GP
     real = (t < T) & (column % GP < G)
     d = tl.arange(0, DP)
-    q_rows = q + b.to(tl.int64) * q_b + t.to(tl.int64) * q_t + head * q_h
+    q_rows = q + b.to(tl.int64) * q_b + t.to(tl.int64) * q_t + head.to(tl.int64) * q_h
     q_T = tl.trans(tl.load(q_rows[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0))
     if PLAIN:
         position = tl.where(t < T, S - T + t, 0)
@@ -77,11 +77,13 @@ def _score_kernel(
             peak = bound - 100.0
             for c in range(low, inner, BC):
                 n = c + step
-                keys = tl.load(base + n[:, None] * (K * D) + d[None, :], mask=(d < D)[None, :], other=0.0)
+                keys = tl.load(base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(d < D)[None, :], other=0.0)
                 total += tl.exp2(tl.dot(keys, q_T, input_precision=PRECISION) * scale2 - peak[None, :])
             for c in range(inner, stop, BC):
                 n = c + step
-                keys = tl.load(base + n[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+                keys = tl.load(
+                    base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
+                )
                 seen = (n[:, None] >= first[None, :]) & (n[:, None] < complete[None, :])
                 logits = tl.dot(keys, q_T, input_precision=PRECISION) * scale2
                 total += tl.where(seen, tl.exp2(logits - peak[None, :]), 0.0)
@@ -89,7 +91,9 @@ def _score_kernel(
             peak = tl.full([BT * GP], -1e30, tl.float32)
             for c in range(low, stop, BC):
                 n = c + step
-                keys = tl.load(base + n[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+                keys = tl.load(
+                    base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
+                )
                 seen = (n[:, None] >= first[None, :]) & (n[:, None] < complete[None, :])
                 logits = tl.where(seen, tl.dot(keys, q_T, input_precision=PRECISION) * scale2, float("-inf"))
                 total, peak = _exp_sum(total, peak, logits)
@@ -109,7 +113,7 @@ def _score_kernel(
     chunk_step = tl.arange(0, BC // _CHUNK)
     for c in range(low, inner, BC):
         n = c + step
-        keys = tl.load(base + n[:, None] * (K * D) + d[None, :], mask=(d < D)[None, :], other=0.0)
+        keys = tl.load(base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(d < D)[None, :], other=0.0)
         score = tl.dot(keys, q_T, input_precision=PRECISION) * scale2
         if SOFTMAX:
             score = tl.exp2(score - lse[None, :])
@@ -121,7 +125,7 @@ def _score_kernel(
         tl.store(out[None, :] + chunk[:, None], best, mask=(token < T)[None, :])
     for c in range(inner, tl.max(own), BC):
         n = c + step
-        keys = tl.load(base + n[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+        keys = tl.load(base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
         score = tl.dot(keys, q_T, input_precision=PRECISION) * scale2
         if SOFTMAX:
             score = tl.exp2(score - lse[None, :])
@@ -220,7 +224,7 @@ def _pick_kernel(
     query = (b * R + r).to(tl.int64) * T + t
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
-    q_rows = q + b.to(tl.int64) * q_b + t.to(tl.int64) * q_t + (r * G + g) * q_h
+    q_rows = q + b.to(tl.int64) * q_b + t.to(tl.int64) * q_t + (r * G + g).to(tl.int64) * q_h
     q_G = tl.load(q_rows[:, None] + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
     lse = tl.zeros([GP], tl.float32)
     if SOFTMAX:
