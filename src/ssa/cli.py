@@ -306,6 +306,8 @@ def _numbers(text: str, kind: type, flag: str) -> tuple[Any, ...]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 fine, 2 bad input, 130 interrupted, else what the verb says."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Read when torch loads its OpenMP: threads that wait by spinning slow down tenfold as soon as another program wants their core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = _dispatch(arguments)
         sys.stdout.flush()

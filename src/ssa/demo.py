@@ -116,7 +116,7 @@ def demo_table(runs: Sequence[RunResults]) -> Table:
     losses = [{p.budget: p for p in run.perplexity} for run in runs]
     for budget in ("full", *reversed(BUDGETS)):
         name = "full" if budget == "full" else f"sparse {budget}"
-        table.add_row(f"loss (perplexity), {name}", *(f"{x[budget].nats:.4f} ({x[budget].perplexity:.2f})" for x in losses))
+        table.add_row(f"loss (ppl), {name}", *(f"{x[budget].nats:.4f} ({x[budget].perplexity:.2f})" for x in losses))
     for budget in reversed(BUDGETS):
         table.add_row(f"gap, sparse {budget} - full", *(f"{x[budget].nats - x['full'].nats:+.4f}" for x in losses))
     table.add_row(f"kept mass, {BUDGETS[-1]}", *(f"{run.means('sparse')['kept_mass']:.3f}" for run in runs))
