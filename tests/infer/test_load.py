@@ -35,7 +35,6 @@ def test_mode_budget_and_dtype(saved):
         (None, None, (None, None)),
         ("full", None, ("full", None)),
         (None, "4x16", ("sparse", Budget(4, 16))),
-        ("full", "4x16", ("full", Budget(4, 16))),
         (None, " full", ("full", None)),
     ],
 )
@@ -120,3 +119,8 @@ def test_a_budget_that_the_released_rule_cannot_serve(saved):
     with pytest.raises(UserError, match="'released'"):
         load_model(path, budget="3x4")
     load_model(path, budget="2x4")
+
+
+def test_full_attention_has_no_budget():
+    with pytest.raises(UserError, match="contradict"):
+        attention_choice("full", "4x16")
