@@ -187,7 +187,7 @@ def test_any_strides():
 
 @needs_triton
 def test_the_operator_is_a_good_citizen_of_pytorch():
-    from ssa.ops.triton.decode import decode_attention as operator
+    from ssa.ops.triton.decode import decode_attention_op as operator
 
     cache = a_cache([30, 9], [0, 20], columns=30, biased=True)
     arguments = [cache[n] for n in ("q", "k", "v", "block_means", "lengths", "starts", "bias")]

@@ -39,7 +39,7 @@ def test_token_by_token_equals_the_mean_of_each_block(impl, dtype):
 
 @needs_triton
 def test_the_operator_is_a_good_citizen_of_pytorch():
-    from ssa.ops.triton.running_means import extend_block_means as operator
+    from ssa.ops.triton.running_means import extend_block_means_op as operator
 
     k, v = torch.randn(2, 2, 9, 2, 16)
     arguments = (k, v, *torch.zeros(2, 2, 3, 2, 16), *torch.zeros(2, 2, 2, 16), torch.tensor(7), torch.tensor([0, 2]), 4)

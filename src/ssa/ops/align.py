@@ -61,12 +61,15 @@ def gated_alignment(
         if value not in known:
             raise UserError(f"{name} = {value!r} is not one of {', '.join(known)}")
     # modules of one implementation are imported when it runs: without triton the reference still does
+    options = (main == "full", loss == "smooth_l1", align_gated)
     if resolve(impl, full) == "triton":
-        from ssa.ops.triton import align as implementation
-    else:
-        from ssa.ops.reference import align as implementation  # type: ignore[no-redef]
+        from ssa.ops.triton.align import gated_alignment as by_triton
+
+        return by_triton(full, sparse, gates, padding, *options)
+    from ssa.ops.reference.align import gated_alignment as by_reference
+
     with torch.autocast(full.device.type, enabled=False):
-        return implementation.gated_alignment(full, sparse, gates, padding, main == "full", loss == "smooth_l1", align_gated)
+        return by_reference(full, sparse, gates, padding, *options)
 
 
 def gated_sum(branches: Sequence[Tensor], gates: Tensor, *, impl: str = "auto") -> Tensor:

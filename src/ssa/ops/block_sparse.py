@@ -65,8 +65,10 @@ def block_sparse_attention(
     scale = size**-0.5 if scale is None else scale
     # modules of one implementation are imported when it runs: without triton the reference still does
     if resolve(impl, q) == "triton":
-        from ssa.ops.triton import block_sparse as implementation
-    else:
-        from ssa.ops.reference import block_sparse as implementation  # type: ignore[no-redef]
-    with torch.autocast(q.device.type, enabled=False):  # it would take the reference's fp32 products back to half precision
-        return implementation.block_sparse_attention(q, k, v, block_indices, positions, bias, block_size, scale)
+        from ssa.ops.triton.block_sparse import block_sparse_attention as by_triton
+
+        return by_triton(q, k, v, block_indices, positions, bias, block_size, scale)
+    from ssa.ops.reference.block_sparse import block_sparse_attention as by_reference
+
+    with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
+        return by_reference(q, k, v, block_indices, positions, bias, block_size, scale)

@@ -71,8 +71,10 @@ def compressed_attention(
     scale = size**-0.5 if scale is None else scale
     # modules of one implementation are imported when it runs: without triton the reference still does
     if resolve(impl, q) == "triton":
-        from ssa.ops.triton.span import span_attention
-    else:
-        from ssa.ops.reference.span import span_attention
-    with torch.autocast(q.device.type, enabled=False):  # it would take the reference's fp32 products back to half precision
-        return span_attention(q, pooled_k, pooled_v, low_BT, high_BT, scale)
+        from ssa.ops.triton.span import span_attention as by_triton
+
+        return by_triton(q, pooled_k, pooled_v, low_BT, high_BT, scale)
+    from ssa.ops.reference.span import span_attention as by_reference
+
+    with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
+        return by_reference(q, pooled_k, pooled_v, low_BT, high_BT, scale)

@@ -91,8 +91,7 @@ def decode_attention(
         q, k, v, block_means, lengths, starts, bias, block_size, num_selected_blocks, scope, scoring, rule,
         size**-0.5 if scale is None else scale,
     )  # fmt: skip
-    # autocast would take the reference's fp32 products back to half precision
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad():
         # modules of one implementation are imported when it runs: without triton the reference still does; and by statements,
         # which torch.compile traces
         if resolve(impl, q) == "triton":
@@ -101,7 +100,8 @@ def decode_attention(
             return by_triton(*arguments)
         from ssa.ops.reference.decode import decode_attention as by_reference
 
-        return by_reference(*arguments)
+        with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
+            return by_reference(*arguments)
 
 
 def _check_rows(lengths: Tensor, starts: Tensor | None, batch: int, columns: int) -> None:

@@ -47,6 +47,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def _triton_missing(kind: str) -> str | None:
     """Why the Triton kernels cannot run on a device of this kind; None where they can."""
     if kind != "cuda":

@@ -65,7 +65,7 @@ def select_blocks(
     Raises:
         UserError: shapes that do not fit, an unknown option, or a "released" budget that their kernel cannot compute.
     """
-    batch, queries, heads, size = q.shape
+    batch, _, heads, size = q.shape
     if k.shape[0] != batch or k.shape[3] != size or heads % k.shape[2]:
         raise UserError(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit: [B, T, H, D] and [B, S, K, D] with H a multiple of K"
@@ -86,24 +86,27 @@ def select_blocks(
     if scale is not None and not scale > 0:
         raise UserError(f"scale = {scale} must be positive")
     positions = resolve_positions(q, k, positions, cu_seqlens)
-    # modules of one implementation are imported when it runs: without triton the reference still does
-    if resolve(impl, q) == "triton":
-        from ssa.ops.triton import select as implementation
-    else:
-        from ssa.ops.reference import select as implementation  # type: ignore[no-redef]
-
-    # autocast would take the reference's fp32 products back to half precision
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        first_block = torch.zeros((), dtype=torch.int64, device=q.device).expand(batch, queries)
+    with torch.no_grad():
+        first_block = None
+        if positions is not None:
+            positions = positions.contiguous()
+            first_block = torch.zeros_like(positions)
         if block_keys is None and positions is None:
             block_keys = block_means(k, block_size)
         elif block_keys is None:
             grid = BlockGrid.build(q, k, positions, block_size)
             block_keys = grid.gather(k).mean(2, dtype=torch.promote_types(k.dtype, torch.float32)).to(k.dtype)
             first_block = grid.first_block_BT.contiguous()
-        if positions is not None:
-            first_block, positions = first_block.contiguous(), positions.contiguous()
-        return implementation.select_blocks(
-            q, block_keys, first_block, positions, k.shape[1], block_size, num_selected_blocks,
-            scope, scoring, rule, size**-0.5 if scale is None else scale,
+        arguments = (
+            q, block_keys, first_block, positions, k.shape[1], block_size, num_selected_blocks, scope, scoring, rule,
+            size**-0.5 if scale is None else scale,
         )  # fmt: skip
+        # modules of one implementation are imported when it runs: without triton the reference still does
+        if resolve(impl, q) == "triton":
+            from ssa.ops.triton.select import select_blocks as by_triton
+
+            return by_triton(*arguments)
+        from ssa.ops.reference.select import select_blocks as by_reference
+
+        with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
+            return by_reference(*arguments)

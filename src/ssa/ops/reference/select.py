@@ -14,14 +14,16 @@ _NONE = 0x7FFFFFFF
 
 
 def select_blocks(
-    q_BTHD: Tensor, block_keys_BNKD: Tensor, first_block_BT: Tensor, positions_BT: Tensor | None, num_keys: int,
+    q_BTHD: Tensor, block_keys_BNKD: Tensor, first_block_BT: Tensor | None, positions_BT: Tensor | None, num_keys: int,
     block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `ssa.ops.select_blocks`."""
+    """See `ssa.ops.select_blocks`; `positions_BT` and `first_block_BT` None = plain rows."""
     batch, queries, heads, _ = q_BTHD.shape
     blocks, kv_heads = block_keys_BNKD.shape[1:3]
     if positions_BT is None:
         positions_BT = torch.arange(num_keys - queries, num_keys, device=q_BTHD.device).expand(batch, queries)
+    if first_block_BT is None:
+        first_block_BT = torch.zeros_like(positions_BT)
     chunk = max(1, SCORE_ELEMENTS // max(1, batch * heads * (blocks + 1)))
     selectors = heads if scope == "head" else kv_heads
     indices = torch.empty(batch, selectors, queries, num_selected, dtype=torch.int32, device=q_BTHD.device)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssa.ops.triton.launch import contiguous_rows, operation, power_of_two
+
 TILE_ELEMENTS = 2048
 
 
@@ -118,14 +120,10 @@ def _alignment_gradient_kernel(
     tl.store(d_sparse + to, to_s.to(d_sparse.dtype.element_ty), mask=mask)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _tiles(x_BTHD: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and shape constants; a batch row has less than 2^31 rows of heads."""
     batch, queries, heads, size = x_BTHD.shape
-    padded = triton.next_power_of_2(size)
+    padded = power_of_two(size)
     rows = max(1, TILE_ELEMENTS // padded)
     return (triton.cdiv(queries * heads, rows), batch), dict(H=heads, D=size, DP=padded, ROWS=rows)
 
@@ -138,13 +136,12 @@ def _per_element(x_BTHD: Tensor, padding_BT: Tensor | None) -> float | Tensor:
     return 1.0 / ((~padding_BT).sum().clamp(min=1) * (heads * size)).float()
 
 
-@torch.library.custom_op("ssa::gated_alignment", mutates_args=())
-def alignment_forward(
+def _align(
     full: Tensor, sparse: Tensor, gates: Tensor | None, padding: Tensor | None, main_full: bool, smooth: bool, align_gated: bool
 ) -> tuple[Tensor, Tensor]:
     """out, contiguous, empty without gates; alignment [2] fp32."""
     per_element = _per_element(full, padding)
-    full, sparse = _rows(full), _rows(sparse)
+    full, sparse = contiguous_rows(full), contiguous_rows(sparse)
     out = full.new_empty(full.shape if gates is not None else 0)
     grid, shape = _tiles(full)
     partial = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=full.device)
@@ -156,20 +153,22 @@ def alignment_forward(
     return out, (partial.sum() * per_element).repeat(2)
 
 
+alignment_forward = torch.library.custom_op("ssa::gated_alignment", _align, mutates_args=())
+
+
 @alignment_forward.register_fake
 def _(full, sparse, gates, padding, main_full, smooth, align_gated):
     out = full.new_empty(full.shape if gates is not None else 0)
     return out, full.new_empty(2, dtype=torch.float32)
 
 
-@torch.library.custom_op("ssa::gated_alignment_backward", mutates_args=())
-def alignment_backward(
+def _align_backward(
     full: Tensor, sparse: Tensor, gates: Tensor | None, padding: Tensor | None, d_out: Tensor | None, d_alignment: Tensor | None,
     main_full: bool, smooth: bool, align_gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """d_full, d_sparse, d_gates (empty without gates)."""
     weights = None if d_alignment is None else d_alignment.float() * _per_element(full, padding)
-    full, sparse = _rows(full), _rows(sparse)
+    full, sparse = contiguous_rows(full), contiguous_rows(sparse)
     # laid out as the streams are: what comes before is attention, whose backward pass wants that
     d_full, d_sparse = torch.empty_like(full), torch.empty_like(sparse)
     d_gates = full.new_empty(0) if gates is None else torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
@@ -184,10 +183,13 @@ def alignment_backward(
     return d_full, d_sparse, d_gates
 
 
+alignment_backward = torch.library.custom_op("ssa::gated_alignment_backward", _align_backward, mutates_args=())
+
+
 @alignment_backward.register_fake
 def _(full, sparse, gates, padding, d_out, d_alignment, main_full, smooth, align_gated):
     d_gates = full.new_empty(0) if gates is None else gates.new_empty(gates.shape)
-    return torch.empty_like(_rows(full)), torch.empty_like(_rows(sparse)), d_gates
+    return torch.empty_like(contiguous_rows(full)), torch.empty_like(contiguous_rows(sparse)), d_gates
 
 
 def _alignment_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -200,11 +202,12 @@ def _alignment_gradients(ctx: Any, d_out: Tensor | None, d_alignment: Tensor | N
     full, sparse, gates, padding = ctx.saved_tensors
     if gates is None:
         d_out = None
-    d_full, d_sparse, d_gates = alignment_backward(full, sparse, gates, padding, d_out, d_alignment, *ctx.options)
+    d_full, d_sparse, d_gates = _differentiate_alignment(full, sparse, gates, padding, d_out, d_alignment, *ctx.options)
     return d_full, d_sparse, (None if gates is None else d_gates), None, None, None, None
 
 
-alignment_forward.register_autograd(_alignment_gradients, setup_context=_alignment_context)
+_aligned = operation(alignment_forward, _align, _alignment_context, _alignment_gradients)
+_differentiate_alignment = operation(alignment_backward, _align_backward)
 
 
 def gated_alignment(
@@ -212,7 +215,7 @@ def gated_alignment(
     align_gated: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `ssa.ops.gated_alignment`."""
-    out, alignment = alignment_forward(full_BTHD, sparse_BTHD, gates_BTH, padding_BT, main_full, smooth, align_gated)
+    out, alignment = _aligned(full_BTHD, sparse_BTHD, gates_BTH, padding_BT, main_full, smooth, align_gated)
     if gates_BTH is None:
         out = full_BTHD if main_full else sparse_BTHD
     return out, alignment
@@ -294,7 +297,7 @@ def _three(xs: list[Tensor]) -> tuple[list[Tensor | None], list[int]]:
 @torch.library.custom_op("ssa::gated_sum", mutates_args=())
 def gated_sum_forward(branches: list[Tensor], gates: Tensor) -> Tensor:
     """[B, T, H, D], contiguous."""
-    xs, strides = _three([_rows(x) for x in branches])
+    xs, strides = _three([contiguous_rows(x) for x in branches])
     out = branches[0].new_empty(branches[0].shape)
     grid, shape = _tiles(out)
     _gated_sum_kernel[grid](*xs, gates.contiguous(), out, out.shape[1], *strides, NUM=len(branches), num_warps=4, **shape)
@@ -309,10 +312,10 @@ def _(branches, gates):
 @torch.library.custom_op("ssa::gated_sum_backward", mutates_args=())
 def gated_sum_backward(branches: list[Tensor], gates: Tensor, d_out: Tensor) -> list[Tensor]:
     """Gradients of the branches, laid out as they are, and of the gates."""
-    rows = [_rows(x) for x in branches]
-    d_branches = [torch.empty_like(x) for x in rows]
+    branches = [contiguous_rows(x) for x in branches]
+    d_branches = [torch.empty_like(x) for x in branches]
     d_gates = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
-    (xs, strides), (d_xs, d_strides) = _three(rows), _three(d_branches)
+    (xs, strides), (d_xs, d_strides) = _three(branches), _three(d_branches)
     grid, shape = _tiles(d_out)
     _gated_sum_gradient_kernel[grid](
         *xs, gates.contiguous(), d_out.contiguous(), *d_xs, d_gates, d_out.shape[1], *strides, *d_strides, NUM=len(branches),
@@ -323,7 +326,7 @@ def gated_sum_backward(branches: list[Tensor], gates: Tensor, d_out: Tensor) -> 
 
 @gated_sum_backward.register_fake
 def _(branches, gates, d_out):
-    return [*(torch.empty_like(_rows(x)) for x in branches), gates.new_empty(gates.shape)]
+    return [*(torch.empty_like(contiguous_rows(x)) for x in branches), gates.new_empty(gates.shape)]
 
 
 def _sum_context(ctx: Any, inputs: tuple[list[Tensor], Tensor], output: Tensor) -> None:

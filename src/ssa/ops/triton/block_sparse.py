@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton import key_side
+from ssa.ops.triton.launch import contiguous_rows, operation, power_of_two
 from ssa.ops.triton.numerics import natural_log
 from ssa.ops.triton.reader_lists import reader_lists
 
@@ -151,21 +152,16 @@ def _geometry(q: Tensor, k: Tensor, block_indices: Tensor) -> dict[str, Any]:
     selectors = block_indices.shape[1]
     group = heads // selectors
     return dict(
-        R=selectors, K=k.shape[2], G=group, GP=max(16, triton.next_power_of_2(group)), D=size, M=block_indices.shape[3],
-        DP=max(16, triton.next_power_of_2(size)), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        R=selectors, K=k.shape[2], G=group, GP=max(16, power_of_two(group)), D=size, M=block_indices.shape[3],
+        DP=max(16, power_of_two(size)), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if bias is None else bias.stride()
 
 
-@torch.library.custom_op("ssa::block_sparse_forward", mutates_args=())
-def block_sparse_forward(
+def _run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -177,7 +173,7 @@ def block_sparse_forward(
 ) -> tuple[Tensor, Tensor]:
     """out [B, T, H, D] contiguous in q's dtype, lse [B, T, H] fp32."""
     batch, queries, heads, _ = q.shape
-    q, k, v, block_indices = _rows(q), _rows(k), _rows(v), block_indices.contiguous()
+    q, k, v, block_indices = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), block_indices.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
     shape = _geometry(q, k, block_indices)
@@ -206,7 +202,10 @@ def _from_the_key_side(q: Tensor, shape: dict[str, Any], block_size: int, keys: 
 
 def _columns(shape: dict[str, Any], block_size: int) -> int:
     """Keys of one step. Small steps by single warps, many in flight, hide the latency of gathered keys best (measured)."""
-    return max(16, min(32, triton.next_power_of_2(shape["M"] * block_size)))
+    return max(16, min(32, power_of_two(shape["M"] * block_size)))
+
+
+block_sparse_forward = torch.library.custom_op("ssa::block_sparse_forward", _run_forward, mutates_args=())
 
 
 @block_sparse_forward.register_fake
@@ -214,15 +213,20 @@ def _(q, k, v, block_indices, positions, bias, block_size, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("ssa::block_sparse_backward", mutates_args=())
-def block_sparse_backward(
+def _run_backward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, positions: Tensor | None, bias: Tensor | None, out: Tensor, lse: Tensor,
     d_out: Tensor, d_lse: Tensor | None, block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """d_q, d_k, d_v and d_bias (empty without a bias)."""
     batch, queries, _, size = q.shape
     keys = k.shape[1]
-    q, k, v, block_indices, d_out = _rows(q), _rows(k), _rows(v), block_indices.contiguous(), d_out.contiguous()
+    q, k, v, block_indices, d_out = (
+        contiguous_rows(q),
+        contiguous_rows(k),
+        contiguous_rows(v),
+        block_indices.contiguous(),
+        d_out.contiguous(),
+    )
     d_lse = None if d_lse is None else d_lse.contiguous()
     shape = _geometry(q, k, block_indices)
     selectors = shape["R"]
@@ -261,6 +265,9 @@ def block_sparse_backward(
     return d_q, d_k, d_v, d_bias
 
 
+block_sparse_backward = torch.library.custom_op("ssa::block_sparse_backward", _run_backward, mutates_args=())
+
+
 @block_sparse_backward.register_fake
 def _(q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse, block_size, scale):
     d_bias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
@@ -278,13 +285,14 @@ def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Ten
     q, k, v, block_indices, positions, bias, out, lse = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
-    d_q, d_k, d_v, d_bias = block_sparse_backward(
+    d_q, d_k, d_v, d_bias = _differentiate(
         q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse, ctx.block_size, ctx.scale
     )
     return d_q, d_k, d_v, None, None, (None if bias is None else d_bias), None, None
 
 
-block_sparse_forward.register_autograd(_backward, setup_context=_setup_context)
+_attend = operation(block_sparse_forward, _run_forward, _setup_context, _backward)
+_differentiate = operation(block_sparse_backward, _run_backward)
 
 
 def block_sparse_attention(
@@ -299,4 +307,4 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `ssa.ops.block_sparse_attention`; `positions` None = plain rows."""
     positions = None if positions is None else positions.contiguous()
-    return block_sparse_forward(q, k, v, block_indices, positions, bias, block_size, scale)
+    return _attend(q, k, v, block_indices, positions, bias, block_size, scale)

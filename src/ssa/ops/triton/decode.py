@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssa.ops.triton.launch import contiguous_rows, operation, power_of_two
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-2147483648)
@@ -249,8 +251,7 @@ def _combine_kernel(
     tl.store(lse_out + head, tl.where(total == 0.0, float("-inf"), top + tl.log2(total) * LN2))
 
 
-@torch.library.custom_op("ssa::decode_attention", mutates_args=())
-def decode_attention(
+def _run(
     q: Tensor, k: Tensor, v: Tensor, block_means: Tensor, lengths: Tensor, starts: Tensor | None, bias: Tensor | None,
     block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -259,10 +260,10 @@ def decode_attention(
     kv_heads = k.shape[2]
     selectors = heads if scope == "head" else kv_heads
     group = heads // selectors
-    q, k, v, block_means = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, block_means))
+    q, k, v, block_means = (contiguous_rows(x) for x in (q, k, v, block_means))
     lengths = lengths.contiguous()
     starts = None if starts is None else starts.contiguous()
-    padded_size = max(16, triton.next_power_of_2(size))
+    padded_size = max(16, power_of_two(size))
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     rows = batch * selectors * queries
 
@@ -271,7 +272,7 @@ def decode_attention(
 
     indices = workspace(batch, selectors, queries, num_selected, dtype=torch.int32)
     budget = num_selected * block_size
-    places = triton.next_power_of_2(num_selected)
+    places = power_of_two(num_selected)
     # the blocks that come before some query's own block: what there is to choose from
     num_blocks = (k.shape[1] - 1) // block_size
     select = num_selected > 1 and num_blocks > 0
@@ -287,21 +288,21 @@ def decode_attention(
         peaks, totals = (workspace(batch, queries, heads, spans) if softmax else None for _ in range(2))
         terms = workspace(batch, queries, heads, spans * span)
         per_kv = heads // kv_heads
-        tile = min(64, max(16, triton.next_power_of_2(queries * per_kv)))
+        tile = min(64, max(16, power_of_two(queries * per_kv)))
         _span_kernel[(batch * kv_heads * triton.cdiv(queries * per_kv, tile), spans)](
             q, block_means, lengths, peaks, totals, terms, scale * (LOG2E.value if softmax else 1.0), block_means.shape[1], spans,
             *q.stride()[:3], *block_means.stride()[:3], T=queries, K=kv_heads, G=per_kv, RT=tile, D=size, DP=padded_size,
             BS=block_size, SPAN=span, SOFTMAX=softmax, PRECISION=precision, num_warps=4 if tile * span <= 8192 else 8,
         )  # fmt: skip
         ranks, blocks = (workspace(rows, segments, places, dtype=torch.int32) for _ in range(2))
-        wide = triton.next_power_of_2(group)
+        wide = power_of_two(group)
         _candidate_kernel[(rows, segments)](
             peaks, totals, terms, lengths, ranks, blocks, spans, segments, T=queries, R=selectors, G=group, GP=wide, BS=block_size,
-            M=num_selected, MP=places, SPANS=triton.next_power_of_2(spans), SPAN=span, J=per_segment, SOFTMAX=softmax,
+            M=num_selected, MP=places, SPANS=power_of_two(spans), SPAN=span, J=per_segment, SOFTMAX=softmax,
             RELEASED=released, num_warps=4 if wide <= 16 else 8,
         )  # fmt: skip
 
-    columns = max(16, min(_tile(size, q.dtype), triton.next_power_of_2(budget)))
+    columns = max(16, min(_tile(size, q.dtype), power_of_two(budget)))
     part = min(triton.cdiv(budget, columns) * columns, PART_KEYS)
     parts = triton.cdiv(budget, part)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -312,14 +313,14 @@ def decode_attention(
     _attend_kernel[(rows, parts)](
         q, k, v, lengths, starts, bias, ranks, blocks, indices, part_out, part_lse, scale, segments, *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if bias is None else bias.stride()), T=queries, R=selectors, K=kv_heads,
-        G=group, GP=max(16, triton.next_power_of_2(group)), D=size, DP=padded_size, BS=block_size, M=num_selected, MP=places,
-        CP=triton.next_power_of_2(segments) * places, WIDTH=per_segment * span if select else 1, BN=columns, PART=part, PARTS=parts,
+        G=group, GP=max(16, power_of_two(group)), D=size, DP=padded_size, BS=block_size, M=num_selected, MP=places,
+        CP=power_of_two(segments) * places, WIDTH=per_segment * span if select else 1, BN=columns, PART=part, PARTS=parts,
         SELECT=select, RELEASED=released, STARTS=starts is not None, BIAS=bias is not None, PRECISION=precision,
         num_warps=4 if columns * padded_size <= 8192 else 8, num_stages=2,
     )  # fmt: skip
     if parts > 1:
         _combine_kernel[(batch * queries * heads,)](
-            part_out, part_lse, out, lse, PARTS=parts, PP=triton.next_power_of_2(parts), D=size, DP=padded_size, num_warps=1
+            part_out, part_lse, out, lse, PARTS=parts, PP=power_of_two(parts), D=size, DP=padded_size, num_warps=1
         )
     return out, lse, indices
 
@@ -327,11 +328,17 @@ def decode_attention(
 def _tile(size: int, dtype: torch.dtype) -> int:
     """Keys, or means, of one step: 32 KiB of them; of fp32, whose products take registers instead of tensor cores, 16."""
     keep = 2**14 if dtype == torch.float32 else 2**15
-    return max(16, keep // (triton.next_power_of_2(size) * dtype.itemsize))
+    return max(16, keep // (power_of_two(size) * dtype.itemsize))
 
 
-@decode_attention.register_fake
+decode_attention_op = torch.library.custom_op("ssa::decode_attention", _run, mutates_args=())
+
+
+@decode_attention_op.register_fake
 def _(q, k, v, block_means, lengths, starts, bias, block_size, num_selected, scope, scoring, rule, scale):
     selectors = q.shape[2] if scope == "head" else k.shape[2]
     indices = q.new_empty(q.shape[0], selectors, q.shape[1], num_selected, dtype=torch.int32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), indices
+
+
+decode_attention = operation(decode_attention_op, _run)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssa.ops.triton.launch import power_of_two
 from ssa.ops.triton.numerics import natural_log
 from ssa.ops.triton.reader_lists import ReaderLists
 
@@ -26,19 +27,25 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _item(list_start, item_end, item_list, span, num_blocks, SEGMENT: tl.constexpr):
+def _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT: tl.constexpr):
     """(block or -1, list, segment of it, segments, first and last pair) of this program."""
-    before = tl.load(item_end + span * num_blocks - 1, mask=span > 0, other=0)
-    item = before + tl.program_id(0)
-    alive = item < tl.load(item_end + (span + 1) * num_blocks - 1)
-    which = tl.load(item_list + item, mask=alive, other=0)
-    start = tl.load(list_start + which)
-    stop = tl.load(list_start + which + 1)
+    item = tl.program_id(0)
+    alive = item < tl.load(counts + span * 2)
+    which = tl.load(item_list + span.to(tl.int64) * span_items + item, mask=alive, other=0)
+    start = tl.load(table + which * 3)
+    stop = tl.load(table + which * 3 + 3)
     segments = tl.cdiv(stop - start, SEGMENT)
-    part = item - (tl.load(item_end + which) - segments)
+    part = item - tl.load(table + which * 3 + 1)
     low = start + part * SEGMENT
     high = tl.minimum(low + SEGMENT, stop)
     return tl.where(alive, which - span * num_blocks, -1), which, part, segments, low, high
+
+
+@triton.jit
+def _pair(pair_order, place, mask, WIDE: tl.constexpr):
+    """The pair in a place; the kernels divide by it, 64 bits take far longer."""
+    pair = tl.load(pair_order + place, mask=mask, other=0)
+    return pair if WIDE else pair.to(tl.int32)
 
 
 @triton.jit
@@ -49,13 +56,13 @@ def _last_query(pair_order, stop, M: tl.constexpr, T):
 
 @triton.jit(do_not_specialize=["span"])
 def _partial_kernel(
-    q, k, v, bias, pair_order, list_start, item_end, item_list, part_o, part_lse, scale, T, S,
-    q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, span_length, num_blocks, row_blocks, unit,
+    q, k, v, bias, pair_order, table, counts, item_list, part_o, part_lse, scale, T, S,
+    q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, span_length, num_blocks, row_blocks, unit, span_items,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Normalised output and lse of every pair of a block, [pairs of the span, G, D] and [pairs of the span, G]."""
-    block, _, _, _, low, high = _item(list_start, item_end, item_list, span, num_blocks, SEGMENT)
+    block, _, _, _, low, high = _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
     if block < 0:
         return
     row = block // row_blocks
@@ -77,7 +84,7 @@ def _partial_kernel(
     for c in range(low, high, BP):
         e = c + rows // GP
         real = (e < high) & (g < G)
-        pair = tl.load(pair_order + e, mask=e < high, other=0)
+        pair = _pair(pair_order, e, e < high, WIDE)
         t = (pair // M % T).to(tl.int64)
         mask = real[:, None] & (d < D)[None, :]
         q_P = tl.load(q + b * q_b + (t * q_t + (r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
@@ -137,15 +144,15 @@ def _combine_kernel(
 
 @triton.jit(do_not_specialize=["span"])
 def _dkv_kernel(
-    q, k, v, d_out, lse_in, shift_in, bias, pair_order, list_start, item_end, part_end, item_list, d_k, d_v, d_b, part_k, part_v,
-    part_b, part_q, scale, T, S, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, span_length, num_blocks, row_blocks, unit,
+    q, k, v, d_out, lse_in, shift_in, bias, pair_order, table, counts, item_list, d_k, d_v, d_b, part_k, part_v,
+    part_b, part_q, scale, T, S, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, span_length, num_blocks, row_blocks, unit, span_items,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr,
+    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block's gradients from one segment of its readers; with DQ also every pair's part of its query's gradient. ADD: onto
     what earlier spans left."""
-    block, which, part, segments, low, high = _item(list_start, item_end, item_list, span, num_blocks, SEGMENT)
+    block, which, part, segments, low, high = _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
     if block < 0:
         return
     row = block // row_blocks
@@ -169,7 +176,7 @@ def _dkv_kernel(
     g = rows % GP
     for c in range(low, high, BP):
         e = c + rows // GP
-        pair = tl.load(pair_order + e, mask=e < high, other=0)
+        pair = _pair(pair_order, e, e < high, WIDE)
         t = (pair // M % T).to(tl.int64)
         real = (e < high) & (g < G)
         mask = real[:, None] & (d < D)[None, :]
@@ -211,8 +218,7 @@ def _dkv_kernel(
                 sum_b += tl.load(at_bias, mask=inside & (column <= last), other=0.0)
             tl.store(at_bias, sum_b, mask=inside & (column <= last))
     else:
-        before = tl.load(part_end + span * num_blocks - 1, mask=span > 0, other=0)
-        slot = tl.load(part_end + which) - before - segments + part
+        slot = tl.load(table + which * 3 + 2) + part
         to = (slot.to(tl.int64) * BS + i)[:, None] * D + d[None, :]
         tl.store(part_k + to, sum_k * scale, mask=(i < BS)[:, None] & (d < D)[None, :])
         tl.store(part_v + to, sum_v, mask=(i < BS)[:, None] & (d < D)[None, :])
@@ -222,14 +228,14 @@ def _dkv_kernel(
 
 @triton.jit(do_not_specialize=["span"])
 def _add_parts_kernel(
-    pair_order, list_start, part_end, d_k, d_v, d_b, part_k, part_v, part_b, T, S, span, num_blocks, row_blocks, unit,
+    pair_order, table, d_k, d_v, d_b, part_k, part_v, part_b, T, S, span, num_blocks, row_blocks, unit,
     R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, BSP: tl.constexpr,
     SEGMENT: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     which = span * num_blocks + block
-    start = tl.load(list_start + which)
-    stop = tl.load(list_start + which + 1)
+    start = tl.load(table + which * 3)
+    stop = tl.load(table + which * 3 + 3)
     segments = tl.cdiv(stop - start, SEGMENT)
     if segments < 2:
         return
@@ -243,7 +249,7 @@ def _add_parts_kernel(
     sum_k = tl.zeros([BSP, DP], tl.float32)
     sum_v = tl.zeros([BSP, DP], tl.float32)
     sum_b = tl.zeros([BSP], tl.float32)
-    begin = tl.load(part_end + which) - segments - tl.load(part_end + span * num_blocks - 1, mask=span > 0, other=0)
+    begin = tl.load(table + which * 3 + 2)
     for slot in range(begin, begin + segments):
         at = (slot * BS + i).to(tl.int64)
         sum_k += tl.load(part_k + (at * D)[:, None] + d[None, :], mask=mask, other=0.0)
@@ -324,7 +330,7 @@ def span_length(batch: int, queries: int, shape: dict[str, Any], itemsize: int) 
 
 def narrow(shape: dict[str, Any]) -> dict[str, Any]:
     """The tile geometry of this side: a group is padded to a power of two only."""
-    return shape | {"GP": triton.next_power_of_2(shape["G"])}
+    return shape | {"GP": power_of_two(shape["G"])}
 
 
 def forward(
@@ -341,10 +347,10 @@ def forward(
     small = {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
     for span in range(lists.spans):
         _partial_kernel[(lists.span_items,)](
-            q, k, v, bias, lists.pair_order, lists.list_start, lists.item_end, lists.item_list, part_o, part_lse, scale, queries,
-            k.shape[1], *strides, span, lists.span, lists.num_blocks, lists.row_blocks, lists.unit, BS=block_size,
-            BSP=max(16, triton.next_power_of_2(block_size)), BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
-            BIAS=bias is not None, num_warps=warps, num_stages=stages, **shape,
+            q, k, v, bias, lists.pair_order, lists.table, lists.counts, lists.item_list, part_o, part_lse, scale, queries,
+            k.shape[1], *strides, span, lists.span, lists.num_blocks, lists.row_blocks, lists.unit, lists.span_items, BS=block_size,
+            BSP=max(16, power_of_two(block_size)), BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
+            WIDE=lists.pair_order.numel() >= 2**31, BIAS=bias is not None, num_warps=warps, num_stages=stages, **shape,
         )  # fmt: skip
         _combine_kernel[(triton.cdiv(lists.span, few), batch * shape["R"])](
             block_indices, part_o, part_lse, out, lse, queries, span, lists.span, BT=few, num_warps=4, num_stages=3, **small
@@ -359,7 +365,7 @@ def backward(
     """Fills d_k, d_v [B, S, R, D] and d_b [B, S, R], zero before, and d_q where it is given."""
     batch, queries, _, size = q.shape
     keys, device = k.shape[1], q.device
-    padded = max(16, triton.next_power_of_2(block_size))
+    padded = max(16, power_of_two(block_size))
     part_k, part_v = (torch.empty(lists.span_parts, block_size, size, dtype=torch.float32, device=device) for _ in range(2))
     part_b = None if bias is None else torch.empty(lists.span_parts, block_size, dtype=torch.float32, device=device)
     part_q, tile = None, padded
@@ -377,13 +383,13 @@ def backward(
     small = {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
     for span in range(lists.spans):
         _dkv_kernel[(lists.span_items, padded // tile)](
-            q, k, v, d_out, lse, shift, bias, lists.pair_order, lists.list_start, lists.item_end, lists.part_end, lists.item_list,
+            q, k, v, d_out, lse, shift, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
             d_k, d_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, lists.span, lists.num_blocks,
-            lists.row_blocks, lists.unit, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
-            BIAS=bias is not None, DQ=part_q is not None, ADD=lists.spans > 1, num_warps=warps, num_stages=stages, **shape,
+            lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
+            WIDE=lists.pair_order.numel() >= 2**31, BIAS=bias is not None, DQ=part_q is not None, ADD=lists.spans > 1, num_warps=warps, num_stages=stages, **shape,
         )  # fmt: skip
         _add_parts_kernel[(lists.num_blocks,)](
-            lists.pair_order, lists.list_start, lists.part_end, d_k, d_v, d_b, part_k, part_v, part_b, queries, keys, span,
+            lists.pair_order, lists.table, d_k, d_v, d_b, part_k, part_v, part_b, queries, keys, span,
             lists.num_blocks, lists.row_blocks, lists.unit, R=shape["R"], D=size, DP=shape["DP"], M=shape["M"], BS=block_size,
             BSP=padded, SEGMENT=lists.segment, BIAS=bias is not None, ADD=lists.spans > 1, num_warps=4,
         )  # fmt: skip
@@ -398,6 +404,6 @@ def shifts(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
     shift = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
     heads, size = shift.numel(), out.shape[3]
     _shift_kernel[(triton.cdiv(heads, 16),)](
-        out, d_out, d_lse, shift, heads, D=size, DP=triton.next_power_of_2(size), BH=16, D_LSE=d_lse is not None, num_warps=2
+        out, d_out, d_lse, shift, heads, D=size, DP=power_of_two(size), BH=16, D_LSE=d_lse is not None, num_warps=2
     )
     return shift

@@ -1,4 +1,6 @@
-"""For every key block the (query, slot) pairs that read it, built by one stable sort and without a host sync.
+"""For every key block the (query, slot) pairs that read it: name each pair's block, sort, look up where each list begins.
+
+Three launches and no host sync: at short lengths the host's work for a launch outlasts the GPU's.
 
 Legend: B batch, T queries, R heads that select, M selected blocks.
 """
@@ -8,7 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+_NAMES = 1024
+_LISTS = 128
 
 
 class ReaderLists(NamedTuple):
@@ -16,15 +23,14 @@ class ReaderLists(NamedTuple):
     pairs. A pair is numbered as in block_indices [B, R, T, M]."""
 
     pair_order: Tensor
-    """int32 or int64 [B * R * T * M]: pairs by span, then block, then query."""
-    list_start: Tensor
-    """int32 [lists + 1]: where each list begins in pair_order."""
-    item_end: Tensor
-    """int32 [lists]: running number of work items."""
-    part_end: Tensor
-    """int32 [lists]: running number of items of lists that need several."""
+    """int64 [B * R * T * M]: pairs by span, then block, then query."""
+    table: Tensor
+    """int32 [lists + 1, 3]: where a list begins in pair_order; its first item in its span; its first partial sum where it needs
+    several items."""
+    counts: Tensor
+    """int32 [spans, 2]: work items of a span, and those among them whose list needs several."""
     item_list: Tensor
-    """int32 [items of all spans, at most]: the list of each item; `lists` where there is no such item."""
+    """int32 [spans, span_items]: the list of each item. Items of a list are neighbours; the order of lists is the GPU's."""
     num_blocks: int
     """Block names: lists of one span."""
     row_blocks: int
@@ -36,41 +42,100 @@ class ReaderLists(NamedTuple):
     span_items: int
     """An upper bound on the items of one span."""
     span_parts: int
-    """An upper bound on the parts of one span."""
+    """An upper bound on the partial sums of one span."""
 
 
 def reader_lists(
     block_indices: Tensor, positions: Tensor | None, keys: int, block_size: int, span: int, segment: int
 ) -> ReaderLists:
+    """`block_indices` int32 [B, R, T, M] contiguous; `positions` int64 [B, T] contiguous, None = plain rows."""
     batch, selectors, queries, selected = block_indices.shape
-    device = block_indices.device
-    rows = torch.arange(batch * selectors, dtype=torch.int32, device=device).view(batch, selectors, 1, 1)
-    if positions is None:
-        row_blocks, unit = -(-keys // block_size), block_size
-        name = block_indices + rows * row_blocks
-    else:  # documents start anywhere: a block is named by its first column
-        row_blocks, unit = keys, 1
-        start = torch.arange(keys - queries, keys, device=device) - positions
-        name = block_indices * block_size + (rows * row_blocks + start.to(torch.int32)[:, None, :, None])
+    device, pairs = block_indices.device, block_indices.numel()
+    # documents start anywhere: there a block is named by its first column
+    row_blocks, unit = (-(-keys // block_size), block_size) if positions is None else (keys, 1)
     num_blocks = batch * selectors * row_blocks
     spans = -(-queries // span)
     lists = spans * num_blocks
-    if spans > 1:
-        name = name + (torch.arange(queries, dtype=torch.int32, device=device) // span * num_blocks)[:, None]
     # keys of two bytes halve the passes of the radix sort
-    dtype = torch.int16 if lists < 2**15 else torch.int32
-    name = torch.where(block_indices < 0, lists, name).to(dtype).flatten()
-    name, pair_order = name.sort(stable=True)
-    if len(name) < 2**31:  # the kernels divide by it
-        pair_order = pair_order.to(torch.int32)
-    list_start = torch.searchsorted(name, torch.arange(lists + 1, device=device, dtype=dtype), out_int32=True)
-    segments = (list_start.diff() + (segment - 1)) // segment
-    item_end = segments.cumsum(0, dtype=torch.int32)
-    part_end = torch.where(segments > 1, segments, 0).cumsum(0, dtype=torch.int32)
-    items = min(lists, block_indices.numel()) + block_indices.numel() // segment
-    item_list = torch.searchsorted(item_end, torch.arange(items, device=device, dtype=torch.int32), right=True, out_int32=True)
+    name = torch.empty(pairs, dtype=torch.int16 if lists < 2**15 else torch.int32, device=device)
     span_pairs = batch * selectors * min(span, queries) * selected
-    return ReaderLists(
-        pair_order, list_start, item_end, part_end, item_list, num_blocks, row_blocks, unit, spans, span, segment,
-        min(num_blocks, span_pairs) + span_pairs // segment, 2 * (span_pairs // segment) + 1,
+    span_items = min(num_blocks, span_pairs) + span_pairs // segment
+    counts = torch.empty(spans, 2, dtype=torch.int32, device=device)
+    _name_kernel[(triton.cdiv(max(pairs, 2 * spans), _NAMES),)](
+        block_indices, positions, name, counts, pairs, spans, queries, keys, row_blocks, num_blocks, lists, span,
+        R=selectors, M=selected, BS=block_size, PLAIN=positions is None, X=_NAMES, num_warps=4,
     )  # fmt: skip
+    name, pair_order = name.sort(stable=True)
+    table = torch.empty(lists + 1, 3, dtype=torch.int32, device=device)
+    item_list = torch.empty(spans, span_items, dtype=torch.int32, device=device)
+    _list_kernel[(triton.cdiv(num_blocks, _LISTS), spans)](
+        name, table, counts, item_list, pairs, num_blocks, span_items,
+        pairs.bit_length(), SEGMENT=segment, X=_LISTS, num_warps=4,
+    )  # fmt: skip
+    return ReaderLists(
+        pair_order, table, counts, item_list, num_blocks, row_blocks, unit, spans, span, segment, span_items,
+        2 * (span_pairs // segment) + 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _name_kernel(
+    indices, positions, name, counts, pairs, spans, T, S, row_blocks, num_blocks, lists, span,
+    R: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, PLAIN: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    """The list of every pair; `lists` where there is none. Also empties `counts`."""
+    i = tl.program_id(0).to(tl.int64) * X + tl.arange(0, X)
+    block = tl.load(indices + i, mask=i < pairs, other=-1)
+    query = i // M
+    row = (query // T).to(tl.int32)
+    t = (query % T).to(tl.int32)
+    if PLAIN:
+        place = block
+    else:
+        position = tl.load(positions + (row // R).to(tl.int64) * T + t, mask=i < pairs, other=0).to(tl.int32)
+        place = S - T + t - position + block * BS
+    which = t // span * num_blocks + row * row_blocks + place
+    tl.store(name + i, tl.where(block < 0, lists, which).to(name.dtype.element_ty), mask=i < pairs)
+    tl.store(counts + i, 0, mask=i < 2 * spans)
+
+
+@triton.jit(do_not_specialize=["steps"])
+def _list_kernel(
+    name, table, counts, item_list, pairs, num_blocks, span_items, steps,
+    SEGMENT: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    """Where lists begin, and room for their items.
+
+    Programs take room one after the other as they come. That moves items and partial sums around, but leaves a list's own in order:
+    what is computed from them does not depend on it.
+    """
+    span = tl.program_id(1)
+    block = tl.program_id(0) * X + tl.arange(0, X)
+    real = block < num_blocks
+    which = span * num_blocks + block
+    start = _first(name, which, pairs, steps)
+    stop = _first(name, which + 1, pairs, steps)
+    tl.store(table + which * 3, start, mask=real)
+    tl.store(table + which * 3 + 3, stop, mask=real)
+    segments = tl.where(real, tl.cdiv(stop - start, SEGMENT), 0)
+    several = tl.where(segments > 1, segments, 0)
+    first = tl.atomic_add(counts + span * 2, tl.sum(segments, 0)) + tl.cumsum(segments, 0) - segments
+    first_part = tl.atomic_add(counts + span * 2 + 1, tl.sum(several, 0)) + tl.cumsum(several, 0) - several
+    tl.store(table + which * 3 + 1, first, mask=real)
+    tl.store(table + which * 3 + 2, first_part, mask=real)
+    to = item_list + span.to(tl.int64) * span_items + first
+    for s in range(tl.max(segments, 0)):
+        tl.store(to + s, which, mask=s < segments)
+
+
+@triton.jit
+def _first(name, value, pairs, steps):
+    """How many names are below `value`; they are sorted."""
+    low = tl.zeros_like(value)
+    high = low + pairs
+    for _ in range(steps):
+        middle = (low + high) // 2
+        below = tl.load(name + middle, mask=middle < high, other=0).to(tl.int32) < value
+        low = tl.where(below & (middle < high), middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssa.ops.triton.launch import operation, power_of_two
+
 
 @triton.jit
 def _add_token_kernel(
@@ -35,18 +37,25 @@ def _add_token_kernel(
     tl.store(v_means + b * vm_b + block * vm_n + kv * vm_h + d, (total / BS).to(v_means.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("ssa::extend_block_means", mutates_args=("k_means", "v_means", "k_sums", "v_sums"))
-def extend_block_means(
+def _run(
     k: Tensor, v: Tensor, k_means: Tensor, v_means: Tensor, k_sums: Tensor, v_sums: Tensor, end: Tensor, starts: Tensor, block_size: int
 ) -> None:  # fmt: skip
     """See `ssa.ops.running_means.extend_block_means`."""
     batch, _, heads, size = k.shape
     _add_token_kernel[(batch * heads,)](
         k, v, k_means, v_means, k_sums, v_sums, end, starts, *k.stride()[:3], *v.stride()[:3], *k_means.stride()[:3],
-        *v_means.stride()[:3], K=heads, D=size, DP=triton.next_power_of_2(size), BS=block_size, num_warps=1,
+        *v_means.stride()[:3], K=heads, D=size, DP=power_of_two(size), BS=block_size, num_warps=1,
     )  # fmt: skip
 
 
-@extend_block_means.register_fake
+extend_block_means_op = torch.library.custom_op(
+    "ssa::extend_block_means", _run, mutates_args=("k_means", "v_means", "k_sums", "v_sums")
+)
+
+
+@extend_block_means_op.register_fake
 def _(k, v, k_means, v_means, k_sums, v_sums, end, starts, block_size):
     return None
+
+
+extend_block_means = operation(extend_block_means_op, _run)

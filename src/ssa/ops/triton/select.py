@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssa.ops.triton.launch import contiguous_rows, operation, power_of_two
+
 LOG2E = 1.4426950408889634
 _SAFE_BOUND = tl.constexpr(110.0)
 _NOTHING = tl.constexpr(-2147483648)
@@ -293,12 +295,11 @@ def _pick_kernel(
     tl.store(scores + query * M + place, tl.where(place == count, float("inf"), float("-inf")), mask=rest)
 
 
-@torch.library.custom_op("ssa::select_blocks", mutates_args=())
-def select_blocks(
+def _run(
     q_BTHD: Tensor, block_keys_BNKD: Tensor, first_block_BT: Tensor | None, positions_BT: Tensor | None, num_keys: int,
     block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `ssa.ops.select_blocks`; `positions_BT` None = plain rows, whose `first_block_BT` is all zero."""
+    """See `ssa.ops.select_blocks`; `positions_BT` and `first_block_BT` None = plain rows."""
     batch, queries, heads, size = q_BTHD.shape
     blocks, kv_heads = block_keys_BNKD.shape[1:3]
     selectors = heads if scope == "head" else kv_heads
@@ -309,24 +310,24 @@ def select_blocks(
     if blocks == 0:  # fewer keys than a block: every query has its own block alone
         block_keys_BNKD, blocks = block_keys_BNKD.new_zeros(batch, 1, kv_heads, size), 1
     block_keys = block_keys_BNKD.contiguous()
-    q = q_BTHD if q_BTHD.stride(3) == 1 else q_BTHD.contiguous()
+    q = contiguous_rows(q_BTHD)
     chunk = 4 if blocks <= FINE_CHUNKS else 8
     num_chunks = -(-blocks // chunk)
-    padded = max(triton.next_power_of_2(num_selected), 16 // chunk)
+    padded = max(power_of_two(num_selected), 16 // chunk)
     released = rule == "released" and num_selected > max(1, block_size // 2)
     row_length = num_chunks + padded * chunk if released else max(num_chunks, padded * chunk)
     chunk_max = torch.empty(batch, selectors, queries, row_length, dtype=torch.float32, device=device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=device)
     key_bound = torch.linalg.vector_norm(block_keys, dim=-1, dtype=torch.float32).amax(1)
     chosen = torch.empty(batch, selectors, queries, padded, dtype=torch.int32, device=device)
-    wide = triton.next_power_of_2(group)
+    wide, padded_size = power_of_two(group), max(16, power_of_two(size))
     common = dict(
-        R=selectors, K=kv_heads, G=group, D=size, DP=max(16, triton.next_power_of_2(size)), BS=block_size, CHUNK=chunk,
+        R=selectors, K=kv_heads, G=group, D=size, DP=padded_size, BS=block_size, CHUNK=chunk,
         PLAIN=positions_BT is None, SOFTMAX=scoring == "softmax", PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     strides = q.stride()[:3]
     scale2 = scale * LOG2E
-    columns = SCORE_TILE["columns"] * 256 // max(256, common["DP"] * q.element_size())  # wide heads leave less shared memory
+    columns = SCORE_TILE["columns"] * 256 // max(256, padded_size * q.element_size())  # wide heads leave less shared memory
     per_tile = max(1, columns // wide)
     _score_kernel[(triton.cdiv(queries, per_tile), batch * selectors)](
         q, block_keys, positions_BT, first_block_BT, key_bound, lse, chunk_max, scale2, queries, num_keys, blocks, row_length,
@@ -335,15 +336,21 @@ def select_blocks(
     )  # fmt: skip
     _pick_kernel[(queries, batch * selectors)](
         q, block_keys, positions_BT, first_block_BT, lse, chunk_max, chosen, indices, scores, scale2, queries, num_keys, blocks,
-        row_length, *strides, GP=max(16, wide), M=num_selected, MP=padded, CP=triton.next_power_of_2(num_chunks),
+        row_length, *strides, GP=max(16, wide), M=num_selected, MP=padded, CP=power_of_two(num_chunks),
         KS=min(PICK_TILE["keys"], padded * chunk), RELEASED=released, num_warps=PICK_TILE["warps"] if num_chunks <= 1024 else 4,
         num_stages=PICK_TILE["stages"], **common,
     )  # fmt: skip
     return indices, scores
 
 
-@select_blocks.register_fake
+select_blocks_op = torch.library.custom_op("ssa::select_blocks", _run, mutates_args=())
+
+
+@select_blocks_op.register_fake
 def _(q_BTHD, block_keys_BNKD, first_block_BT, positions_BT, num_keys, block_size, num_selected, scope, scoring, rule, scale):
     selectors = q_BTHD.shape[2] if scope == "head" else block_keys_BNKD.shape[2]
     shape = (q_BTHD.shape[0], selectors, q_BTHD.shape[1], num_selected)
     return q_BTHD.new_empty(shape, dtype=torch.int32), q_BTHD.new_empty(shape, dtype=torch.float32)
+
+
+select_blocks = operation(select_blocks_op, _run)

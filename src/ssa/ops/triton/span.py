@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssa.ops.triton.launch import contiguous_rows, operation, power_of_two
 from ssa.ops.triton.numerics import natural_log
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -177,8 +178,8 @@ def _geometry(q: Tensor, k: Tensor, by_queries: bool) -> dict[str, Any]:
     fewer where it takes more, so that no kernel needs 100 KiB of shared memory, and for IEEE fp32, which multiplies in registers."""
     heads, size = q.shape[2:]
     group = heads // k.shape[2]
-    padded = max(16, triton.next_power_of_2(size))
-    wide = triton.next_power_of_2(group)
+    padded = max(16, power_of_two(size))
+    wide = power_of_two(group)
     weight = padded * q.element_size() * (2 if q.dtype == torch.float32 else 1)
     side = max(16, min(64, 64 * 256 // weight))
     rows = 128 if by_queries and weight <= 128 else side
@@ -188,15 +189,10 @@ def _geometry(q: Tensor, k: Tensor, by_queries: bool) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@torch.library.custom_op("ssa::span_attention", mutates_args=())
-def span_forward(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _run_forward(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """out [B, T, H, D] contiguous in q's dtype, lse [B, T, H] fp32; low, high int32 [B, T]."""
     batch, queries, heads, _ = q.shape
-    q, k, v, low, high = _rows(q), _rows(k), _rows(v), low.contiguous(), high.contiguous()
+    q, k, v, low, high = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), low.contiguous(), high.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
     shape = _geometry(q, k, True)
@@ -206,20 +202,29 @@ def span_forward(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, sca
     return out, lse
 
 
+span_forward = torch.library.custom_op("ssa::span_attention", _run_forward, mutates_args=())
+
+
 @span_forward.register_fake
 def _(q, k, v, low, high, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("ssa::span_attention_backward", mutates_args=())
-def span_backward(
+def _run_backward(
     q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """d_q, d_k, d_v."""
     batch, queries, _, _ = q.shape
     keys = k.shape[1]
-    q, k, v, low, high, d_out = _rows(q), _rows(k), _rows(v), low.contiguous(), high.contiguous(), d_out.contiguous()
+    q, k, v, low, high, d_out = (
+        contiguous_rows(q),
+        contiguous_rows(k),
+        contiguous_rows(v),
+        low.contiguous(),
+        high.contiguous(),
+        d_out.contiguous(),
+    )
     shape = _geometry(q, k, True)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     shift = torch.empty_like(lse)
@@ -245,6 +250,9 @@ def span_backward(
     return d_q, d_k.sum(0).to(k.dtype), d_v.sum(0).to(v.dtype)
 
 
+span_backward = torch.library.custom_op("ssa::span_attention_backward", _run_backward, mutates_args=())
+
+
 @span_backward.register_fake
 def _(q, k, v, low, high, out, lse, d_out, d_lse, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -260,10 +268,11 @@ def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Ten
     q, k, v, low, high, out, lse = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
-    return *span_backward(q, k, v, low, high, out, lse, d_out, d_lse, ctx.scale), None, None, None
+    return *_differentiate(q, k, v, low, high, out, lse, d_out, d_lse, ctx.scale), None, None, None
 
 
-span_forward.register_autograd(_backward, setup_context=_setup_context)
+_attend = operation(span_forward, _run_forward, _setup_context, _backward)
+_differentiate = operation(span_backward, _run_backward)
 
 
 def span_attention(
@@ -273,4 +282,4 @@ def span_attention(
 
     Returns out [B, T, H, D] in q's dtype and lse [B, T, H], fp32; zero and -inf where that is no key.
     """
-    return span_forward(q_BTHD, k_BNKD, v_BNKD, low_BT.to(torch.int32), high_BT.to(torch.int32), scale)
+    return _attend(q_BTHD, k_BNKD, v_BNKD, low_BT.to(torch.int32), high_BT.to(torch.int32), scale)

@@ -1,0 +1,57 @@
+"""The lists of readers that the key side walks, against their definition."""
+
+import os
+
+import pytest
+import torch
+
+from ssa.ops import select_blocks
+from ssa.testing import document_positions, random_qkv
+
+pytest.importorskip("triton")
+device = os.environ.get("SSA_TEST_DEVICE", "cpu")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() and not device.startswith("cuda"), reason="with a GPU at hand the kernels are tested there"
+)
+
+# B, T, S, K, block size, k, span, segment, positions
+CASES = {
+    "plain": (2, 50, 60, 2, 8, 4, 50, 16, None),
+    "spans": (1, 64, 64, 2, 8, 4, 16, 8, None),
+    "one long list": (1, 70, 70, 1, 70, 1, 70, 4, None),
+    "documents": (1, 40, 40, 1, 8, 3, 13, 8, document_positions([17, 1, 22])),
+    "more lists than a program takes": (1, 300, 300, 1, 1, 2, 300, 4, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_pair_is_in_the_list_of_its_block(case):
+    from ssa.ops.triton.reader_lists import reader_lists
+
+    batch, queries, keys, heads, block_size, count, span, segment, positions = CASES[case]
+    q, k, _ = random_qkv(batch, queries, keys, heads, heads, 16, dtype=torch.float32)
+    index, _ = select_blocks(q, k, block_size=block_size, num_selected_blocks=count, positions=positions, impl="reference")
+    on_device = None if positions is None else positions.contiguous().to(device)
+    lists = reader_lists(index.to(device), on_device, keys, block_size, span, segment)
+    table, counts, items = lists.table.cpu(), lists.counts.cpu(), lists.item_list.cpu()
+    order = lists.pair_order.cpu()
+
+    expected = [[] for _ in range(lists.spans * lists.num_blocks)]
+    for pair, block in enumerate(index.flatten().tolist()):
+        t, row = pair // count % queries, pair // count // queries
+        start = 0 if positions is None else keys - queries + t - int(positions[row // heads, t])
+        if block >= 0:
+            name = (start + block * block_size) // lists.unit
+            expected[t // span * lists.num_blocks + row * lists.row_blocks + name].append(pair)
+    found = [order[table[i, 0] : table[i + 1, 0]].tolist() for i in range(len(expected))]
+    assert found == expected  # in the order of the queries, too
+
+    for s in range(lists.spans):
+        of_span = list(range(s * lists.num_blocks, (s + 1) * lists.num_blocks))
+        segments = {i: -(-len(expected[i]) // segment) for i in of_span}
+        taken = items[s, : counts[s, 0]].tolist()
+        assert sorted(taken) == sorted(i for i in of_span for _ in range(segments[i]))
+        assert all(taken[table[i, 1] : table[i, 1] + n] == [i] * n for i, n in segments.items())
+        parts = sorted((int(table[i, 2]), n) for i, n in segments.items() if n > 1)
+        assert [begin for begin, _ in parts] == [sum(n for _, n in parts[:j]) for j in range(len(parts))]
+        assert sum(n for _, n in parts) == counts[s, 1] <= lists.span_parts and counts[s, 0] <= lists.span_items
