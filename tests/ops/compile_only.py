@@ -54,11 +54,10 @@ class StandIn:
 
 
 def compile_only(launch=JITFunction.run):
-    def run(kernel, *arguments, grid, warmup, **options):
+    def run(kernel, *arguments, grid, warmup, **options) -> None:
         binary = launch(kernel, *arguments, grid=grid, warmup=True, **options)
         name = f"{kernel.fn.__module__.removeprefix('ssa.ops.triton.')}.{kernel.fn.__name__}"
         shared[name] = max(shared.get(name, 0), binary.metadata.shared)
-        return binary
 
     return run
 

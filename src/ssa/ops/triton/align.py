@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import contiguous_rows, operation, power_of_two
+from ssa.ops.triton.launch import contiguous_rows, launch, operation, power_of_two
 
 TILE_ELEMENTS = 2048
 
@@ -145,7 +145,8 @@ def _align(
     out = full.new_empty(full.shape if gates is not None else 0)
     grid, shape = _tiles(full)
     partial = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=full.device)
-    _alignment_kernel[grid](
+    launch(
+        _alignment_kernel, grid,
         full, sparse, gates, None if padding is None else padding.contiguous(), out, partial, full.shape[1], *full.stride()[:3],
         *sparse.stride()[:3], *(gates.stride() if gates is not None else (0, 0, 0)), GATED=gates is not None, ALIGN_GATED=align_gated,
         PADDED=padding is not None, MAIN_FULL=main_full, SMOOTH=smooth, num_warps=4, **shape,
@@ -173,7 +174,8 @@ def _align_backward(
     d_full, d_sparse = torch.empty_like(full), torch.empty_like(sparse)
     d_gates = full.new_empty(0) if gates is None else torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
     grid, shape = _tiles(full)
-    _alignment_gradient_kernel[grid](
+    launch(
+        _alignment_gradient_kernel, grid,
         full, sparse, gates, None if padding is None else padding.contiguous(), None if d_out is None else d_out.contiguous(), weights,
         d_full, d_sparse, d_gates, full.shape[1], *full.stride()[:3], *sparse.stride()[:3],
         *(gates.stride() if gates is not None else (0, 0, 0)), *d_full.stride()[:3], *d_sparse.stride()[:3], GATED=gates is not None,
@@ -300,7 +302,7 @@ def gated_sum_forward(branches: list[Tensor], gates: Tensor) -> Tensor:
     xs, strides = _three([contiguous_rows(x) for x in branches])
     out = branches[0].new_empty(branches[0].shape)
     grid, shape = _tiles(out)
-    _gated_sum_kernel[grid](*xs, gates.contiguous(), out, out.shape[1], *strides, NUM=len(branches), num_warps=4, **shape)
+    launch(_gated_sum_kernel, grid, *xs, gates.contiguous(), out, out.shape[1], *strides, NUM=len(branches), num_warps=4, **shape)
     return out
 
 
@@ -317,7 +319,8 @@ def gated_sum_backward(branches: list[Tensor], gates: Tensor, d_out: Tensor) -> 
     d_gates = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
     (xs, strides), (d_xs, d_strides) = _three(branches), _three(d_branches)
     grid, shape = _tiles(d_out)
-    _gated_sum_gradient_kernel[grid](
+    launch(
+        _gated_sum_gradient_kernel, grid,
         *xs, gates.contiguous(), d_out.contiguous(), *d_xs, d_gates, d_out.shape[1], *strides, *d_strides, NUM=len(branches),
         num_warps=4, **shape,
     )  # fmt: skip

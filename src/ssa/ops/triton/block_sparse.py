@@ -19,15 +19,34 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton import key_side
-from ssa.ops.triton.launch import contiguous_rows, operation, power_of_two
-from ssa.ops.triton.numerics import natural_log
+from ssa.ops.triton.launch import contiguous_rows, launch, operation, power_of_two
+from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.reader_lists import reader_lists
 
-LOG2E = tl.constexpr(1.4426950408889634)
 SEGMENT = 256
 """Pairs of a work item."""
 PART_BYTES = 1 << 27
 """Partial sums of keys' gradients, and of values', held at once."""
+
+
+@triton.jit
+def _keys_of_step(indices, query, c, position, start, M: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr):
+    """Of the keys c ... c + BN - 1 of a query's selection: which it sees, their columns, and which columns are safe to read."""
+    j = tl.arange(0, BN)
+    if BS % BN == 0:  # of one block: addresses are one base and steps known in advance
+        block = tl.load(indices + query * M + c // BS)
+        key = tl.maximum(block, 0) * BS + c % BS + j
+        seen = (block >= 0) & (key <= position)
+        safe = seen
+        column = start + key
+    else:
+        slot = (c + j) // BS
+        block = tl.load(indices + query * M + slot, mask=slot < M, other=-1)
+        key = block * BS + (c + j) % BS
+        seen = (block >= 0) & (key <= position)
+        safe = tl.full([BN], 1, tl.int1)
+        column = start + tl.where(seen, key, 0)
+    return seen, column.to(tl.int64), safe
 
 
 @triton.jit
@@ -44,7 +63,6 @@ def _forward_kernel(
     kv = r // (R // K)
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
-    j = tl.arange(0, BN)
     if PLAIN:
         position = S - T + t
         start = 0
@@ -60,20 +78,20 @@ def _forward_kernel(
     total = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP], tl.float32)
     for c in range(0, M * BS, BN):
-        slot = (c + j) // BS
-        block = tl.load(indices + query * M + slot, mask=slot < M, other=-1)
-        key = block * BS + (c + j) % BS
-        seen = (block >= 0) & (key <= position)
-        column = (start + tl.where(seen, key, 0)).to(tl.int64)
+        seen, column, safe = _keys_of_step(indices, query, c, position, start, M, BS, BN)
         keys = tl.load(
-            k + b * k_b + kv.to(tl.int64) * k_h + (column * k_s)[None, :] + d[:, None], mask=(d < D)[:, None], other=0.0
+            k + b * k_b + kv.to(tl.int64) * k_h + (column * k_s)[None, :] + d[:, None],
+            mask=safe[None, :] & (d < D)[:, None],
+            other=0.0,
         )
         values = tl.load(
-            v + b * v_b + kv.to(tl.int64) * v_h + (column * v_s)[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0
+            v + b * v_b + kv.to(tl.int64) * v_h + (column * v_s)[:, None] + d[None, :],
+            mask=safe[:, None] & (d < D)[None, :],
+            other=0.0,
         )
         logits = tl.dot(q_G, keys, input_precision=PRECISION) * scale
         if BIAS:
-            logits += tl.load(bias + b * b_b + kv * b_h + column * b_s).to(tl.float32)[None, :]
+            logits += tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=safe, other=0.0).to(tl.float32)[None, :]
         logits = tl.where(seen[None, :], logits, -1e30)
         higher = tl.maximum(peak, tl.max(logits, 1))
         p = tl.where(seen[None, :], tl.exp2((logits - higher[:, None]) * LOG2E), 0.0)
@@ -103,7 +121,6 @@ def _dq_kernel(
     kv = r // (R // K)
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
-    j = tl.arange(0, BN)
     if PLAIN:
         position = S - T + t
         start = 0
@@ -127,20 +144,20 @@ def _dq_kernel(
     query = (b * R + r) * T + t
     acc = tl.zeros([GP, DP], tl.float32)
     for c in range(0, M * BS, BN):
-        slot = (c + j) // BS
-        block = tl.load(indices + query * M + slot, mask=slot < M, other=-1)
-        key = block * BS + (c + j) % BS
-        seen = (block >= 0) & (key <= position)
-        column = (start + tl.where(seen, key, 0)).to(tl.int64)
+        seen, column, safe = _keys_of_step(indices, query, c, position, start, M, BS, BN)
         keys = tl.load(
-            k + b * k_b + kv.to(tl.int64) * k_h + (column * k_s)[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0
+            k + b * k_b + kv.to(tl.int64) * k_h + (column * k_s)[:, None] + d[None, :],
+            mask=safe[:, None] & (d < D)[None, :],
+            other=0.0,
         )
         values = tl.load(
-            v + b * v_b + kv.to(tl.int64) * v_h + (column * v_s)[None, :] + d[:, None], mask=(d < D)[:, None], other=0.0
+            v + b * v_b + kv.to(tl.int64) * v_h + (column * v_s)[None, :] + d[:, None],
+            mask=safe[None, :] & (d < D)[:, None],
+            other=0.0,
         )
         logits = tl.dot(q_G, tl.trans(keys), input_precision=PRECISION) * scale
         if BIAS:
-            logits += tl.load(bias + b * b_b + kv * b_h + column * b_s).to(tl.float32)[None, :]
+            logits += tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=safe, other=0.0).to(tl.float32)[None, :]
         p = tl.where(seen[None, :], tl.exp2((logits - lse[:, None]) * LOG2E), 0.0)
         d_logits = p * (tl.dot(d_out_G, values, input_precision=PRECISION) - shift[:, None])
         acc += tl.dot(d_logits.to(keys.dtype), keys, input_precision=PRECISION)
@@ -184,7 +201,8 @@ def _run_forward(
         key_side.forward(q, k, v, block_indices, bias, lists, out, lse, scale, strides, shape, block_size)
         return out, lse
     columns = _columns(shape, block_size)
-    _forward_kernel[(queries, batch * shape["R"])](
+    launch(
+        _forward_kernel, (queries, batch * shape["R"]),
         q, k, v, block_indices, positions, bias, out, lse, scale, queries, k.shape[1], *strides, BS=block_size, BN=columns,
         PLAIN=positions is None, BIAS=bias is not None, num_warps=1, num_stages=3, **shape,
     )  # fmt: skip
@@ -237,7 +255,8 @@ def _run_backward(
         shift, span = key_side.shifts(out, d_out, d_lse), key_side.span_length(batch, queries, shape, q.element_size())
     else:
         shift, span = torch.empty_like(lse), queries
-        _dq_kernel[(queries, batch * selectors)](
+        launch(
+            _dq_kernel, (queries, batch * selectors),
             q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse, shift, d_q, scale, queries, keys, *strides, BS=block_size,
             BN=_columns(shape, block_size), PLAIN=positions is None, BIAS=bias is not None, D_LSE=d_lse is not None, num_warps=1,
             num_stages=3, **shape,

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from ssa.ops.triton.launch import launch
+from ssa.ops.triton.numerics import LOG2E
 
 
 @triton.jit
@@ -43,7 +44,8 @@ def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(losses fp32 [N], their gradient in the memory of `logits` [N, V]); both 0 where the target is negative."""
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    _cross_entropy_kernel[(rows,)](
-        logits, targets, losses, vocabulary, logits.stride(0), BV=min(4096, triton.next_power_of_2(vocabulary)), num_warps=8
-    )
+    launch(
+        _cross_entropy_kernel, (rows,), logits, targets, losses, vocabulary, logits.stride(0), BV=min(4096,
+        triton.next_power_of_2(vocabulary)), num_warps=8,
+    )  # fmt: skip
     return losses, logits

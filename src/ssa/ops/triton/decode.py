@@ -21,14 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import contiguous_rows, operation, power_of_two
+from ssa.ops.triton.largest import NOTHING, ordered, take_largest
+from ssa.ops.triton.launch import contiguous_rows, launch, operation, power_of_two
+from ssa.ops.triton.numerics import LOG2E, natural_log
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-NOTHING = tl.constexpr(-2147483648)
-"""The rank of no block: below that of every score."""
 SEGMENT = 512
 """Blocks that one program ranks."""
+RANKING_WARPS = 4
 PART_KEYS = 1024
 """Keys that one program attends to."""
 
@@ -59,7 +58,10 @@ def _span_kernel(
     q_I = tl.load(q_rows[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
     n = first + tl.arange(0, SPAN)
     key_rows = means + b * m_b + kv.to(tl.int64) * m_k + n.to(tl.int64) * m_n
-    keys = tl.load(key_rows[:, None] + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+    # means are read once; what is written here, soon again: it should find room in the cache
+    keys = tl.load(
+        key_rows[:, None] + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_first"
+    )
     term = tl.dot(q_I, tl.trans(keys), input_precision=PRECISION) * factor
     complete = tl.where(real, (length - T + t + 1) // BS, 0)
     seen = n[None, :] < complete[:, None]
@@ -75,49 +77,22 @@ def _span_kernel(
 
 
 @triton.jit
-def _ranks(x):
-    """Integers in the order of the floats; -0.0 and 0.0 are one."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _largest(rank, count):
-    """Flags the `count` largest of `rank` int32 [X], ties to the lower column; never NOTHING."""
-    # bisection from the top bit: `threshold` ends as a value that exactly `count` entries reach or, with ties or too few entries, as
-    # the largest that at least `count` reach
-    reached = tl.sum((rank >= 0).to(tl.int32), 0)
-    threshold = tl.where(reached >= count, 0, -2147483648)
-    bit = tl.where(tl.sum((rank != NOTHING).to(tl.int32), 0) > count, 1 << 30, 0)
-    while (bit > 0) & (reached != count):
-        trial = threshold | bit
-        reaching = tl.sum((rank >= trial).to(tl.int32), 0)
-        threshold = tl.where(reaching >= count, trial, threshold)
-        reached = tl.where(reaching >= count, reaching, reached)
-        bit = bit >> 1
-    above = rank > threshold
-    equal = (rank == threshold) & (rank != NOTHING)
-    room = count - tl.sum(above.to(tl.int32), 0)
-    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
-
-
-@triton.jit
 def _best(rank, block, own, M: tl.constexpr, BS: tl.constexpr, RELEASED: tl.constexpr):
     """Flags the best M - 1 of the blocks before `own`."""
     if RELEASED:
         # the best half of all earlier chunks of BS blocks and the best half, less the own block, of the query's chunk
         split = own // BS * BS
-        early = _largest(tl.where(block < split, rank, NOTHING), tl.where(split > 0, M // 2, 0))
-        late = _largest(tl.where(block < split, NOTHING, rank), tl.where(split > 0, M // 2, M) - 1)
+        early, _, _ = take_largest(tl.where(block < split, rank, NOTHING), tl.where(split > 0, M // 2, 0), NOTHING)
+        late, _, _ = take_largest(tl.where(block < split, NOTHING, rank), tl.where(split > 0, M // 2, M) - 1, NOTHING)
         chosen = early | late
     else:
-        chosen = _largest(rank, M - 1)
+        chosen, _, _ = take_largest(rank, M - 1, NOTHING)
     return chosen
 
 
 @triton.jit(do_not_specialize=["spans", "segments"])
 def _candidate_kernel(
-    peaks, totals, terms, lengths, ranks, blocks, spans, segments,
+    terms, peaks, totals, lengths, ranks, blocks, spans, segments,
     T: tl.constexpr, R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     SPANS: tl.constexpr, SPAN: tl.constexpr, J: tl.constexpr, SOFTMAX: tl.constexpr, RELEASED: tl.constexpr,
 ):  # fmt: skip
@@ -150,10 +125,10 @@ def _candidate_kernel(
         term *= tl.where(mask, weight, 0.0)[:, :, None]
     score = tl.reshape(tl.sum(term, 0), [J * SPAN])
     n = tl.reshape(n, [J * SPAN])
-    chosen = _best(tl.where(n < own, _ranks(score), NOTHING), n, own, M, BS, RELEASED)
+    chosen = _best(tl.where(n < own, ordered(score), NOTHING), n, own, M, BS, RELEASED)
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     out = (query.to(tl.int64) * segments + segment) * MP
-    tl.store(ranks + out + place, _ranks(score), mask=chosen)
+    tl.store(ranks + out + place, ordered(score), mask=chosen)
     tl.store(blocks + out + place, n, mask=chosen)
     rest = tl.arange(0, MP)
     tl.store(ranks + out + rest, tl.full([MP], NOTHING, tl.int32), mask=rest >= tl.sum(chosen.to(tl.int32), 0))
@@ -225,7 +200,7 @@ def _attend_kernel(
         peak = higher
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, float("-inf"), peak + tl.log2(total) * LN2)
+    lse = tl.where(empty, float("-inf"), peak + natural_log(total))
     # without parts [B, T, H, D], with them [B, T, H, PARTS, D] for `_combine_kernel`
     at = ((b * T + t) * (R * G) + head) * PARTS + part
     tl.store(out + (at * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=tile_mask)
@@ -248,7 +223,7 @@ def _combine_kernel(
     each = tl.load(part_out + ((head * PARTS + part) * D)[:, None] + d[None, :], mask=mask, other=0.0)
     mixed = tl.sum(each * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out + head * D + d, mixed.to(out.dtype.element_ty), mask=d < D)
-    tl.store(lse_out + head, tl.where(total == 0.0, float("-inf"), top + tl.log2(total) * LN2))
+    tl.store(lse_out + head, tl.where(total == 0.0, float("-inf"), top + natural_log(total)))
 
 
 def _run(
@@ -289,17 +264,19 @@ def _run(
         terms = workspace(batch, queries, heads, spans * span)
         per_kv = heads // kv_heads
         tile = min(64, max(16, power_of_two(queries * per_kv)))
-        _span_kernel[(batch * kv_heads * triton.cdiv(queries * per_kv, tile), spans)](
+        launch(
+            _span_kernel, (batch * kv_heads * triton.cdiv(queries * per_kv, tile), spans),
             q, block_means, lengths, peaks, totals, terms, scale * (LOG2E.value if softmax else 1.0), block_means.shape[1], spans,
             *q.stride()[:3], *block_means.stride()[:3], T=queries, K=kv_heads, G=per_kv, RT=tile, D=size, DP=padded_size,
             BS=block_size, SPAN=span, SOFTMAX=softmax, PRECISION=precision, num_warps=4 if tile * span <= 8192 else 8,
         )  # fmt: skip
         ranks, blocks = (workspace(rows, segments, places, dtype=torch.int32) for _ in range(2))
         wide = power_of_two(group)
-        _candidate_kernel[(rows, segments)](
-            peaks, totals, terms, lengths, ranks, blocks, spans, segments, T=queries, R=selectors, G=group, GP=wide, BS=block_size,
+        launch(
+            _candidate_kernel, (rows, segments),
+            terms, peaks, totals, lengths, ranks, blocks, spans, segments, T=queries, R=selectors, G=group, GP=wide, BS=block_size,
             M=num_selected, MP=places, SPANS=power_of_two(spans), SPAN=span, J=per_segment, SOFTMAX=softmax,
-            RELEASED=released, num_warps=4 if wide <= 16 else 8,
+            RELEASED=released, num_warps=RANKING_WARPS if wide <= 16 else 2 * RANKING_WARPS,
         )  # fmt: skip
 
     columns = max(16, min(_tile(size, q.dtype), power_of_two(budget)))
@@ -310,7 +287,8 @@ def _run(
     part_out, part_lse = out, lse
     if parts > 1:
         part_out, part_lse = workspace(batch, queries, heads, parts, size), workspace(batch, queries, heads, parts)
-    _attend_kernel[(rows, parts)](
+    launch(
+        _attend_kernel, (rows, parts),
         q, k, v, lengths, starts, bias, ranks, blocks, indices, part_out, part_lse, scale, segments, *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if bias is None else bias.stride()), T=queries, R=selectors, K=kv_heads,
         G=group, GP=max(16, power_of_two(group)), D=size, DP=padded_size, BS=block_size, M=num_selected, MP=places,
@@ -319,9 +297,10 @@ def _run(
         num_warps=4 if columns * padded_size <= 8192 else 8, num_stages=2,
     )  # fmt: skip
     if parts > 1:
-        _combine_kernel[(batch * queries * heads,)](
-            part_out, part_lse, out, lse, PARTS=parts, PP=power_of_two(parts), D=size, DP=padded_size, num_warps=1
-        )
+        launch(
+            _combine_kernel, (batch * queries * heads,), part_out, part_lse, out, lse, PARTS=parts, PP=power_of_two(parts),
+            D=size, DP=padded_size, num_warps=1,
+        )  # fmt: skip
     return out, lse, indices
 
 

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssa.ops.triton.launch import launch
+
 _NAMES = 1024
 _LISTS = 128
 
@@ -61,14 +63,16 @@ def reader_lists(
     span_pairs = batch * selectors * min(span, queries) * selected
     span_items = min(num_blocks, span_pairs) + span_pairs // segment
     counts = torch.empty(spans, 2, dtype=torch.int32, device=device)
-    _name_kernel[(triton.cdiv(max(pairs, 2 * spans), _NAMES),)](
+    launch(
+        _name_kernel, (triton.cdiv(max(pairs, 2 * spans), _NAMES),),
         block_indices, positions, name, counts, pairs, spans, queries, keys, row_blocks, num_blocks, lists, span,
         R=selectors, M=selected, BS=block_size, PLAIN=positions is None, X=_NAMES, num_warps=4,
     )  # fmt: skip
     name, pair_order = name.sort(stable=True)
     table = torch.empty(lists + 1, 3, dtype=torch.int32, device=device)
     item_list = torch.empty(spans, span_items, dtype=torch.int32, device=device)
-    _list_kernel[(triton.cdiv(num_blocks, _LISTS), spans)](
+    launch(
+        _list_kernel, (triton.cdiv(num_blocks, _LISTS), spans),
         name, table, counts, item_list, pairs, num_blocks, span_items,
         pairs.bit_length(), SEGMENT=segment, X=_LISTS, num_warps=4,
     )  # fmt: skip

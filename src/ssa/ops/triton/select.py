@@ -19,22 +19,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import contiguous_rows, operation, power_of_two
+from ssa.ops.triton.largest import NOTHING, ordered, take_largest
+from ssa.ops.triton.launch import contiguous_rows, launch, operation, power_of_two
+from ssa.ops.triton.numerics import LOG2E
 
-LOG2E = 1.4426950408889634
 _SAFE_BOUND = tl.constexpr(110.0)
-_NOTHING = tl.constexpr(-2147483648)
 FINE_CHUNKS = 2048  # up to so many blocks, chunks of 4 leave fewer candidates to score again than chunks of 8
+BOUND_TILE = tl.constexpr(128)
 SCORE_TILE = {"columns": 128, "blocks": 64, "warps": 4, "stages": 2, "registers": 128}
 PICK_TILE = {"keys": 32, "warps": 1, "stages": 1}
 
 
 @triton.jit
+def _bound_kernel(block_keys, key_bounds, N, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """The longest block key of every tile of BOUND_TILE."""
+    tile = tl.program_id(0)
+    row = tl.program_id(1)  # batch row and kv head
+    n = tile * BOUND_TILE + tl.arange(0, BOUND_TILE)
+    d = tl.arange(0, DP)
+    base = block_keys + ((row // K).to(tl.int64) * N * K + row % K) * D
+    mask = (n < N)[:, None] & (d < D)[None, :]
+    keys = tl.load(base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(key_bounds + row * tl.num_programs(0) + tile, tl.sqrt(tl.max(tl.sum(keys * keys, 1), 0)))
+
+
+@triton.jit
 def _score_kernel(
-    q, block_keys, positions, first_blocks, key_bound, lse_out, chunk_max,
+    q, block_keys, positions, first_blocks, key_bounds, lse_out, chunk_max,
     scale2, T, S, N, row_length, num_chunks, q_b, q_t, q_h, R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr,
-    PLAIN: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, TP: tl.constexpr,
+    CHUNK: tl.constexpr, PLAIN: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles have the most blocks: start them first
     row = tl.program_id(1)
@@ -77,7 +91,10 @@ def _score_kernel(
         # Queries are rows here, so that a thread has few of them to sum, and columns in the second sweep.
         total = tl.zeros([GP * BT], tl.float32)
         norm = tl.sqrt(tl.sum(q_C.to(tl.float32) * q_C.to(tl.float32), 1))
-        bound = norm * tl.load(key_bound + b * K + kv) * scale2  # Cauchy-Schwarz: no logit exceeds it
+        tiles = tl.cdiv(N, BOUND_TILE)
+        part = tl.arange(0, TP)
+        longest = tl.max(tl.load(key_bounds + (b * K + kv) * tiles + part, mask=part < tiles, other=0.0), 0)
+        bound = norm * longest * scale2  # Cauchy-Schwarz: no logit exceeds it
         if tl.max(bound) <= _SAFE_BOUND:
             # 2^(logit - peak) neither overflows nor loses the largest term, whatever the logits: no running maximum needed
             peak = bound - 100.0
@@ -138,61 +155,6 @@ def _score_kernel(
 
 
 @triton.jit
-def _ordered(x):
-    """Integers in the order of the floats; -0.0 and 0.0 are one."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _take(value, count, hint):
-    """(flag, place, threshold) of the `count` largest of `value` int32 [X], ties to the lower column; place counts the taken
-    ones from the left. _NOTHING stands for no value and is never taken. `hint`: a guess at a value that `count` entries reach.
-
-    The threshold is found by a search with three trials a round, between a value that enough entries reach and the maximum.
-    """
-    valid = value != _NOTHING
-    reached = tl.sum(valid.to(tl.int32), 0)
-    low = tl.full([], -2147483647, tl.int32)
-    if reached > count:
-        high = tl.max(value, 0)
-        floor = tl.min(tl.where(valid, value, 2147483647), 0)
-        low = tl.maximum(floor, hint)
-        reached = tl.sum((value >= low).to(tl.int32), 0)
-        if reached < count:
-            low = floor
-            reached = tl.sum(valid.to(tl.int32), 0)
-        while (reached != count) & (low < high):
-            step = tl.maximum((high.to(tl.int64) - low.to(tl.int64)) >> 2, 1).to(tl.int32)
-            a = low + step
-            b = tl.minimum(a, high - step) + step
-            c = tl.minimum(b, high - step) + step
-            two = tl.sum((value >= a).to(tl.int32) + ((value >= b).to(tl.int32) << 16), 0)
-            reach_a = two & 0xFFFF
-            reach_b = two >> 16
-            reach_c = tl.sum((value >= c).to(tl.int32), 0)
-            if reach_c >= count:
-                low = c
-                reached = reach_c
-            elif reach_b >= count:
-                low = b
-                reached = reach_b
-                high = c - 1
-            elif reach_a >= count:
-                low = a
-                reached = reach_a
-                high = b - 1
-            else:
-                high = a - 1
-    taken = value >= low
-    if reached > count:  # ties at the threshold: the lower columns
-        equal = value == low
-        room = count - reached + tl.sum(equal.to(tl.int32), 0)
-        taken = taken & ((value > low) | (tl.cumsum(equal.to(tl.int32), 0) <= room))
-    return taken, tl.cumsum(taken.to(tl.int32), 0) - 1, low
-
-
-@triton.jit
 def _pick_range(
     q_T, key_base, lse, row, candidate_row, chosen, indices, scores, first, low, high, count, taken_before, scale2,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr,
@@ -208,11 +170,11 @@ def _pick_range(
     if chunks > MP:
         column = tl.arange(0, CP)
         best = tl.load(row + first_chunk + column, mask=column < chunks, other=float("-inf"))
-        value = tl.where(column < chunks, _ordered(best), _NOTHING)
-        taken, slot, threshold = _take(value, MP, hint)
+        value = tl.where(column < chunks, ordered(best), NOTHING)
+        taken, slot, threshold = take_largest(value, MP, hint)
         tl.store(chosen + slot, column + first_chunk, mask=taken)
         # MP blocks reach this much, up to the rounding of another order of summation
-        hint = tl.maximum(threshold, _NOTHING + 4096) - 4096
+        hint = tl.maximum(threshold, NOTHING + 4096) - 4096
     else:
         place = tl.arange(0, MP)
         tl.store(chosen + place, first_chunk + place)
@@ -234,8 +196,8 @@ def _pick_range(
     place = tl.arange(0, MP * CHUNK)
     score = tl.load(candidate_row + place, mask=place < chunks * CHUNK, other=float("-inf"))
     n = tl.load(chosen + place // CHUNK) * CHUNK + place % CHUNK
-    value = tl.where((n >= low) & (n < high), _ordered(score), _NOTHING)
-    taken, slot, _ = _take(value, count, hint)
+    value = tl.where((n >= low) & (n < high), ordered(score), NOTHING)
+    taken, slot, _ = take_largest(value, count, hint)
     tl.store(indices + taken_before + slot, n - first, mask=taken)
     tl.store(scores + taken_before + slot, score, mask=taken)
     return taken_before + tl.sum(taken.to(tl.int32), 0)
@@ -318,7 +280,8 @@ def _run(
     row_length = num_chunks + padded * chunk if released else max(num_chunks, padded * chunk)
     chunk_max = torch.empty(batch, selectors, queries, row_length, dtype=torch.float32, device=device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=device)
-    key_bound = torch.linalg.vector_norm(block_keys, dim=-1, dtype=torch.float32).amax(1)
+    tiles = triton.cdiv(blocks, BOUND_TILE.value)
+    key_bounds = torch.empty(batch * kv_heads, tiles, dtype=torch.float32, device=device)
     chosen = torch.empty(batch, selectors, queries, padded, dtype=torch.int32, device=device)
     wide, padded_size = power_of_two(group), max(16, power_of_two(size))
     common = dict(
@@ -326,15 +289,22 @@ def _run(
         PLAIN=positions_BT is None, SOFTMAX=scoring == "softmax", PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     strides = q.stride()[:3]
-    scale2 = scale * LOG2E
+    scale2 = scale * LOG2E.value
+    if scoring == "softmax":
+        launch(
+            _bound_kernel, (tiles, batch * kv_heads), block_keys, key_bounds, blocks, K=kv_heads, D=size, DP=padded_size,
+            num_warps=4,
+        )  # fmt: skip
     columns = SCORE_TILE["columns"] * 256 // max(256, padded_size * q.element_size())  # wide heads leave less shared memory
     per_tile = max(1, columns // wide)
-    _score_kernel[(triton.cdiv(queries, per_tile), batch * selectors)](
-        q, block_keys, positions_BT, first_block_BT, key_bound, lse, chunk_max, scale2, queries, num_keys, blocks, row_length,
-        num_chunks, *strides, GP=wide, BT=per_tile, BC=SCORE_TILE["blocks"], num_warps=SCORE_TILE["warps"],
+    launch(
+        _score_kernel, (triton.cdiv(queries, per_tile), batch * selectors),
+        q, block_keys, positions_BT, first_block_BT, key_bounds, lse, chunk_max, scale2, queries, num_keys, blocks, row_length,
+        num_chunks, *strides, GP=wide, BT=per_tile, BC=SCORE_TILE["blocks"], TP=power_of_two(tiles), num_warps=SCORE_TILE["warps"],
         num_stages=SCORE_TILE["stages"], maxnreg=SCORE_TILE["registers"] if columns == SCORE_TILE["columns"] else None, **common,
     )  # fmt: skip
-    _pick_kernel[(queries, batch * selectors)](
+    launch(
+        _pick_kernel, (queries, batch * selectors),
         q, block_keys, positions_BT, first_block_BT, lse, chunk_max, chosen, indices, scores, scale2, queries, num_keys, blocks,
         row_length, *strides, GP=max(16, wide), M=num_selected, MP=padded, CP=power_of_two(num_chunks),
         KS=min(PICK_TILE["keys"], padded * chunk), RELEASED=released, num_warps=PICK_TILE["warps"] if num_chunks <= 1024 else 4,

@@ -21,10 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import contiguous_rows, operation, power_of_two
-from ssa.ops.triton.numerics import natural_log
+from ssa.ops.triton.launch import contiguous_rows, launch, operation, power_of_two
+from ssa.ops.triton.numerics import LOG2E, natural_log
 
-LOG2E = tl.constexpr(1.4426950408889634)
 PROGRAMS = 512  # of the key side, where splitting the readers helps: a few for every multiprocessor
 MOST_PARTS = 32
 
@@ -196,9 +195,10 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, sca
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
     shape = _geometry(q, k, True)
-    _forward_kernel[(triton.cdiv(queries, shape["BT"]), batch * shape["K"])](
-        q, k, v, low, high, out, lse, scale, queries, k.shape[1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **shape
-    )
+    launch(
+        _forward_kernel, (triton.cdiv(queries, shape["BT"]), batch * shape["K"]), q, k, v, low, high, out, lse, scale,
+        queries, k.shape[1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **shape,
+    )  # fmt: skip
     return out, lse
 
 
@@ -229,7 +229,8 @@ def _run_backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     shift = torch.empty_like(lse)
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _dq_kernel[(triton.cdiv(queries, shape["BT"]), batch * shape["K"])](
+    launch(
+        _dq_kernel, (triton.cdiv(queries, shape["BT"]), batch * shape["K"]),
         q, k, v, low, high, out, lse, d_out, None if d_lse is None else d_lse.contiguous(), shift, d_q, scale, queries, keys,
         *strides, D_LSE=d_lse is not None, **shape,
     )  # fmt: skip
@@ -242,9 +243,10 @@ def _run_backward(
     last_reader = torch.searchsorted(low, first_key + shape["BN"], out_int32=True)
     parts = max(1, min(MOST_PARTS, PROGRAMS // (tiles * batch * shape["K"])))
     d_k, d_v = (torch.empty(parts, *k.shape, dtype=k.dtype if parts == 1 else torch.float32, device=q.device) for _ in range(2))
-    _dkv_kernel[(tiles, parts, batch * shape["K"])](
-        q, k, v, low, high, lse, shift, d_out, first_reader, last_reader, d_k, d_v, scale, queries, keys, *strides, **shape
-    )
+    launch(
+        _dkv_kernel, (tiles, parts, batch * shape["K"]), q, k, v, low, high, lse, shift, d_out, first_reader, last_reader,
+        d_k, d_v, scale, queries, keys, *strides, **shape,
+    )  # fmt: skip
     if parts == 1:
         return d_q, d_k[0], d_v[0]
     return d_q, d_k.sum(0).to(k.dtype), d_v.sum(0).to(v.dtype)
