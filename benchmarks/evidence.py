@@ -3,8 +3,9 @@
     ssa prepare TEXT... --out data/33m --train-bpe 16384
     python benchmarks/evidence.py data/33m --out benchmarks/results/h200/evidence --wikitext wiki.jsonl --books long_books.jsonl
 
-One JSON for each run, with its recipe, environment, curve and every figure; runs that are there already are kept. On several GPUs,
-start it once for each with `--part 0/4` ... `--part 3/4`.
+One JSON for each run, with its recipe, environment, curve and every figure; finished ones are kept. On several GPUs,
+start it once for each with `--part 0/4` ... `--part 3/4`: the runs are dealt out so that all end at about the same time.
+`evidence_plots.py` and `evidence_tables.py` make what docs/results.md shows.
 """
 
 from __future__ import annotations
@@ -30,22 +31,36 @@ RUNS: dict[str, list[str]] = {
     "full": ["--model.method", "full"],
     "moba": ["--model.method", "moba"],
     "nsa": ["--model.method", "nsa"],
-    "ssa-ratio-0.25": ["--model.full-ratio", "0.25"],
-    "ssa-no-alignment": ["--model.alignment-loss", "none"],
-    "ssa-ratio-0.75": ["--model.full-ratio", "0.75"],
-    "ssa-alpha-20": ["--model.alignment-weight", "20"],
     "ssa-seed-2": ["--train.seed", "2"],
-    "moba-seed-2": ["--model.method", "moba", "--train.seed", "2"],
     "full-seed-2": ["--model.method", "full", "--train.seed", "2"],
+    "moba-seed-2": ["--model.method", "moba", "--train.seed", "2"],
     "nsa-seed-2": ["--model.method", "nsa", "--train.seed", "2"],
-    "ssa-alpha-5": ["--model.alignment-weight", "5"],
+    "ssa-no-alignment": ["--model.alignment-loss", "none"],
+    "ssa-ratio-0.25": ["--model.full-ratio", "0.25"],
+    "ssa-ratio-0.75": ["--model.full-ratio", "0.75"],
     "ssa-ratio-1": ["--model.full-ratio", "1"],
+    "ssa-alpha-5": ["--model.alignment-weight", "5"],
+    "ssa-alpha-20": ["--model.alignment-weight", "20"],
     "ssa-align-ungated": ["--model.no-align-gated"],
     "ssa-head-scope": ["--model.selection-scope", "head"],
 }
 """Overrides on the recipe, in the order of their worth."""
+COSTS = {"full": 1.0, "moba": 1.05, "nsa": 1.25, "ssa": 1.45, "ssa-no-alignment": 1.1, "before": 0.1}
+"""Time of a run beside FullAttn's, by its name or the name's first word; "before" is adapt.py's."""
 BUDGETS = "8x16,16x16,32x16,64x16,128x16,full"
 LONG = 16384
+
+
+def cost(name: str) -> float:
+    return COSTS.get(name) or COSTS[name.split("-")[0]]
+
+
+def part_of(names: list[str], part: int, parts: int) -> list[str]:
+    """What process `part` of `parts` runs, in the order of `names`: the dearest first, each to whoever has least to do."""
+    shares: list[list[str]] = [[] for _ in range(parts)]
+    for name in sorted(names, key=cost, reverse=True):
+        min(shares, key=lambda share: sum(map(cost, share))).append(name)
+    return sorted(shares[part], key=names.index)
 
 
 def measure(run: Path, args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
@@ -104,20 +119,23 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="run directories; OUT/runs if left out")
     parser.add_argument("--recipe", default="33m")
     parser.add_argument("--runs", default=",".join(RUNS))
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th run from the i-th on")
+    parser.add_argument("--part", default="0/1", help="i/n: the i-th of n processes' share of the runs, from 0")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run that would end later than this")
     parser.add_argument("--eval-tokens", type=int, default=300_000)
     parser.add_argument("--wikitext")
     parser.add_argument("--books")
     args, extra = parser.parse_known_args()
-    begin, longest, failed = time.perf_counter(), 0.0, False
+    names = args.runs.split(",")
+    if unknown := [name for name in names if name not in RUNS]:
+        parser.error(f"--runs {unknown[0]!r} is not one of {', '.join(RUNS)}")
+    begin, pace, failed = time.perf_counter(), 0.0, False
     part, parts = map(int, args.part.split("/"))
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.runs.split(",")[part::parts]:
+    for name in part_of(names, part, parts):
         path = args.out / f"{name}.json"
         started = time.perf_counter()
-        if path.exists() or started - begin + longest > args.seconds:
+        if path.exists() or started - begin + pace * cost(name) > args.seconds:
             print(f"{name}: {'kept' if path.exists() else 'no time left'}", flush=True)
             continue
         recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
@@ -142,7 +160,7 @@ def main() -> int:
             print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             continue
         write_atomically(path, json.dumps(lean(report)) + "\n")
-        longest = max(longest, report["seconds"]["all"])
+        pace = max(pace, report["seconds"]["all"] / cost(name))
         print(f"{name}: trained in {trained:.0f} s, measured in {report['seconds']['all'] - trained:.0f} s", flush=True)
     return int(failed)
 

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssa import __version__, cli
-from ssa.cli import VERBS, main, split_overrides
+from ssa.cli import VERBS, main
+from ssa.cli.call import split_overrides
 from ssa.errors import UserError
 
 
@@ -50,24 +52,90 @@ def test_every_verb_and_argument_is_explained(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, says",
+    "command, says",
     [
-        (["trian"], "did you mean train?"),
-        (["xyzzy"], "there are demo, prepare, train"),
-        (["train"], "CONFIG"),
-        (["train", "no-such-recipe"], "no-such-recipe"),
-        (["train", "tiny", "--train.stps", "3"], "did you mean --train.steps?"),
-        (["train", "--train.steps", "0", "tiny"], "train.steps = 0"),
-        (["train", "tiny", "--out"], "--out"),
-        (["train", "tiny", "extra"], "extra"),
-        (["prepare", "x.txt"], "--out"),
-        (["doctor", "--loud"], "--loud"),
+        ("trian", "no verb 'trian'; did you mean train?"),
+        ("xyzzy", "there are demo, prepare, train"),
+        ("bench foo", "no verb 'bench foo'; did you mean bench plot?"),
+        ("train", "ssa train needs CONFIG: A recipe file, or a preset: tiny"),
+        ("train no-such-recipe", "no recipe 'no-such-recipe'"),
+        ("train tiny --train.stpes 3", "unknown option --train.stpes; did you mean --train.steps?"),
+        ("train tiny --steps 3", "unknown option --steps; did you mean --train.steps?"),
+        ("train tiny --train.method full", "unknown option --train.method; did you mean --model.method?"),
+        ("train tiny --train.save_evry 3", "unknown option --train.save_evry; did you mean --train.save-every?"),
+        ("train --bogus", "unknown option --bogus; `ssa train --help` lists what there is"),
+        ("train -x tiny", "unknown option -x; `ssa train --help` lists what there is"),
+        ("train --train.steps 0 tiny", "train.steps = 0 must be at least 1"),
+        ("train tiny --train.steps abc", "--train.steps 'abc' is not a whole number"),
+        ("train tiny --train.steps=", "--train.steps '' is not a whole number"),
+        ("train tiny --train.save_every many", "--train.save-every 'many' is not a whole number"),
+        ("train tiny --train.lr fast", "--train.lr 'fast' is not a number"),
+        ("train tiny --train.betas 0.9 a", "--train.betas '0.9 a' is not two numbers"),
+        ("train tiny --train.betas 0.9", "--train.betas needs 2 values; `ssa train CONFIG --help` explains it"),
+        ("train tiny --train.steps --out x", "--train.steps needs a value; `ssa train CONFIG --help` explains it"),
+        ("train tiny --data.mixture a", "--data.mixture 'a' is not a list NAME NUMBER NAME NUMBER ..."),
+        ("train tiny --model.method foo", "--model.method 'foo' is not one of full, moba, nsa, ssa"),
+        ("train tiny --train.compile=yes", "--train.compile takes no value, but has 'yes'; write --train.compile alone, or --train.no-compile"),
+        ("train tiny --no-resume=1", "--no-resume takes no value, but has '1'; write --no-resume alone, or --resume"),
+        ("train tiny --out", "--out needs a value; `ssa train --help` explains it"),
+        ("train tiny extra", "'extra' is one argument too many; `ssa train --help` shows what there may be"),
+        ("train tiny --train.shard-ranks 4", "train.shard_ranks = 4 goes with train.parallel = 'hsdp' only"),
+        ("train tiny --train.parallel fsdp", "--train.parallel fsdp needs several processes and this is one: start it with torchrun"),
+        ("prepare x.txt", "ssa prepare needs --out DIRECTORY: Directory for the shards"),
+        ("convert", "ssa convert needs SOURCE: A run, a model directory, a .gguf file, or the name of a model on the hub; OUT: Directory"),
+        ("generate run --mode dense", "--mode 'dense' is not one of sparse, full"),
+        ("generate run --prompt -x", "--prompt needs a value; one that begins with - is written --prompt=VALUE"),
+        ("doctor --loud", "--loud"),
     ],
-)
-def test_mistakes_are_one_line_on_stderr(capsys, arguments, says):
-    assert main(arguments) == 2
+)  # fmt: skip
+def test_mistakes_are_one_line_on_stderr(monkeypatch, capsys, command, says):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main(command.split()) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("ssa: error: ") and said.err.count("\n") == 1 and says in said.err
+    assert not set("│╭╰─├┤") & set(said.err)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_no_terminal_gets_to_see_a_box(encoding):
+    """tyro draws another one where the output has no UTF-8."""
+    for command, says in (
+        ("train", "ssa train needs CONFIG: A recipe file, or a preset: tiny, 33m, 60m, 300m, 1b, servable-1b"),
+        ("train tiny --train.steps x", "--train.steps 'x' is not a whole number"),
+    ):
+        done = subprocess.run([sys.executable, "-m", "ssa", *command.split()], capture_output=True, timeout=60,
+                              env={**os.environ, "PYTHONIOENCODING": encoding})  # fmt: skip
+        assert (done.returncode, done.stderr.decode(encoding)) == (2, f"ssa: error: {says}\n")
+
+
+def test_long_values_are_told_whole_on_any_terminal(monkeypatch, capsys):
+    value = "a value of many words " * 9 + "w" * 90
+    for columns in ("25", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["train", "tiny", "--train.steps", value]) == 2
+        assert capsys.readouterr().err == f"ssa: error: --train.steps {value!r} is not a whole number\n"
+        assert main(["train", "tiny", "--train.steps", "0", "--data.path", value]) == 2
+        assert capsys.readouterr().err == "ssa: error: train.steps = 0 must be at least 1\n"
+
+
+def test_several_processes_may_be_one(monkeypatch, capsys):
+    """torchrun with one process is the first point of many a scaling curve."""
+    from ssa.train import trainer
+    from ssa.train.trainer import TrainResult
+
+    monkeypatch.setattr(trainer, "train", lambda *a, **k: TrainResult(Path(), Path(), 3, None))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["train", "tiny", "--train.parallel", "fsdp"]) == 0
+    monkeypatch.delenv("WORLD_SIZE")
+    assert main(["train", "tiny", "--train.parallel", "auto"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_what_positional_arguments_are(verb, capsys):
+    assert main([*verb.split(), "--help"]) == 0
+    usage = capsys.readouterr().out.split("\n\n")[0]
+    assert "STR" not in re.sub(r"\[--?\S+ STR\]", "", usage)
 
 
 @settings(max_examples=40, deadline=None)
@@ -190,6 +258,28 @@ def test_errors_name_flags_and_not_parameters(monkeypatch, capsys):
     assert main(["fail", "x"]) == 2
     expected = "--max-tokens = 0 in data/max_tokens of a run, --seed = 3, train.seed = 4 and config.json: max_tokens = 5: data"
     assert capsys.readouterr().err == f"ssa: error: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    "command, says",
+    [
+        ("generate run --mode full --budget 4x4", "--mode 'full' and --budget '4x4' contradict each other"),
+        ("analyze run --budget 4", "--budget '4' is not BLOCKSxSIZE"),
+        ("prepare builtin:python --out out --split BAD", "--split 'BAD' is no name"),
+        ("prepare builtin:python --out out --document-bytes 5", "--document-bytes of 5 is too small"),
+        ("prepare text.jsonl --out out --valid-fraction 0", "(it has body): name it as --text-field"),
+    ],
+)
+def test_what_the_library_says_names_what_was_typed(tmp_path, monkeypatch, capsys, command, says):
+    from ssa.testing import save_checkpoint, tiny_model
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_text('{"body": "words"}\n')
+    if command.startswith("generate"):
+        save_checkpoint(tmp_path / "run", 1, tiny_model(), None, None, {})
+        command += " --prompt x"
+    assert main(command.split()) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_saves_and_exits_130(tmp_path, monkeypatch, capsys):

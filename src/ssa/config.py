@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import io
 import json
 import re
 import tomllib
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ssa.arguments import parse_arguments
 from ssa.errors import UserError
 
 Method = Literal["full", "moba", "nsa", "ssa"]
@@ -180,6 +180,10 @@ class TrainRecipe:
     """Write checkpoints in the background while training goes on."""
 
 
+TABLES: dict[str, type] = {"model": ModelRecipe, "data": DataRecipe, "train": TrainRecipe}
+"""The tables of a recipe."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One run."""
@@ -252,6 +256,8 @@ def _check(recipe: Recipe) -> None:
         "probe_every",
     ):
         need(getattr(t, name) >= 0, f"train.{name}", getattr(t, name), "must be 0 or more")
+    need(not t.shard_ranks or t.parallel == "hsdp", "train.shard_ranks", t.shard_ranks,
+         f"goes with train.parallel = 'hsdp' only, which is {t.parallel!r} here")  # fmt: skip
     need(t.seed < 2**63, "train.seed", t.seed, "must be below 2**63")
     need(t.lr > 0, "train.lr", t.lr, "must be positive")
     need(t.min_lr <= t.lr, "train.min_lr", t.min_lr, f"exceeds train.lr = {t.lr}")
@@ -305,7 +311,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
 def _hints() -> dict[type, dict[str, Any]]:
     from typing import get_type_hints
 
-    return {cls: get_type_hints(cls) for cls in (ModelRecipe, DataRecipe, TrainRecipe)}
+    return {cls: get_type_hints(cls) for cls in TABLES.values()}
 
 
 _HINTS = _hints()
@@ -334,13 +340,12 @@ def read_recipe(text: str, source: str = "recipe") -> Recipe:
         data = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
-    tables = {"model": ModelRecipe, "data": DataRecipe, "train": TrainRecipe}
-    if unknown := [k for k in data if k not in tables]:
-        near = difflib.get_close_matches(unknown[0], tables, n=1)
+    if unknown := [k for k in data if k not in TABLES]:
+        near = difflib.get_close_matches(unknown[0], TABLES, n=1)
         hint = f"did you mean [{near[0]}]?" if near else "a recipe has [model], [data] and [train]"
         raise UserError(f"{source}: unknown table or key {unknown[0]!r}; {hint}")
     try:
-        return Recipe(**{k: _coerce(tables[k], v, k) for k, v in data.items()})
+        return Recipe(**{k: _coerce(TABLES[k], v, k) for k, v in data.items()})
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -358,40 +363,16 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 def override(recipe: Recipe, arguments: list[str], prog: str = "ssa train CONFIG") -> Recipe:
     """`recipe` with `--table.field value` arguments applied; `--help` prints the fields with their present values."""
-    return parse_arguments(Recipe, arguments, prog, default=recipe)
+    return parse_arguments(Recipe, arguments, prog, recipe_flags(), default=recipe)
 
 
-def parse_arguments(target: Any, arguments: list[str], prog: str, repeatable: bool = False, **keywords: Any) -> Any:
-    """`tyro.cli(target, ...)`, whose boxed errors become one `UserError` line; `--help` still prints and exits.
-
-    `repeatable`: flags that take many values are given once for each, `--prompt A --prompt B`.
-    """
-    import tyro
-
-    if repeatable:
-        keywords["config"] = (tyro.conf.UseAppendAction,)
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(target, args=arguments, prog=prog, **keywords)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_one_line(said.getvalue())) from None
-
-
-def _one_line(box: str) -> str:
-    """tyro reports errors in a drawn box: a title, what is wrong, perhaps a suggestion, where to find help."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip(" │╰╯─") for line in text.splitlines() if not line.lstrip().startswith("╭")]
-    lines = [line for line in lines if line]
-    wrong: list[str] = []
-    for line in lines:
-        if wrong and line.startswith(("For full helptext", "Perhaps you meant", "Similar arguments", "Argument helptext")):
-            break
-        wrong.append(line)
-    message = " ".join(" ".join(wrong).split()).removeprefix("Error parsing Recipe: ")
-    if suggestions := [line for line in lines[len(wrong) :] if line.startswith("--")]:
-        message += f" (did you mean {suggestions[0].split()[0]}?)" if message.startswith("Unrecognized") else ""
-    return message or "the arguments cannot be read; see --help"
+def recipe_flags() -> dict[str, bool]:
+    """Every `--table.field` that `override` knows, and whether a value follows it."""
+    flags: dict[str, bool] = {}
+    for table, cls in TABLES.items():
+        for name, hint in _HINTS[cls].items():
+            name = name.replace("_", "-")
+            flags[f"--{table}.{name}"] = hint is not bool
+            if hint is bool:
+                flags[f"--{table}.no-{name}"] = False
+    return flags

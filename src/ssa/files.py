@@ -1,12 +1,19 @@
-"""Writing files that a crash cannot halve."""
+"""Files and directories that a crash cannot halve and two writers cannot share."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from ssa.errors import UserError
+
+LOCK = ".lock"
+"""The file by which `sole_writer` holds a directory."""
 
 
 def check_directory(path: Path) -> None:
@@ -43,3 +50,67 @@ def write_atomically(path: Path, text: str) -> Path:
             scratch.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a directory's names, on the disk before going on."""
+    if sys.platform == "win32" and path.is_dir():
+        return  # directories cannot be opened there
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of_file(path: Path) -> str:
+    """In hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def sole_writer(directory: Path, busy: str) -> Iterator[None]:
+    """Hold a directory against every other `sole_writer` of it. The lock goes with the process, however that ends.
+
+    Args:
+        directory: It exists; a file `LOCK` lies in it meanwhile (and after a kill, where it bars nobody).
+        busy: What to tell the one who comes second.
+
+    Raises:
+        UserError: `busy`, where another process holds it.
+        OSError: the directory cannot be written.
+    """
+    path = directory / LOCK
+    with path.open("a") as file:
+        # Its last holder may have removed the file in between: then the lock on it is worth nothing.
+        if not _locked(file) or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise UserError(busy)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                path.unlink()
+
+
+def _locked(file: IO[str]) -> bool:
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(
+            f"ssa: warning: {file.name} cannot be locked ({error.strerror}): let one process at a time write there",
+            file=sys.stderr,
+        )
+    return True

@@ -1,4 +1,4 @@
-"""Helpers for tests of this library and of code built on it: oracles, yardsticks, tiny models, random documents.
+"""Helpers for tests of this library and of code built on it: oracles, yardsticks, tiny models and their checkpoints, random documents.
 
 Legend: B batch, T queries, S keys, H query heads, K kv heads, R = K or H (who selects), D head size, M selected blocks.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -149,3 +150,16 @@ def tiny_model(method: str = "ssa", seed: int = 0, **changes: Any) -> Any:
     with torch.device("cpu"):
         model = SSAForCausalLM(tiny_config(method, **changes))
     return model.to(torch.get_default_device()).eval()
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, model: Any, tokenizer: Any, optimizer: Any, extra: dict[str, Any], keep_last: int = 2
+) -> Path:
+    """A checkpoint as training on one rank writes it; returns its directory. See `ssa.train.saver.Saver`."""
+    from ssa.train.distributed import Ranks
+    from ssa.train.saver import Saver
+
+    saver = Saver(run_dir, Ranks(torch.device("cpu")), tokenizer, keep_last)
+    saver.save(step, model, optimizer, extra)
+    assert saver.newest is not None
+    return saver.newest

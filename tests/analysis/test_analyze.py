@@ -12,7 +12,7 @@ from rich.console import Console
 from ssa.analysis.analyze import analyze
 from ssa.analysis.dense_pass import dense_pass
 from ssa.analysis.measure import measure_model
-from ssa.analysis.rows import packed_rows, run_data, run_home
+from ssa.analysis.rows import packed_rows
 from ssa.analysis.selection import distance_histogram, selection_overlap
 from ssa.analysis.sparsity import attention_figures
 from ssa.config import Budget
@@ -225,22 +225,28 @@ def test_one_long_row_is_read_by_default_even_beyond_the_usual_number_of_tokens(
     assert sum(result.runs[0].analysis["predictions"]["by_position"]["tokens"]) == 64
 
 
-def test_the_corpus_of_a_run_is_found_from_its_checkpoints_too(tmp_path):
-    run = tmp_path / "run"
-    checkpoint = run / "checkpoints" / "step-00000030"
-    checkpoint.mkdir(parents=True)
-    assert run_home(checkpoint) == run and run_home(run) == run
-    with pytest.raises(UserError, match="--data"):
-        run_data(checkpoint)
-    (run / "data").mkdir()
-    (run / "data" / "index.json").write_text("{}")
-    assert run_data(checkpoint) == run / "data"
-    other = tmp_path / "corpus"
-    other.mkdir()
-    (other / "index.json").write_text("{}")
-    (run / "data" / "index.json").unlink()
-    (run / "recipe.json").write_text(json.dumps({"data": {"path": str(other)}}))
-    assert run_data(run) == other
+@pytest.mark.parametrize("asked, max_tokens, got, why", [(5000, None, len(TEXT) + 1, "the text has no more"), (400, 100, 100, "max_tokens = 100"), (64, 128, 64, "")])  # fmt: skip
+def test_rows_shorter_than_asked_are_told_in_a_line(make_run, text, asked, max_tokens, got, why):
+    out = io.StringIO()
+    result = analyze(
+        [make_run("one")], data=text, context=asked, max_tokens=max_tokens, html=False, device="cpu", decode_steps=0,
+        console=Console(file=out, width=200),
+    )  # fmt: skip
+    assert result.runs[0].analysis["measured"]["context"] == got
+    lines = [line for line in out.getvalue().splitlines() if "shortened" in line]
+    assert len(lines) == (1 if why else 0) and all(f"context = {asked} is shortened to {got}: {why}" in line for line in lines)
+
+
+def test_under_torchrun_one_rank_works_and_the_others_say_so(make_run, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, files in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        out = io.StringIO()
+        result = analyze(
+            [make_run(f"run-{rank}")], data=text, context=64, out=tmp_path / "out", device="cpu", console=Console(file=out)
+        )
+        assert len(result.files) == files and (tmp_path / "out").exists() == bool(files)
+        assert ("rank 1 has nothing to do" in out.getvalue()) == (rank == "1")
 
 
 def test_entropy_units_agree():

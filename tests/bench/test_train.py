@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +75,7 @@ def test_a_spent_budget_skips_and_says_so(tmp_path):
         (("full", "packt", 1.0, ""), "packt"),
         (("full", "plain", 0.0, ""), "--seconds"),
         (("", "plain", 1.0, ""), "--variants"),
+        (("full", "plain", 1.0, "", "fsdp,zero"), "--sharing 'zero'"),
     ],
 )
 def test_words_that_mean_nothing(words, says):
@@ -81,6 +86,62 @@ def test_words_that_mean_nothing(words, says):
 def test_it_builds_new_models_only(capsys):
     assert main(["bench", "train", *TINY, "--model.init-from", "x"]) == 2
     assert "init_from" in capsys.readouterr().err
+
+
+def test_one_rank_has_nobody_to_share_with(capsys):
+    assert main(["bench", "train", *TINY, "--sharing", "fsdp"]) == 2
+    assert "--sharing fsdp needs several ranks; start with torchrun" in capsys.readouterr().err
+
+
+def ranks_bench(tmp_path, *arguments):
+    """The JSON of `torchrun --nproc-per-node 2 -m ssa bench train` on the CPU."""
+    out = tmp_path / "train.json"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "ssa",
+        "bench",
+        "train",
+    ]
+    source = str(Path(train.__file__).parents[2])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [*command, *TINY, "--seconds", "0.001", "--out", str(out), *arguments],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def test_two_ranks_share_the_model_in_every_way_asked_for(tmp_path):
+    data = ranks_bench(tmp_path, "--variants", "ssa", "--sharing", "fsdp-kept,fsdp,ddp")
+    assert [(r["variant"], r["ranks"], r["parallel"], r["reshard_after_forward"]) for r in data["rows"]] == [
+        ("ssa", 1, "none", None), ("ssa", 2, "fsdp", False), ("ssa", 2, "fsdp", True), ("ssa", 2, "ddp", None)
+    ]  # fmt: skip
+    assert [r["tokens_per_step"] for r in data["rows"]] == [48, 96, 96, 96]
+    first, *others = (r["loss"] for r in data["rows"][1:])
+    assert others == pytest.approx([first] * 2, rel=1e-4)  # the same rows and weights, however they are kept
+    (bar,) = [bar for bar in data["bars"] if "FSDP2" in bar["name"]]
+    speeds = [r["tokens_per_second"] for r in data["rows"]]
+    assert bar["value"] == pytest.approx(max(speeds[1:3]) / speeds[0])
+    assert data["command"].startswith("torchrun --nproc-per-node 2 -m ssa bench train tiny")
+
+
+def test_two_ranks_share_each_row(tmp_path):
+    data = ranks_bench(
+        tmp_path, "--variants", "ssa", "--rows", "plain,packed", "--train.context-parallel", "2", "--sharing", "ddp"
+    )
+    assert [(r["rows"], r["ranks"], r["context_parallel"], r["tokens_per_step"]) for r in data["rows"]] == [
+        ("plain", 1, 1, 48), ("plain", 2, 2, 48), ("packed", 1, 1, 48), ("packed", 2, 2, 48)
+    ]  # fmt: skip
+    for alone, shared in zip(data["rows"][::2], data["rows"][1::2], strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=0.02)  # each rank's mean counts half, whatever its targets
+    assert all(bar["value"] is None for bar in data["bars"])
 
 
 def test_streams_take_turns():
@@ -142,5 +203,7 @@ def test_bars_from_rows():
     bars = {bar.name: bar.to_dict() for bar in train_bars(rows)}
     assert [round(bar["value"], 3) for bar in bars.values()] == [0.88, 1.027, 1.05, 1.851]
     assert all(bar["reached"] for bar in bars.values())
+    faster = [*rows, row("ssa", 180.0, 2, "fsdp"), row("ssa", 500.0, 2, "fsdp") | {"context_parallel": 2}]
+    assert train_bars(faster)[-1].value == pytest.approx(180 / 92.4)  # the better setting; shared rows are another matter
     without = train_bars(rows[:2])
     assert [bar.value for bar in without] == [None] * 4

@@ -404,13 +404,12 @@ def test_one_directory_one_run(tmp_path):
 
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out").mkdir()
-    descriptor = os.open(tmp_path / "out", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
+    with (tmp_path / "out" / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process"):
             prepare([tmp_path / "a.txt"], tmp_path / "out")
-    finally:
-        os.close(descriptor)
+    assert prepare([tmp_path / "a.txt"], tmp_path / "out", valid_fraction=0).splits["train"].documents == 1
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 def test_large_vocabularies_take_32_bits(tmp_path):

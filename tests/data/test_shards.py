@@ -46,7 +46,6 @@ def test_reads_across_shards_equal_the_whole(corpus):
     ]
     for start, stop in ranges:
         assert np.array_equal(shards.read(start, stop), whole[start:stop])
-        assert np.array_equal(shards.doc_start_mask(start, stop), mask[start:stop])
         positions = shards.positions(start, stop)
         assert np.array_equal(positions == 0, mask[start:stop] | (np.arange(start, stop) == start))
         assert ((np.diff(positions) == 1) | (positions[1:] == 0)).all()

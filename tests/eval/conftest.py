@@ -5,8 +5,7 @@ import pytest
 from ssa.config import DataRecipe, Recipe
 from ssa.data.prepare import prepare
 from ssa.data.tokenizer import byte_tokenizer
-from ssa.testing import tiny_model
-from ssa.train.checkpoint import save_checkpoint
+from ssa.testing import save_checkpoint, tiny_model
 
 TEXTS = [f"Document {i}. " + "It has a few words, é and ü among them. " * (i + 2) + "\n" for i in range(6)]
 

@@ -1,6 +1,9 @@
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -8,9 +11,11 @@ from rich.console import Console
 from ssa.config import Budget
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
+from ssa.eval import text_passes
 from ssa.eval.documents import read_documents
-from ssa.eval.evaluate import NSA_NOTE, evaluate
-from ssa.eval.perplexity import perplexity
+from ssa.eval.evaluate import evaluate
+from ssa.eval.perplexity import WindowBatches, perplexity
+from ssa.eval.subject import NSA_NOTE
 from ssa.infer.load import load_model
 from ssa.testing import tiny_model
 
@@ -95,6 +100,70 @@ def test_needles(make_run, prepared):
     assert entry["setting"]["seed"] == 3 and set(entry["budgets"]) == {"4x16", "full"}
 
 
+def figures_of(entry):
+    """What was measured, without when and how fast."""
+    measured = ("nats_per_token", "gap_to_full", "perplexity", "word_perplexity", "bits_per_byte", "tokens", "accuracy", "grid")
+    return {n: {k: x for k, x in f.items() if k in measured} for n, f in entry["budgets"].items()}
+
+
+def test_an_interrupted_perplexity_goes_on_and_computes_nothing_twice(make_run, monkeypatch):
+    monkeypatch.setattr(text_passes, "LOGGED_AT_ONCE", 2)
+    ask = {"budgets": "full,2x4", "batch_size": 1}
+    whole = evaluate(make_run(name="other"), **ask)["perplexity"]
+    run, nats, done = make_run(), WindowBatches.nats, []
+
+    def interrupted(batches, model, number, *rest, **how):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(number)
+        return nats(batches, model, number, *rest, **how)
+
+    monkeypatch.setattr(WindowBatches, "nats", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, **ask)
+    again = []
+    monkeypatch.setattr(WindowBatches, "nats", lambda *a, **how: again.append(a[2]) or nats(*a, **how))
+    resumed = evaluate(run, **ask)["perplexity"]
+    (count,) = {again.count(n) + (n in done[:4]) for n in again}  # each once a budget; the fifth was not logged yet
+    assert count == 2 and again[0] == 4
+    assert figures_of(resumed) == figures_of(whole)
+    again.clear()
+    assert evaluate(run, **ask)["perplexity"] == resumed and not again
+    assert evaluate(run, budgets="full", batch_size=2)["perplexity"]["budgets"].keys() == {"full", "2x4"} and again
+
+
+def test_two_processes_give_exactly_the_figures_of_one(make_run, prepared):
+    """At the same time, with what torchrun sets; whoever is last writes the results, of whatever both have scored."""
+    ask = ["--budgets", "2x4,full", "--batch-size", "1", "--stride", "16", "--needle-lengths", "500,520", "--needle-cases", "3"]
+    alone, shared = make_run(name="alone"), make_run(name="shared")
+    evaluate(alone, budgets="2x4,full", batch_size=1, stride=16, needle_lengths=[500, 520], needle_cases=3)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ssa", "eval", str(shared), "--device", "cpu", *ask],
+            env=os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    shown = "".join(rank.communicate(timeout=200)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0] and "of the needles found" in shown and "gap to full" in shown
+    for name in ("perplexity.json", "needle.json"):
+        (one,), (two,) = (saved(run, name)["results"].values() for run in (alone, shared))
+        assert figures_of(two) == figures_of(one) and one["setting"] == two["setting"]
+    logs = list((shared / "eval" / "items").glob("*/*/rank-*.jsonl"))
+    indices = [[json.loads(line)["index"] for line in log.read_text().splitlines()] for log in logs]
+    assert len(logs) == 8 and all(len({i % 2 for i in of_rank}) == 1 for of_rank in indices)
+
+
+def test_a_rank_that_is_not_the_last_says_so_and_writes_no_results(make_run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    out, run = io.StringIO(), make_run()
+    result = evaluate(run, needle_lengths=[500], needle_cases=1, console=Console(file=out, width=300))
+    assert result["perplexity"]["budgets"] == result["needle"]["budgets"] == {} and result["files"] == []
+    assert out.getvalue().count("rank 1 is done; the rank that finishes last writes") == 2
+    assert not list((run / "eval").glob("*.json"))
+
+
 def test_notes(make_run):
     entry = evaluate(make_run("nsa"), budgets="full,16x4,2x4", max_tokens=200)["perplexity"]
     assert NSA_NOTE in entry["notes"]
@@ -138,14 +207,15 @@ def test_a_failed_write_leaves_the_old_file(make_run, monkeypatch):
     evaluate(run, budgets="2x4")
     before = (run / "eval" / "perplexity.json").read_bytes()
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(descriptor):
+        if "perplexity.json" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ssa.files.os, "fsync", full)
     with pytest.raises(UserError, match=r"perplexity\.json cannot be written: No space left"):
-        evaluate(run, budgets="full")
+        evaluate(run, budgets="2x4", max_tokens=50)
     assert (run / "eval" / "perplexity.json").read_bytes() == before
-    assert sorted(p.name for p in (run / "eval").iterdir()) == [".lock", "perplexity.json"]
+    assert sorted(p.name for p in (run / "eval").iterdir()) == [".lock", "items", "perplexity.json"]
 
 
 @pytest.mark.parametrize(

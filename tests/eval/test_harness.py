@@ -1,6 +1,7 @@
 """This project's model inside lm-evaluation-harness, and lm-eval's own tasks and `hf` model as the yardstick."""
 
 import functools
+import io
 import json
 import tomllib
 from importlib import import_module
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
@@ -23,6 +25,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
+from ssa.eval import harness
 from ssa.eval.harness import SSALM
 from ssa.eval.harness_tasks import DEFINITIONS, write_tasks
 
@@ -124,6 +127,18 @@ def test_generation_is_lm_evals(pair):
         ours.generate_until(instances("generate_until", [("x", {"max_gen_toks": 32})]))
 
 
+def test_generation_ends_at_a_special_token_that_is_a_stop_text(pair, monkeypatch):
+    """Decoding leaves special tokens out, so the text alone would never show it."""
+    _, ours = pair
+    seen, batch = [], harness.generate_batch
+    monkeypatch.setattr(harness, "generate_batch", lambda *a, **how: (batch(*a, **how), seen.append(a[2][0].token_ids)))
+    ours.generate_until(instances("generate_until", [("Some words", {"max_gen_toks": 6})]))
+    token = ours.tokenizer.convert_ids_to_tokens(seen[0][-1])
+    monkeypatch.setattr(type(ours.tokenizer), "all_special_tokens", [token])
+    ours.generate_until(instances("generate_until", [("Some words", {"until": [token], "max_gen_toks": 6})]))
+    assert len(seen[0]) == 6 and seen[1] == seen[0][: seen[0].index(seen[0][-1])]
+
+
 def test_generation_ends_at_a_stop_text(pair):
     _, ours = pair
     calls = []
@@ -140,7 +155,16 @@ def test_generation_ends_at_a_stop_text(pair):
         ours.generate_until(instances("generate_until", [("Some words", {"until": [whole[:2]], "max_gen_toks": 20})]))
     finally:
         del ours.model.forward
-    assert 1 <= len(calls) <= 3
+    assert 1 <= len(calls) <= 2 + 3  # a character may want three more bytes to be one
+
+
+def test_under_torchrun_rank_0_works_alone(make_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    out = io.StringIO()
+    found = evaluate(make_run(), perplexity=False, tasks=["piqa"], budgets="full", console=Console(file=out, width=200))
+    assert found["tasks"] == {"piqa": {"budgets": {}}} and "rank 1 leaves piqa to rank 0" in out.getvalue()
+    assert not list(tmp_path.glob("run/eval/*.json"))
 
 
 def test_model_arguments(make_run):

@@ -1,10 +1,11 @@
 """The page: what is on it, that it nests, loads nothing and escapes everything."""
 
+import json
 import re
 from html.parser import HTMLParser
 
 import pytest
-from report_sample import analysis_of, answered, evaluated, full_sample, kernels, trained, write
+from report_sample import analysis_of, answered, evaluated, full_sample, kernels, recorded, trained, write
 
 from ssa.errors import UserError
 from ssa.report.collect import collect, collect_analyses
@@ -107,7 +108,39 @@ def test_tables_hold_the_figures_and_seeds_make_one_row(page):
     assert ["sparse 256 (16x16)", "full", "77.50 ± 1.41", "52.50 ± 1.41", "65.00"] in rows  # RULER at 4k and 8k, mean
     assert ["ssa", "0.925", "0.925", "0.925", "200", "64"] in rows  # locality while decoding
     assert ["16x16", "32k", "16.000", "8.000", "2.00x", "48.000", "16.000", "3.00x"] in rows
-    assert ["forward at 32k", ">= 1.5", "2", "reached"] in rows
+    assert ["16x16", "32k", "16.000", "2.000", "8.00x", "–", "–", "–"] in rows  # in captured graphs
+    assert ["forward at 32k", ">= 1.5", "2", "reached", "1.25", "missed"] in rows
+
+
+def test_measurements_of_any_make_are_shown(page):
+    parsed = Page(page)
+    text = " ".join(parsed.text)
+    for row in (["copa", "4", "0.75", "0.5"], ["a", "2"], ["8", "0.25"], ["42", "True"]):
+        assert row in parsed.rows, row
+    for wanted in ("ours beside theirs", "largest: 0.5", "prepare.json: loader", "Other measurements", "python compare.py"):
+        assert wanted in text, wanted
+    label = next(v for name, v in parsed.attributes if name == "aria-label" and "curves.json" in v)
+    assert "reference" in label and "triton" in label
+
+
+def test_a_run_in_one_file_is_a_run_with_a_table_for_each_text(page):
+    parsed = Page(page)
+    text = " ".join(parsed.text)
+    assert "Perplexity, valid, context 256" in text and "Perplexity, wikitext, context 512" in text
+    assert ["nsa", "nsa", "4.48", "2.72"] in parsed.rows and ["nsa", "nsa", "12.18", "7.39"] in parsed.rows
+    assert ["nsa", "found", "found", "not found", "not found", "found", "found"] in parsed.rows
+    assert ["nsa", "0.925", "0.925", "0.925", "200", "64"] in parsed.rows  # locality while decoding, from its analysis
+    assert ["nsa", "4x16", "50.0", "2"] in parsed.rows
+
+
+def test_a_damaged_record_of_a_run_is_named(tmp_path):
+    trained(tmp_path / "a")
+    file = recorded(tmp_path / "bad.json")
+    content = json.loads(file.read_text())
+    content["figures"]["valid"]["perplexity"]["budgets"] = {"full": 3}
+    file.write_text(json.dumps(content))
+    evidence = collect([tmp_path])
+    assert [run.name for run in evidence.runs] == ["a"] and "not evaluations" in evidence.problems[0][1]
 
 
 def test_what_is_missing_or_not_understood_is_said(tmp_path):

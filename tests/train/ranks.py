@@ -19,7 +19,8 @@ def start_ranks(jobs, world=2):
     processes = []
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": port, "OMP_NUM_THREADS": 1}  # fmt: skip
+                 "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
+                 "PYTHONWARNINGS": "error:`broadcast_buffers`:FutureWarning"}  # fmt: skip
         environment = os.environ | {name: str(value) for name, value in place.items()}
         command = [sys.executable, __file__, json.dumps(jobs)]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))

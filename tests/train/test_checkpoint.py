@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ssa.errors import UserError
-from ssa.testing import tiny_model
+from ssa.testing import save_checkpoint, tiny_model
 from ssa.train import checkpoint_state
 from ssa.train import safetensors_file as module
 from ssa.train import saver as saver_module
-from ssa.train.checkpoint import find_checkpoints, load_checkpoint, resolve_checkpoint, save_checkpoint, verify_checkpoint
+from ssa.train.checkpoint import find_checkpoints, load_checkpoint, resolve_checkpoint, verify_checkpoint
 from ssa.train.checkpoint_state import file_names, writer_of
 from ssa.train.distributed import Ranks
 from ssa.train.saver import Saver
@@ -123,8 +123,8 @@ def test_a_full_or_read_only_disk_is_one_error_and_costs_nothing(tmp_path, monke
 KILLED = """
 import os, random, signal, sys, time, torch
 from pathlib import Path
-from ssa.testing import tiny_model
-from ssa.train.checkpoint import find_checkpoints, save_checkpoint, load_checkpoint
+from ssa.testing import save_checkpoint, tiny_model
+from ssa.train.checkpoint import find_checkpoints, load_checkpoint
 from ssa.train.distributed import Ranks
 from ssa.train.saver import Saver
 

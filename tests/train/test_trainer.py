@@ -119,7 +119,12 @@ def test_sigterm_saves_and_resumes(recipe, tmp_path, monkeypatch, capsys):
 
 def test_resuming_nothing_is_one_line(recipe, tmp_path):
     (tmp_path / "empty").mkdir()
-    for name, why in (("empty", "it is empty"), ("none", "no such directory")):
+    (tmp_path / "prepared" / "data").mkdir(parents=True)
+    for name, why in (
+        ("empty", "it is empty"),
+        ("none", "no such directory"),
+        ("prepared", "it holds nothing but prepared data"),
+    ):
         with pytest.raises(UserError, match=f"no run to resume in .*{name}: {why}"):
             train(recipe(), tmp_path / name, resume=True)
     assert not (tmp_path / "none").exists()
@@ -259,6 +264,34 @@ def test_directories_that_are_not_free(recipe, tmp_path):
     assert (foreign / "thesis.tex").read_text() == "years of work"
     with pytest.raises(UserError, match="cannot be written"):
         train(recipe(), foreign / "thesis.tex")
+
+
+@pytest.mark.parametrize(
+    "table, change, says",
+    [
+        ("train", {"track": "wandb"}, 'train.track = "wandb" needs wandb'),
+        ("data", {"path": "nowhere.txt"}, "no such file or directory: nowhere.txt"),
+        ("data", {"path": "builtin:python", "tokenizer": "nowhere"}, "no tokenizer at nowhere"),
+        ("model", {"init_from": "nowhere"}, "no model at nowhere"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_deleted_or_written(recipe, tmp_path, monkeypatch, table, change, says):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    done = train(recipe(steps=1), tmp_path / "run")
+    r = recipe(steps=1)
+    r = dataclasses.replace(r, **{table: dataclasses.replace(getattr(r, table), **change)})
+    for name, overwrite in (("run", True), ("new", False)):
+        with pytest.raises(UserError, match=says):
+            train(r, tmp_path / name, overwrite=overwrite)
+    assert resolve_checkpoint(tmp_path / "run") == done.checkpoint and not (tmp_path / "new").exists()
+
+
+def test_one_process_says_that_it_shares_nothing(recipe, tmp_path, capsys):
+    train(recipe(steps=1, parallel="fsdp"), tmp_path / "run")
+    assert "one process: train.parallel = 'fsdp' has no effect" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["starts"][0]["parallel"] == "none"
+    train(recipe(steps=2), tmp_path / "run", resume=True)
+    assert "no effect" not in capsys.readouterr().out
 
 
 def test_a_second_writer_is_refused(recipe, tmp_path):

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssa.analysis.results import FORMAT, RunResults, read_results
-from ssa.analysis.rows import DEFAULT_CONTEXT, Rows, packed_rows, run_data, run_home, run_recipe
+from ssa.analysis.rows import Rows, packed_rows
 from ssa.config import Budget
 from ssa.errors import UserError
+from ssa.eval.long.item_log import Shard
+from ssa.eval.run_directory import run_context, run_data, run_home
 from ssa.files import check_directory, write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerFast
 
     from ssa.model import SSAForCausalLM
 
@@ -44,7 +45,8 @@ def analyze(
     """Measure what the selected blocks of every run keep, under sparse and under full inference, on the same rows of text.
 
     Writes RUN/analysis/analysis.json for each run; for several also their comparison, to `analysis/` beside the first run. The report
-    lies with the last-named. With `out`, everything goes there and the runs are left as they are. Prints one table and the report's path.
+    lies with the last-named. With `out`, everything goes there and the runs are left as they are. Prints one table and the report's path,
+    and a line where the rows are shorter than asked. Under torchrun rank 0 does everything; the others say so and return nothing.
 
     Args:
         runs: Runs, checkpoints or model directories.
@@ -69,6 +71,10 @@ def analyze(
     from ssa.data.tokenizer import fingerprint, load_tokenizer
     from ssa.train.checkpoint import resolve_checkpoint
 
+    console = Console() if console is None else console
+    if rank := Shard.from_environment().rank:
+        console.print(f"rank {rank} has nothing to do: ssa analyze works on rank 0 alone", highlight=False)
+        return AnalysisResult([], [], None)
     if not runs:
         raise UserError("nothing to analyse: name at least one run")
     if decode_steps < 0:
@@ -81,8 +87,15 @@ def analyze(
     for run, tokenizer in zip(runs, tokenizers, strict=True):
         if fingerprint(tokenizer) != fingerprint(tokenizers[0]):
             raise UserError(f"{run} has another tokenizer than {runs[0]}: figures per token do not compare; analyse them apart")
-    rows = _rows(runs[0], tokenizers[0], data, split, context, max_tokens, seed, whole_documents)
-    console = Console() if console is None else console
+    context = run_context(runs[0]) if context is None else context
+    max_tokens = max(MAX_TOKENS, context) if max_tokens is None else max_tokens
+    rows = packed_rows(
+        run_data(runs[0]) if data is None else data, tokenizers[0], split=split, context=context, max_tokens=max_tokens, seed=seed,
+        whole_documents=whole_documents,
+    )  # fmt: skip
+    if (got := rows.about["context"]) < context:
+        why = f"max_tokens = {max_tokens} allows no more" if got == max_tokens else "the text has no more tokens"
+        console.print(f"context = {context} is shortened to {got}: {why}", highlight=False, soft_wrap=True)
     names = unique_names(runs)
     results: list[RunResults] = []
     files: list[Path] = []
@@ -162,19 +175,6 @@ def table_notes(results: Sequence[RunResults]) -> list[str]:
         f"Theorem 1: {violations} of {checked} points above the bound" + ("; the numbers cannot be right." if violations else ".")
     )
     return notes
-
-
-def _rows(
-    run: Path | str, tokenizer: PreTrainedTokenizerFast, data: Path | str | None, split: str, context: int | None,
-    max_tokens: int | None, seed: int, whole_documents: bool,
-) -> Rows:  # fmt: skip
-    if context is None:
-        recipe = run_recipe(run)
-        context = DEFAULT_CONTEXT if recipe is None else recipe.data.context
-    return packed_rows(
-        run_data(run) if data is None else data, tokenizer, split=split, context=context,
-        max_tokens=max(MAX_TOKENS, context) if max_tokens is None else max_tokens, seed=seed, whole_documents=whole_documents,
-    )  # fmt: skip
 
 
 def _measure_run(

@@ -23,16 +23,20 @@ _BYTES_PER_WEIGHT = 16  # what a tile takes at its peak, in fp32
 
 @dataclass(frozen=True)
 class DenseFigures:
-    """Per query and query head of one document, [T, H] each, in the inputs' dtype."""
+    """Per query and query head, in the inputs' dtype: [T, H] each of one document, [B, T, H] of packed rows."""
 
     dropped: Tensor
-    """Weight on the visible keys outside the selected blocks, summed over those, so that a small one is exact."""
+    """delta(t): full-attention weight on the visible keys outside the selected blocks, summed over those, so that a small one is exact."""
     entropy: Tensor
-    """-sum_j a(t, j) log a(t, j), nats."""
+    """Of the full-attention weights, -sum_j a(t, j) log a(t, j), in nats."""
     sink_first: Tensor
+    """Full-attention weight on the document's first token."""
     sink_first_4: Tensor
+    """On its first four."""
     first_block: Tensor
+    """On its first block."""
     own_block: Tensor
+    """On the query's own block."""
     error: Tensor
     """||h_full(t) - h_sparse(t)||."""
     largest_dropped: Tensor

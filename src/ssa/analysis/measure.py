@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ssa.analysis.decode import decode_overlap
 from ssa.analysis.divergence import DivergenceSums, token_divergence
-from ssa.analysis.meter import SparsityMeter, mean_figures
-from ssa.attention import AttentionCall, AttentionRecord
+from ssa.analysis.meter import SparsityMeter, mean_figures, selection_of
 from ssa.config import Budget
 
 if TYPE_CHECKING:
@@ -40,13 +39,7 @@ def measure_model(
         `LayerFigures`; `decode`: see `decode_overlap`.
     """
     device = model.device
-
-    def select(layer: int, record: AttentionRecord) -> Tensor:
-        call = AttentionCall("sparse", record.budget, positions_BT=record.positions_BT, impl=model.model.impl)
-        attention: Any = model.model.layers[layer].self_attn
-        return attention.method.select(record.q_BTHD, record.k_BSKD, call, None)
-
-    meters = {mode: SparsityMeter(select, points=points, seed=seed) for mode in ("sparse", "full")}
+    meters = {mode: SparsityMeter(selection_of(model), points=points, seed=seed) for mode in ("sparse", "full")}
     divergence = DivergenceSums()
     rows, context = input_ids.shape
     step = max(1, ROW_TOKENS // context)

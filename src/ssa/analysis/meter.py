@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssa.analysis.selection import BINS, LAGS, bit_length, distance_histogram, selection_overlap
 from ssa.analysis.sparsity import AttentionFigures, attention_figures
-from ssa.attention import AttentionRecord
+from ssa.attention import AttentionCall, AttentionRecord
 from ssa.config import Budget
 from ssa.ops import select_blocks
 from ssa.ops.documents import query_positions
@@ -100,6 +101,16 @@ def selection_by_rule(scope: str = "group", scoring: str = "softmax", rule: str 
             positions=record.positions_BT, scope=scope, scoring=scoring, rule=rule,
         )  # fmt: skip
         return index
+
+    return select
+
+
+def selection_of(model: Any) -> Select:
+    """What an `SSAForCausalLM` would choose from a record's q and k if it attended sparsely."""
+
+    def select(layer: int, record: AttentionRecord) -> Tensor:
+        call = AttentionCall("sparse", record.budget, positions_BT=record.positions_BT, impl=model.model.impl)
+        return model.model.layers[layer].self_attn.method.select(record.q_BTHD, record.k_BSKD, call, None)
 
     return select
 

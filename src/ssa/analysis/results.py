@@ -81,9 +81,10 @@ class RunResults:
         return self.analysis["predictions"]["all_tokens"]
 
     def violations(self) -> tuple[int, int]:
-        """(violations of Theorem 1's bound, points checked) over both modes."""
-        layers = [layer["theorem_1"] for mode in ("sparse", "full") for layer in self.analysis["inference"][mode]["layers"]]
-        return sum(x["violations"] for x in layers), sum(x["checked"] for x in layers)
+        """(violations of Theorem 1's bound, points checked) over both modes; a record of a run may have left them out."""
+        layers = [layer for mode in ("sparse", "full") for layer in self.analysis["inference"][mode]["layers"]]
+        checks = [layer["theorem_1"] for layer in layers if "theorem_1" in layer]
+        return sum(x["violations"] for x in checks), sum(x["checked"] for x in checks)
 
     def perplexity_at(self, budget: str) -> float | None:
         return next((p.perplexity for p in self.perplexity if p.budget == budget), None)

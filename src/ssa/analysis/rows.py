@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssa.config import Recipe, read_recipe
 from ssa.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
-
-DEFAULT_CONTEXT = 2048
-"""Where neither the caller nor a recipe says."""
 
 
 @dataclass(frozen=True)
@@ -29,33 +24,6 @@ class Rows:
     position_ids: torch.Tensor
     about: dict[str, Any]
     """data, split, context, rows, tokens, seed, whole_documents: what another analysis must share to be comparable."""
-
-
-def run_home(run: Path | str) -> Path:
-    """The run directory that a checkpoint in it belongs to; any other directory is its own."""
-    path = Path(run)
-    inside = path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name)
-    return path.parent.parent if inside else path
-
-
-def run_recipe(run: Path | str) -> Recipe | None:
-    """The resolved recipe of a run; None for a model directory."""
-    path = run_home(run) / "recipe.json"
-    return read_recipe(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
-
-
-def run_data(run: Path | str) -> Path:
-    """The prepared corpus that a run was trained on.
-
-    Raises:
-        UserError: it is not there any more, or `run` is a model directory.
-    """
-    recipe = run_recipe(run)
-    places = [run_home(run) / "data"] + ([Path(recipe.data.path)] if recipe is not None else [])
-    for place in places:
-        if (place / "index.json").is_file():
-            return place
-    raise UserError(f"{run} does not say what text to read: name a prepared directory or a text file with --data")
 
 
 def packed_rows(

@@ -13,31 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssa.analysis.dense_pass import dense_pass
+from ssa.analysis.dense_pass import DenseFigures, dense_pass
 from ssa.ops import block_sparse_attention
 from ssa.ops.documents import query_positions, resolve_positions
 
 
 @dataclass(frozen=True)
-class AttentionFigures:
+class AttentionFigures(DenseFigures):
     """Per query and query head, [B, T, H] each, fp32 (fp64 for fp64 input)."""
 
     kept: Tensor
-    """AttnSparsity(t): full-attention weight on the keys of the selected blocks, 0..1."""
-    dropped: Tensor
-    """delta(t) = 1 - kept, summed over the dropped keys so that a small one is exact."""
-    entropy: Tensor
-    """Of the full-attention weights, in nats."""
-    sink_first: Tensor
-    """Full-attention weight on the document's first token."""
-    sink_first_4: Tensor
-    """On its first four."""
-    first_block: Tensor
-    """On its first block."""
-    own_block: Tensor
-    """On the query's own block."""
-    error: Tensor
-    """||h_full(t) - h_sparse(t)||."""
+    """AttnSparsity(t) = 1 - delta(t): full-attention weight on the keys of the selected blocks, 0..1."""
     bound: Tensor
     """Theorem 1: delta(t) * (largest norm of a dropped value + ||h_sparse(t)||)."""
     violated: Tensor
@@ -104,14 +90,11 @@ def _of_document(
     q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, sparse_THD: Tensor, index_RTM: Tensor, block_size: int, scale: float,
     tile: int | None,
 ) -> list[Tensor]:  # fmt: skip
-    """The fields of `AttentionFigures` for one document, [T, H] each."""
+    """The fields of `AttentionFigures` for one document, in their order."""
     each = dense_pass(q_THD, k_SKD, v_SKD, sparse_THD, index_RTM, block_size=block_size, scale=scale, tile=tile)
     bound = each.dropped * (each.largest_dropped + sparse_THD.norm(dim=-1))
     group = q_THD.shape[1] // k_SKD.shape[1]
     longest_k, longest_v = (x.norm(dim=-1).amax(0).repeat_interleave(group) for x in (k_SKD, v_SKD))
     logit = q_THD.norm(dim=-1) * longest_k * scale
     rounding = torch.finfo(q_THD.dtype).eps * (ROUNDING + LOGIT_ROUNDING * logit) * longest_v
-    return [
-        1 - each.dropped, each.dropped, each.entropy, each.sink_first, each.sink_first_4, each.first_block, each.own_block,
-        each.error, bound, ~(each.error <= bound + rounding),
-    ]  # fmt: skip
+    return [*vars(each).values(), 1 - each.dropped, bound, ~(each.error <= bound + rounding)]

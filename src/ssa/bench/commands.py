@@ -63,6 +63,7 @@ def bench_train(
     variants: str = "full,moba,nsa,ssa,llama",
     rows: str = "plain",
     data: str = "",
+    sharing: str = "",
     seconds: float = 10,
     budget_seconds: float = 0,
     out: str = "",
@@ -72,10 +73,11 @@ def bench_train(
     """Time training steps of each method, and of transformers' Llama of the same shape, in one run; torchrun adds several ranks.
 
     Args:
-        config: CONFIG: a recipe file, or a preset. Model, context, batch_size and how layers and ranks run are the recipe's.
+        config: A recipe file, or a preset. Model, context, batch_size and how layers and ranks run are the recipe's.
         variants: Comma-separated: full, moba, nsa, ssa, llama, llama-bf16 (weights and optimizer in bfloat16).
         rows: Comma-separated: plain (a document a row), packed (several).
         data: A prepared directory to read; random tokens if left out.
+        sharing: With torchrun, comma-separated: ddp, fsdp, fsdp-kept (weights stay gathered until the backward pass), hsdp; the recipe's if left out.
         seconds: Of measured steps for each variant.
         budget_seconds: Skip the variants that are left after so many seconds; 0 = measure all.
         out: JSON file for the results.
@@ -84,14 +86,14 @@ def bench_train(
     from ssa.bench.train import bench_train as measure
     from ssa.bench.train import plan
 
-    return measure(recipe, plan(variants, rows, seconds, data), Path(out) if out else None, budget_seconds)
+    return measure(recipe, plan(variants, rows, seconds, data, sharing), Path(out) if out else None, budget_seconds)
 
 
 def bench_plot(results: str, /, out: str = "kernels.svg") -> None:
     """Draw where sparse attention overtakes dense attention, from the JSON of `ssa bench kernels` (matplotlib).
 
     Args:
-        results: RESULTS: the JSON file.
+        results: The JSON file.
         out: Picture; .svg, .png or .pdf.
     """
     from ssa.bench.plot import plot_kernels

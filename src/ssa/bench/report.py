@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -87,7 +88,7 @@ class Report:
                 raise UserError(f"{path} cannot be written: it is a directory; name a file")
         self.path, self.deadline = path, deadline
         self.data: dict[str, Any] = {
-            "command": shlex.join(["ssa", *sys.argv[1:]]), "started": _now(), "finished": None,
+            "command": _command(), "started": _now(), "finished": None,
             **header, "rows": [], "skipped": [], "bars": [],
         }  # fmt: skip
 
@@ -141,6 +142,12 @@ def _installed(*packages: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _command() -> str:
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    words = ["ssa"] if ranks == "1" else ["torchrun", "--nproc-per-node", ranks, "-m", "ssa"]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def _now() -> str:

@@ -1,11 +1,13 @@
 """`ssa bench train`: tokens a second of each method in this project's engine, and of transformers' Llama, in one run.
 
 The model, its layers' preparation, the loss, the optimizer and the sharing between ranks are those of `ssa train`; a step is forward,
-backward, clipping and the optimizer over one micro-batch. Under torchrun every variant is measured on one rank first, then on all.
+backward, clipping and the optimizer over one micro-batch. Under torchrun every variant is measured on one rank first, then on all, once
+for each way to share the model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import time
@@ -26,6 +28,7 @@ from ssa.config import Method, Recipe
 from ssa.errors import UserError
 from ssa.infer.load import resolve_dtype
 from ssa.model import SSAConfig, SSAForCausalLM
+from ssa.train.context_parallel import ContextParallel
 from ssa.train.distributed import Ranks, open_ranks
 from ssa.train.flops import TokenFlops, run_peak_flops, training_flops
 from ssa.train.layers import prepare_layers
@@ -37,6 +40,13 @@ METHODS = ("full", "moba", "nsa", "ssa")
 LLAMAS = ("llama", "llama-bf16")
 """llama: float32 weights under autocast, as ours; llama-bf16: weights and optimizer in bfloat16."""
 VARIANTS = (*METHODS, *LLAMAS)
+SHARINGS: dict[str, dict[str, Any]] = {
+    "ddp": {"parallel": "ddp"},
+    "fsdp": {"parallel": "fsdp", "reshard_after_forward": True},
+    "fsdp-kept": {"parallel": "fsdp", "reshard_after_forward": False},
+    "hsdp": {"parallel": "hsdp"},
+}
+"""How several ranks can share the model: fields of `TrainRecipe`."""
 MIN_STEPS, MAX_STEPS = 4, 400
 CPU_PARAMETERS = 100_000_000
 """A larger model takes minutes a step there, and most of the memory."""
@@ -53,33 +63,44 @@ class Plan:
     """Of measured steps for each variant."""
     data: Path | None
     """A prepared directory; None = random tokens."""
+    sharings: tuple[str, ...] = ()
+    """Of `SHARINGS`; none = as the recipe says."""
 
 
-def plan(variants: str, rows: str, seconds: float, data: str) -> Plan:
+def plan(variants: str, rows: str, seconds: float, data: str, sharing: str = "") -> Plan:
     """The command line's words, understood.
 
     Raises:
         UserError: a name that does not exist, or no seconds.
     """
     names, layouts = parse_list(variants, "--variants"), parse_list(rows, "--rows")
-    for flag, given, known in (("--variants", names, VARIANTS), ("--rows", layouts, get_args(Layout))):
+    sharings = parse_list(sharing, "--sharing") if sharing else []
+    for flag, given, known in (
+        ("--variants", names, VARIANTS), ("--rows", layouts, get_args(Layout)), ("--sharing", sharings, tuple(SHARINGS)),
+    ):  # fmt: skip
         for name in given:
             if name not in known:
                 raise UserError(f"{flag} {name!r} is not one of {', '.join(known)}")
     if not seconds > 0:
         raise UserError(f"--seconds {seconds} must be positive")
-    return Plan(tuple(names), tuple(cast(Layout, name) for name in layouts), seconds, Path(data) if data else None)
+    return Plan(
+        tuple(names), tuple(cast(Layout, name) for name in layouts), seconds, Path(data) if data else None, tuple(sharings)
+    )
 
 
 def bench_train(recipe: Recipe, plan: Plan, out: Path | None, budget_seconds: float) -> int:
     """Measure, write, print; 1 where a variant failed.
 
     Raises:
-        UserError: a recipe that starts from a checkpoint, or data that does not fit.
+        UserError: a recipe that starts from a checkpoint, ways to share a model on one rank, or data that does not fit.
     """
     if recipe.model.init_from:
         raise UserError(f"model.init_from = {recipe.model.init_from!r}: ssa bench train builds new models; leave it out")
     with open_ranks(recipe.train) as ranks:
+        if plan.sharings and ranks.world == 1:
+            raise UserError(
+                f"--sharing {','.join(plan.sharings)} needs several ranks; start with torchrun --nproc-per-node 2 -m ssa bench train"
+            )
         size = _parameters(_config(recipe, "full", vocabulary(recipe, plan.data)))
         if ranks.device.type == "cpu" and size > CPU_PARAMETERS:
             raise UserError(
@@ -103,17 +124,20 @@ def bench_train(recipe: Recipe, plan: Plan, out: Path | None, budget_seconds: fl
 
 
 def _measure_all(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ranks, report: Report | None) -> None:
-    """On rank 0 alone, then on all ranks (Llama: alone only)."""
+    """On rank 0 alone, then on all ranks in every way asked for (Llama: alone only)."""
     alone = dataclasses.replace(ranks, rank=0, world=1, node_ranks=1, context_ranks=1, context_group=None)
-    groups = [alone] if ranks.world == 1 or variant in LLAMAS else [alone, ranks]
-    for group in groups:
-        what = f"{variant}, {layout} rows, {group.world} rank{'s' if group.world > 1 else ''}"
+    groups: list[tuple[Ranks, str, dict[str, Any]]] = [(alone, "", {"parallel": "auto", "context_parallel": 1})]
+    if ranks.world > 1 and variant not in LLAMAS:
+        groups += [(ranks, f", {name}", SHARINGS[name]) for name in plan.sharings] or [(ranks, "", {})]
+    for group, how, fields in groups:
+        what = f"{variant}, {layout} rows, {group.world} rank{'s' if group.world > 1 else ''}{how}"
         skip = report is not None and report.out_of_time(what)
         if any(ranks.largest(int(skip))):
             continue
         row = None
         if group.world > 1 or ranks.main:
-            row = _attempt(recipe, plan, variant, layout, group)
+            own = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **fields))
+            row = _attempt(own, plan, variant, layout, group)
         if report is not None and row is not None:
             report.add(row)
             print(described(row), flush=True)
@@ -154,18 +178,24 @@ def measure(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ran
     with torch.device(device):
         model, loss = _model(recipe, variant, layout, vocab_size, ranks)
     parallel = resolve_parallel(t, ranks, sum(p.numel() for p in model.parameters()))
+    context = loss.context if isinstance(loss, StepLoss) else None
     module = loss.to(device) if variant in LLAMAS else distribute(loss, parallel, t, ranks, dtype)
     optimizer = build_optimizer(model, t)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
 
+    plain_BT = torch.arange(recipe.data.context, device=device).expand(t.batch_size, -1)
+    positions = batches[0].get("position_ids", plain_BT).cpu()
+    if context is not None:
+        batches = [context.part({"position_ids": plain_BT} | rows) for rows in batches]
+
     def step(i: int) -> Tensor:
         rows = batches[i % len(batches)]
-        with autocast:
-            # the other ranks' targets are about as many; what they count exactly does not change what a step costs
-            share, _ = module(
-                rows, stream_of(i, recipe.model.full_ratio) if method == "ssa" else None, _targets(rows) * ranks.world
-            )
-        (share * ranks.world).backward()  # ranks average gradients where the loss wants their sum
+        stream = stream_of(i, recipe.model.full_ratio) if method == "ssa" else None
+        with contextlib.nullcontext() if context is None else context.sharing(rows["position_ids"], plain=layout == "plain"):
+            with autocast:
+                # the other ranks' targets are about as many; what they count exactly does not change what a step costs
+                share, _ = module(rows, stream, _targets(rows) * ranks.world)
+            (share * ranks.world).backward()  # ranks average gradients where the loss wants their sum
         gradient_norm(list(model.parameters()), t.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -175,15 +205,18 @@ def measure(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ran
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     steps, seconds, last = _timed(step, plan.seconds, ranks)
+    last = ranks.sum(last.clone())  # of shares
     if not torch.isfinite(last):
         raise ArithmeticError(f"the loss is {last.item()} after {steps} steps")
     tokens = t.batch_size * recipe.data.context * ranks.data_world
     speed = tokens * steps / seconds
-    positions = batches[0].get("position_ids", torch.arange(recipe.data.context)[None]).cpu()
     flops = step_flops(_config(recipe, variant, vocab_size), positions)
     peak = run_peak_flops(device, dtype, ranks.world)
     return {
-        "parallel": parallel, "compile": t.compile, "activation_checkpointing": t.activation_checkpointing, "dtype": str(dtype)[6:],
+        "parallel": parallel, "reshard_after_forward": t.reshard_after_forward if parallel in ("fsdp", "hsdp") else None,
+        "context_parallel": ranks.context_ranks, "compile": t.compile,
+        "activation_checkpointing": t.recompute if t.activation_checkpointing else None, "dtype": str(dtype)[6:],
+        "context": recipe.data.context, "batch_size": t.batch_size,
         "tokens_per_step": tokens, "steps": steps, "ms_per_step": 1000 * seconds / steps, "tokens_per_second": speed,
         "flops_per_token": flops._asdict() | {"total": flops.total}, "mfu": None if peak is None else flops.total * speed / peak,
         "peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None, "loss": last.item(),
@@ -202,8 +235,11 @@ def _model(recipe: Recipe, variant: str, layout: Layout, vocab_size: int, ranks:
         return llama, LlamaLoss(llama)
     model = SSAForCausalLM(config).train()
     prepare_layers(model, t.activation_checkpointing, t.recompute, t.compile)
+    context = None
+    if ranks.context_ranks > 1:
+        context = ContextParallel(model, ranks.context_group, ranks.context_rank, ranks.context_ranks)
     kind = StepLoss if layout == "packed" else PlainLoss
-    return model, kind(model, recipe.model.alignment_weight, ranks.world)
+    return model, kind(model, recipe.model.alignment_weight, ranks.world, context)
 
 
 def _parameters(config: SSAConfig) -> int:
@@ -227,6 +263,8 @@ class PlainLoss(StepLoss):
     """The step's loss of rows without positions, one document each: attention then knows that they are plain."""
 
     def forward(self, rows: dict[str, Tensor], stream: str | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.context is not None:
+            return super().forward(rows, stream, targets)
         output = self.model(**rows, use_cache=False, stream=stream)
         loss = output.loss / self.parts
         return loss, loss.detach()
@@ -238,6 +276,8 @@ def stream_of(step: int, full_ratio: float) -> str:
 
 
 def _targets(rows: dict[str, Tensor]) -> Tensor:
+    if "targets" in rows:  # a part of a row, see `ContextParallel.part`
+        return (rows["targets"] != -100).sum()
     labels = rows["labels"][:, 1:] != -100
     if "position_ids" in rows:
         labels = labels & (rows["position_ids"][:, 1:] != 0)
@@ -278,7 +318,12 @@ def _release() -> None:
 
 def described(row: dict[str, Any]) -> str:
     """One line a row for the terminal."""
-    head = f"{row['variant']}, {row['rows']} rows, {row['ranks']} rank{'s' if row['ranks'] > 1 else ''}: "
+    head = f"{row['variant']}, {row['rows']} rows, {row['ranks']} rank{'s' if row['ranks'] > 1 else ''}"
+    if row["ranks"] > 1:
+        kept = ", weights kept" if row["reshard_after_forward"] is False else ""
+        shared = ", sharing rows" if row["context_parallel"] > 1 else ""
+        head += f" ({row['parallel']}{kept}{shared})"
+    head += ": "
     if "error" in row:
         return head + row["error"]
     text = f"{row['tokens_per_second']:,.0f} tokens/s, {row['ms_per_step']:.1f} ms/step"

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ssa.data.shards import INDEX, TokenShards, sha256_of_file
+from ssa.data.shards import INDEX, TokenShards
 from ssa.errors import UserError
+from ssa.files import sha256_of_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

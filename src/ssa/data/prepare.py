@@ -8,27 +8,27 @@ cuts the shards back to that place and goes on. `index.json` comes last and make
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ssa.data.encode import EncoderSpec, encode_blocks, valid_threshold
+from ssa.data.progress import Progress, begin, digest, remove, save, write_json
 from ssa.data.shard_writer import ShardWriter
 from ssa.data.shards import FORMAT, INDEX, PROGRESS, TOKENIZER, VERSION, ShardInfo, read_index
 from ssa.data.sources import Source, expand_inputs, read_blocks, read_texts
+from ssa.data.summary import PrepareSummary, summarize
 from ssa.data.tokenizer import fingerprint, load_tokenizer, token_dtype, train_bpe, vocabulary_size
 from ssa.errors import UserError
+from ssa.files import sole_writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,57 +37,6 @@ _COMMIT_BLOCKS = 64
 _BPE_TRAINING_BYTES = 256 << 20
 _BYTES_PER_WORKER = 4 << 20  # on disk; for less, starting a process takes longer than it saves
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
-_OURS = re.compile(r"[a-z][a-z0-9_]*-\d{5,}\.(tokens|docs)\.npy(\.partial)?")
-
-
-@dataclass(frozen=True)
-class SplitSummary:
-    tokens: int
-    documents: int
-    bytes: int
-    words: int
-    shards: int
-
-
-@dataclass(frozen=True)
-class PrepareSummary:
-    """What a prepared directory holds."""
-
-    out: Path
-    splits: dict[str, SplitSummary]
-    vocab_size: int
-    dtype: str
-    skipped_documents: int
-    asked_vocab_size: int = 0
-    """Of a BPE that was to be trained, where the text did not yield as many ids; 0 otherwise."""
-
-    def __str__(self) -> str:
-        splits = "; ".join(
-            f"{name} {split.tokens:,} tokens, {split.documents:,} documents, {split.shards} shard{'s' * (split.shards != 1)}"
-            for name, split in self.splits.items()
-        )
-        rate = sum(split.bytes for split in self.splits.values()) / sum(split.tokens for split in self.splits.values())
-        empty = f", {self.skipped_documents:,} empty documents left out" if self.skipped_documents else ""
-        asked = ""
-        if self.asked_vocab_size:
-            asked = f" instead of the {self.asked_vocab_size:,} asked for: the text has no more pairs to merge"
-        return f"{self.out}: {splits}\n{self.vocab_size:,} token ids ({self.dtype}){asked}, {rate:.2f} bytes a token{empty}"
-
-
-@dataclass
-class _Progress:
-    """`.progress.json`: what is being done and how far it is."""
-
-    plan: dict[str, Any]
-    modified: str
-    """Hash of the input files' sizes and times; not in the index, which is to be the same on every machine."""
-    tokenizer: dict[str, Any] | None = None
-    valid_below: int = 0
-    position: tuple[int, int] = (0, 0)
-    writers: dict[str, Any] = field(default_factory=dict)
-    skipped: int = 0
-    hashes: tuple[int, int] | None = None
-    """Lowest and highest document hash so far."""
 
 
 def prepare(
@@ -135,7 +84,7 @@ def prepare(
         "inputs": given,
         "files": sum(len(source.paths) for source in sources),
         "bytes": sum(source.num_bytes for source in sources),
-        "digest": _digest([[s.kind, s.name, [[str(path), path.stat().st_size] for path in s.paths]] for s in sources]),
+        "digest": digest([[s.kind, s.name, [[str(path), path.stat().st_size] for path in s.paths]] for s in sources]),
         "text_field": text_field,
         "valid_fraction": 0.0 if split else valid_fraction,
         "split": split,
@@ -145,25 +94,25 @@ def prepare(
     if any(source.kind == "builtin" for source in sources):
         plan["python"] = sys.version.split()[0]
     splits = (split,) if split else ("train", "valid") if valid_fraction else ("train",)
-    with _write_errors_reported(out), _locked(out):
-        modified = _digest([[path.stat().st_mtime_ns for path in s.paths] for s in sources])
-        fresh = _Progress(plan, modified, valid_below=valid_threshold(plan["valid_fraction"]))
-        progress = _begin(out, fresh, splits, overwrite)
+    with _write_errors_reported(out), _sole_writer(out):
+        modified = digest([[path.stat().st_mtime_ns for path in s.paths] for s in sources])
+        fresh = Progress(plan, modified, valid_below=valid_threshold(plan["valid_fraction"]))
+        progress = begin(out, fresh, splits, overwrite)
         if progress is None:
-            return _summary(out, train_bpe)
+            return summarize(out, train_bpe)
         try:
             _run(out, progress, splits, sources, loaded, train_bpe, workers, show_progress)
         except UserError:
             if progress.position == (0, 0):  # nothing worth keeping: correct the call and run it again
-                _remove(out, splits)
+                remove(out, splits)
                 (out / PROGRESS).unlink()
             raise
-        return _summary(out, train_bpe)
+        return summarize(out, train_bpe)
 
 
 def _run(
     out: Path,
-    progress: _Progress,
+    progress: Progress,
     splits: tuple[str, ...],
     sources: list[Source],
     loaded: PreTrainedTokenizerFast | None,
@@ -174,7 +123,7 @@ def _run(
     if progress.tokenizer is None:
         tokenizer = loaded or train_bpe(_bpe_training_texts(sources, progress.plan), bpe_size)
         progress.tokenizer = _install_tokenizer(out, tokenizer)
-        _save(out, progress)
+        save(out, progress)
     while True:
         written = _write_splits(out, progress, splits, sources, workers, show_progress)
         empty = [name for name in splits if not written[name]]
@@ -193,13 +142,13 @@ def _run(
         # Few documents and bad luck. The corpus is small then, and a second pass simpler than moving a document between shards.
         progress.valid_below = lowest + 1 if empty == ["valid"] else highest
         progress.position, progress.writers, progress.skipped = (0, 0), {}, 0
-        _save(out, progress)
+        save(out, progress)
     _write_index(out, progress, written)
     (out / PROGRESS).unlink()
 
 
 def _write_splits(
-    out: Path, progress: _Progress, splits: tuple[str, ...], sources: list[Source], workers: int, show_progress: bool
+    out: Path, progress: Progress, splits: tuple[str, ...], sources: list[Source], workers: int, show_progress: bool
 ) -> dict[str, list[ShardInfo]]:
     """Encode everything from the place reached on and return the finished shards."""
     assert progress.tokenizer is not None
@@ -221,66 +170,13 @@ def _write_splits(
                 if count % _COMMIT_BLOCKS == 0:
                     progress.position = reached
                     progress.writers = {name: writer.commit() for name, writer in writers.items()}
-                    _save(out, progress)
+                    save(out, progress)
                 report(block.block[0], block.read_bytes)
         return {name: writer.finish() for name, writer in writers.items()}
     finally:
         encoded.close()
         for writer in writers.values():
             writer.abandon()
-
-
-def _begin(out: Path, fresh: _Progress, splits: tuple[str, ...], overwrite: bool) -> _Progress | None:
-    """Where to go on from: ``fresh``, an interrupted run's progress, or None where all is done. Refuses what it must not touch."""
-    names = {path.name for path in out.iterdir()} - {f"{INDEX}.partial", f"{PROGRESS}.partial"}
-    if names and not names & {INDEX, PROGRESS}:
-        raise UserError(f"{out} holds something else than a prepared corpus: choose an empty or new directory")
-    index = read_index(out) if INDEX in names else None
-    others = {name: split for name, split in index["splits"].items() if name not in splits} if index else {}
-    if index and len(others) < len(index["splits"]) and not overwrite:
-        if all(index["splits"].get(name, {}).get("source", {}).get("plan") == fresh.plan for name in splits):
-            (out / PROGRESS).unlink(missing_ok=True)
-            return None
-        raise UserError(f"{out} is already prepared from other inputs or options: choose another directory, or pass --overwrite")
-    if PROGRESS in names and not overwrite:
-        return _resume(out, fresh)
-    if index and others:
-        if index["tokenizer"]["fingerprint"] != fresh.plan["tokenizer"]:
-            raise UserError(f"{out} holds {', '.join(others)} in another tokenizer: pass --tokenizer {out} to use the same")
-        fresh.tokenizer = index["tokenizer"]
-    _save(out, fresh)  # first, so that an interrupted removal is known as ours
-    _remove(out, splits)
-    return fresh
-
-
-def _resume(out: Path, fresh: _Progress) -> _Progress:
-    try:
-        saved = _Progress(**json.loads((out / PROGRESS).read_bytes()))
-        different = [name for name in {**saved.plan, **fresh.plan} if saved.plan.get(name) != fresh.plan.get(name)]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{out / PROGRESS} is damaged: pass --overwrite to start anew") from error
-    if different or saved.modified != fresh.modified:
-        changed = ", ".join(different) or "the times of the input files"
-        raise UserError(
-            f"{out} holds an interrupted run that differs in {changed}: repeat its call to finish it, or pass --overwrite"
-        )
-    saved.position = saved.position[0], saved.position[1]  # JSON made it a list
-    return saved
-
-
-def _remove(out: Path, splits: tuple[str, ...]) -> None:
-    """Remove ``splits``, finished or not; with the last split, all that `prepare` ever wrote except its progress."""
-    index = read_index(out) if (out / INDEX).is_file() else None
-    kept = {name: value for name, value in (index["splits"] if index else {}).items() if name not in splits}
-    if index and kept:
-        _write_json(out / INDEX, index | {"splits": kept})
-    else:
-        (out / INDEX).unlink(missing_ok=True)
-        for leftover in (out / TOKENIZER, out / f"{TOKENIZER}.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
-    for path in out.iterdir():
-        if _OURS.fullmatch(path.name) and path.name.rsplit("-", 1)[0] not in kept:
-            path.unlink()
 
 
 def _install_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -304,27 +200,14 @@ def _bpe_training_texts(sources: list[Source], plan: dict[str, Any]) -> Iterator
         yield from read_texts(source, plan["text_field"], plan["document_bytes"], _BPE_TRAINING_BYTES // len(sources))
 
 
-def _write_index(out: Path, progress: _Progress, written: dict[str, list[ShardInfo]]) -> None:
+def _write_index(out: Path, progress: Progress, written: dict[str, list[ShardInfo]]) -> None:
     splits = read_index(out)["splits"] if (out / INDEX).is_file() else {}
     for name, shards in written.items():
         counts = {key: sum(getattr(shard, key) for shard in shards) for key in ("tokens", "documents", "bytes", "words")}
         source = {"plan": progress.plan, "skipped_documents": progress.skipped}
         splits[name] = {**counts, "source": source, "shards": [asdict(shard) for shard in shards]}
     index = {"format": FORMAT, "version": VERSION, "tokenizer": progress.tokenizer, "splits": dict(sorted(splits.items()))}
-    _write_json(out / INDEX, index)
-
-
-def _summary(out: Path, asked_vocab_size: int) -> PrepareSummary:
-    index = read_index(out)
-    splits = {
-        name: SplitSummary(split["tokens"], split["documents"], split["bytes"], split["words"], len(split["shards"]))
-        for name, split in index["splits"].items()
-    }
-    # Splits written by one run carry that run's count each.
-    skipped = {_digest(split["source"]["plan"]): split["source"]["skipped_documents"] for split in index["splits"].values()}
-    vocab_size, dtype = index["tokenizer"]["vocab_size"], index["tokenizer"]["dtype"]
-    asked = asked_vocab_size if asked_vocab_size > vocab_size else 0
-    return PrepareSummary(out, splits, vocab_size, dtype, sum(skipped.values()), asked)
+    write_json(out / INDEX, index)
 
 
 def _check_options(valid_fraction: float, split: str | None, shard_tokens: int, document_bytes: int, workers: int) -> None:
@@ -371,8 +254,8 @@ def _progress_bar(sources: list[Source], show: bool) -> Iterator[Any]:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep a second `prepare` out of the directory; the lock goes with the process."""
+def _sole_writer(out: Path) -> Iterator[None]:
+    """Make the directory and keep a second `prepare` out of it; where nothing was written, nothing is left."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose a directory for the shards")
     existed = out.exists()
@@ -380,15 +263,10 @@ def _locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be created: {error.strerror}; name another directory with --out") from None
-    descriptor = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out} is being prepared by another process: wait for it, or choose another directory") from None
-        yield
+        with sole_writer(out, f"{out} is being prepared by another process: wait for it, or choose another directory"):
+            yield
     finally:
-        os.close(descriptor)
         if not existed and not any(out.iterdir()):
             out.rmdir()
 
@@ -401,26 +279,3 @@ def _write_errors_reported(out: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise UserError(f"{error.filename or out}: {error.strerror}; what is done is kept, run again to go on") from error
         raise
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _save(out: Path, progress: _Progress) -> None:
-    _write_json(out / PROGRESS, asdict(progress))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

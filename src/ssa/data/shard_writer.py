@@ -13,8 +13,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ssa.data.shards import DOCUMENT_COLUMNS, ShardInfo, docs_path, sha256_of_file, tokens_path
+from ssa.data.shards import DOCUMENT_COLUMNS, ShardInfo, docs_path, tokens_path
 from ssa.errors import UserError
+from ssa.files import sha256_of_file
 
 _HEADER_BYTES = 128  # what NumPy writes for these shapes at any length
 

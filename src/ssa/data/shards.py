@@ -10,7 +10,6 @@ A document never spans two shards and starts where the previous one ends. Plain 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import numpy as np
 
 from ssa.data.packing import positions_from_document_ends
 from ssa.errors import UserError
+from ssa.files import sha256_of_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,11 +51,6 @@ def tokens_path(out: Path, shard: str) -> Path:
 
 def docs_path(out: Path, shard: str) -> Path:
     return out / f"{shard}.docs.npy"
-
-
-def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -151,15 +146,6 @@ class TokenShards:
             for shard, shard_start, low, high in self._overlaps(start, stop)
         ]
         return np.concatenate(ends) if ends else np.empty(0, np.int64)
-
-    def doc_start_mask(self, start: int, stop: int) -> np.ndarray:
-        """bool [stop - start]: True at the first token of each document."""
-        ends = self.document_ends(start, stop)
-        mask = np.zeros(stop - start + 1, bool)
-        mask[ends - start] = True
-        if start < stop:
-            mask[0] = start == 0 or len(self.document_ends(start - 1, start)) > 0
-        return mask[:-1]
 
     def positions(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: 0 at ``start`` and at the first token of each document, counting up in between."""

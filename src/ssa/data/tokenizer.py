@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ssa.data.pieces import PieceEncoder
-from ssa.errors import UserError
+from ssa.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,7 +84,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
             vocabulary = tokenizer.get_vocab()
             tokenizer.eos_token = next((name for name in _KNOWN_ENDS if name in vocabulary), None)
     except Exception as error:  # the Rust parser raises bare Exception
-        raise UserError(f"{file} is not a fast tokenizer that transformers can read: {_one_line(error)}") from error
+        raise UserError(f"{file} is not a fast tokenizer that transformers can read: {one_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer at {spec} has no end-of-text token; set eos_token in tokenizer_config.json beside tokenizer.json"
@@ -216,7 +216,3 @@ def _end_id(tokenizer: PreTrainedTokenizerFast) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token; set its eos_token")
     return int(tokenizer.eos_token_id)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

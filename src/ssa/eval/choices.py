@@ -7,25 +7,26 @@ from typing import Any
 
 from ssa.config import Budget
 from ssa.errors import UserError
-from ssa.eval.loglikelihood import check_max_length, encode_pairs
+from ssa.eval.loglikelihood import encode_pairs
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather
 from ssa.eval.questions import CHOICE_TASKS, LM_EVAL_VERSION, QuestionSet, is_right, read_questions
-from ssa.eval.results import add_results, read_results
+from ssa.eval.results import read_results
 from ssa.eval.scored import (
     TASKS_FILE,
     base_setting,
     data_directory,
     figures_of,
     item_log,
+    keep_entry,
     limited,
     metric,
     missing,
+    new_entry,
     score_items,
     standard_error,
 )  # fmt: skip
-from ssa.eval.subject import budget_name, description, provenance
-from ssa.eval.tables import print_task
+from ssa.eval.subject import budget_name, provenance
 from ssa.eval.tasks import TaskRequest, shots
 
 ONE_SEED_NOTE = "0 examples: seeds change nothing, one pass serves them all"
@@ -41,25 +42,19 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
 
 
 def _run_task(questions: QuestionSet, request: TaskRequest) -> dict[str, Any]:
-    subject, task = request.subject, questions.task
-    max_length = check_max_length(subject.model.config, request.max_length)
+    task = questions.task
     num_fewshot, count = shots(request, task.name) or 0, limited(len(questions.questions), request.limit)
     if num_fewshot < 0:
         raise UserError(f"num_fewshot = {num_fewshot} must be 0 or more")
-    # What decides the score of an item, seed and budget aside; a smaller limit asks the first of the same questions.
     setting = {
-        **base_setting(subject, task.name), "version": task.version, "lm_eval": LM_EVAL_VERSION, "data_sha256": questions.sha256,
-        "num_fewshot": num_fewshot, "max_length": max_length,
+        **base_setting(request, task.name), "version": task.version, "lm_eval": LM_EVAL_VERSION, "data_sha256": questions.sha256,
+        "num_fewshot": num_fewshot,
     }  # fmt: skip
     seeds: list[int | None] = list(request.seeds) if num_fewshot else [None]
-    entry: dict[str, Any] = {
-        "setting": {**setting, "limit": request.limit, "seeds": seeds if num_fewshot else []},
-        "model": description(subject), "items": count,
-        "examples_from": None if not num_fewshot else "the questions" if questions.is_own_pool else "training file",
-        "notes": [] if num_fewshot else [ONE_SEED_NOTE], "budgets": {},
-    }  # fmt: skip
-    if num_fewshot and questions.is_own_pool:
-        entry["notes"].append(OWN_POOL_NOTE)
+    notes, source = [ONE_SEED_NOTE], None
+    if num_fewshot:
+        notes, source = ([OWN_POOL_NOTE], "the questions") if questions.is_own_pool else ([], "training file")
+    entry = new_entry(request, {**setting, "seeds": seeds if num_fewshot else []}, count, notes, examples_from=source)
     efforts = {budget: {"scored": 0.0, "seconds": 0.0, "padding": 0.0} for budget in request.budgets}
     logs: dict[tuple[Budget | None, int | None], ItemLog] = {}
     for seed in seeds:
@@ -69,24 +64,20 @@ def _run_task(questions: QuestionSet, request: TaskRequest) -> dict[str, Any]:
         lacking = {budget: missing(logs[budget, seed], count) for budget in request.budgets}
         encoded: dict[int, list[Any]] = {i: [] for i in sorted(set().union(*lacking.values()))}
         pairs = [(i, pair) for i in encoded for pair in questions.questions[i].pairs(before[i])]
-        for (i, _), made in zip(pairs, encode_pairs(subject.tokenizer, [pair for _, pair in pairs]), strict=True):
+        for (i, _), made in zip(pairs, encode_pairs(request.subject.tokenizer, [pair for _, pair in pairs]), strict=True):
             encoded[i].append(made)
         for budget, numbers in lacking.items():
             what = task.name if seed is None else f"{task.name}, seed {seed}"
-            took = score_items(request, what, {i: encoded[i] for i in numbers}, logs[budget, seed], budget, max_length)
+            took = score_items(request, what, {i: encoded[i] for i in numbers}, logs[budget, seed], budget, setting["max_length"])
             for key, value in took.items():
                 efforts[budget][key] = max(efforts[budget][key], value) if key == "padding" else efforts[budget][key] + value
     for budget in request.budgets:
         records = {seed: gather(logs[budget, seed], count) for seed in seeds}
         figures = _figures(questions, records)
         if figures is not None:
-            new = {"metrics": figures, **efforts[budget], **provenance(subject)}
+            new = {"metrics": figures, **efforts[budget], **provenance(request.subject)}
             entry["budgets"][budget_name(budget)] = figures_of(request, entry, budget, new)
-    if entry["budgets"]:
-        entry = add_results(request.directory / TASKS_FILE, entry)
-    if request.console is not None:
-        print_task(request.console, entry, [budget_name(b) for b in request.budgets])
-    return entry
+    return keep_entry(request, entry)
 
 
 def _figures(questions: QuestionSet, records: dict[int | None, list[dict[str, Any]] | None]) -> dict[str, Any] | None:

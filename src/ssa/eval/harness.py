@@ -22,7 +22,6 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
@@ -37,7 +36,9 @@ from ssa.eval.loglikelihood import (
     rolling_requests,
 )
 from ssa.eval.long.item_log import ItemLog
+from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
 from ssa.infer.load import attention_choice, check_budgets, load_model
+from ssa.infer.transcript import Transcript
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -97,7 +98,7 @@ class SSALM(TemplateLM):
         self.max_length = check_max_length(self.model.config, None if max_length is None else int(max_length))
         self.log: ItemLog | None = None
         """Where finished log-likelihoods are kept and looked up, for evaluations that may be interrupted."""
-        self._device = self.model.device
+        self._device = self.model.device  # lm-eval's property `device` reads it
 
     @property
     def attention(self) -> dict[str, Any]:
@@ -208,49 +209,17 @@ class SSALM(TemplateLM):
         if room < 1:
             raise UserError(f"{count} generated tokens leave no room for a prompt in max_length = {self.max_length}")
         begun = [ids[-room:] or [self.prefix_token_id] for ids in contexts]
-        width = max(map(len, begun))
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eot_token_id
-        input_ids = torch.full((len(begun), width), pad, dtype=torch.int64)
-        mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(begun):
-            input_ids[row, width - len(ids) :] = torch.tensor(ids)
-            mask[row, width - len(ids) :] = 1
-        config = GenerationConfig(
-            max_new_tokens=count,
-            eos_token_id=self.eot_token_id,
-            pad_token_id=pad,
-            use_cache=True,
-            do_sample=bool(options["do_sample"]),
-        )
-        if config.do_sample:
-            for name in ("temperature", "top_k", "top_p"):
-                if name in options:
-                    setattr(config, name, options[name])
-        saved, self.model.generation_config = self.model.generation_config, config
-        try:
-            output = self.model.generate(  # type: ignore[misc]
-                input_ids.to(self._device), attention_mask=mask.to(self._device), attention_mode=self.attention_mode,
-                budget=None if self.budget is None else str(self.budget),
-                stopping_criteria=StoppingCriteriaList([_StopTexts(self.tokenizer, stop, width)]),
-            )  # fmt: skip
-        finally:
-            self.model.generation_config = saved
-        texts = (self.tok_decode(row) for row in output[:, width:].tolist())
+        # A stop text that is a special token of the tokenizer never shows in decoded text.
+        special = (self.tokenizer.convert_tokens_to_ids(text) for text in stop if text in self.tokenizer.all_special_tokens)
+        end_ids = end_ids_of(self.model, self.tokenizer) | {self.eot_token_id, *special}
+        transcripts = [Transcript(self.tokenizer, end_ids, [text for text in stop if text]) for _ in begun]
+        sampling: dict[str, Any] = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
+        generate_batch(
+            self.model, begun, transcripts, [count] * len(begun), pad_id=pad_id_of(self.tokenizer, end_ids),
+            sampling=sampling if options["do_sample"] else None, **self.attention,
+        )  # fmt: skip
+        texts = (self.tok_decode(transcript.token_ids) for transcript in transcripts)
         return [str(postprocess_generated_text(text, stop, None)) for text in texts]
-
-
-class _StopTexts(StoppingCriteria):
-    """A row is done when one of the texts has come."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str], begin: int) -> None:
-        self._tokenizer, self._stop, self._begin = tokenizer, [s for s in stop if s], begin
-        # A token has one byte at least, so that many of them hold the longest text and whatever the last token adds.
-        self._window = max((len(s.encode()) for s in self._stop), default=0) + 1
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        recent = input_ids[:, max(self._begin, input_ids.shape[1] - self._window) :].tolist()
-        texts = self._tokenizer.batch_decode(recent, skip_special_tokens=False)
-        return torch.tensor([any(s in text for s in self._stop) for text in texts], device=input_ids.device)
 
 
 def _rows(batch_size: int | str) -> int | None:

@@ -9,11 +9,10 @@ from typing import Any
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.choices import ONE_SEED_NOTE
-from ssa.eval.loglikelihood import check_max_length
-from ssa.eval.results import add_results, read_results
-from ssa.eval.scored import TASKS_FILE, base_setting, item_log, metric
-from ssa.eval.subject import attention, budget_name, description, provenance
-from ssa.eval.tables import print_task
+from ssa.eval.long.item_log import Shard
+from ssa.eval.results import read_results
+from ssa.eval.scored import TASKS_FILE, base_setting, item_log, keep_entry, metric, new_entry
+from ssa.eval.subject import attention, budget_name, provenance
 from ssa.eval.tasks import TaskRequest, shots
 
 Outcome = dict[str, Any]
@@ -24,6 +23,7 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
     """See `ssa.eval.tasks`.
 
     Log-likelihoods are logged as they are computed, so an interrupted evaluation goes on where it was; generated texts are not.
+    Under torchrun rank 0 does all of it.
 
     Raises:
         UserError: lm-eval is not installed, has no such task, or cannot load its data.
@@ -37,20 +37,25 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
         raise UserError(
             f'{", ".join(names)} without --data-dir needs lm-evaluation-harness ({error}): pip install "sparse-sparse-attention[eval]"'
         ) from None
+    if rank := Shard.from_environment().rank:
+        if request.console is not None:
+            request.console.print(
+                f"rank {rank} leaves {', '.join(names)} to rank 0: lm-evaluation-harness does not share items", highlight=False
+            )
+        return {name: {"budgets": {}} for name in names}
     read_results(request.directory / TASKS_FILE)
     manager = TaskManager()
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(f"lm-evaluation-harness has no task {name!r}; lm_eval ls tasks lists them")
-    subject = request.subject
-    max_length = check_max_length(subject.model.config, request.max_length)
+    subject, common = request.subject, base_setting(request, "lm_eval")
     entries = {}
     for name in names:
         outcomes: dict[Budget | None, dict[int, Outcome]] = {}
         seconds: dict[Budget | None, float] = {}
         for budget in request.budgets:
-            model = SSALM(subject.model, **attention(budget), max_length=max_length, tokenizer=subject.tokenizer)
-            model.log = item_log(request, "lm_eval", {**base_setting(subject, "lm_eval"), "max_length": max_length}, budget, None)
+            model = SSALM(subject.model, **attention(budget), max_length=common["max_length"], tokenizer=subject.tokenizer)
+            model.log = item_log(request, "lm_eval", common, budget, None)
             started = time.perf_counter()
             outcomes[budget] = {}
             for seed in request.seeds:
@@ -68,9 +73,7 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
                 if not _num_fewshot(outcome, name):
                     break  # nothing is drawn, further seeds would repeat the pass
             seconds[budget] = time.perf_counter() - started
-        entries[name] = _entry(name, request, max_length, outcomes, seconds)
-        if request.console is not None:
-            print_task(request.console, entries[name], [budget_name(b) for b in request.budgets])
+        entries[name] = keep_entry(request, _entry(name, request, outcomes, seconds))
     return entries
 
 
@@ -86,22 +89,19 @@ def _num_fewshot(outcome: Outcome, name: str) -> int:
 
 
 def _entry(
-    name: str, request: TaskRequest, max_length: int, outcomes: dict[Budget | None, dict[int, Outcome]], seconds: dict[Budget | None, float]
+    name: str, request: TaskRequest, outcomes: dict[Budget | None, dict[int, Outcome]], seconds: dict[Budget | None, float]
 ) -> dict[str, Any]:  # fmt: skip
     import lm_eval
 
-    subject, first = request.subject, next(iter(next(iter(outcomes.values())).values()))
+    first = next(iter(next(iter(outcomes.values())).values()))
     num_fewshot = _num_fewshot(first, name)
     items = int(first["n-samples"].get(name, {}).get("effective", 0))
-    entry: dict[str, Any] = {
-        "setting": {
-            **base_setting(subject, name), "version": str(first["versions"].get(name)), "lm_eval": lm_eval.__version__,
-            "data_sha256": None, "num_fewshot": num_fewshot, "max_length": max_length, "limit": request.limit,
-            "seeds": list(request.seeds) if num_fewshot else [],
-        },
-        "model": description(subject), "items": items, "examples_from": "lm-eval" if num_fewshot else None,
-        "notes": [] if num_fewshot else [ONE_SEED_NOTE], "budgets": {},
+    setting = {
+        **base_setting(request, name), "version": str(first["versions"].get(name)), "lm_eval": lm_eval.__version__,
+        "data_sha256": None, "num_fewshot": num_fewshot, "seeds": list(request.seeds) if num_fewshot else [],
     }  # fmt: skip
+    notes, source = ([], "lm-eval") if num_fewshot else ([ONE_SEED_NOTE], None)
+    entry = new_entry(request, setting, items, notes, examples_from=source)
     for budget, by_seed in outcomes.items():
         figures = {}
         for key in first["results"][name]:
@@ -112,5 +112,5 @@ def _entry(
             errors = [o["results"][name].get(f"{metric_name}_stderr,{filtered}") for o in by_seed.values()]
             known = [float(error) for error in errors if isinstance(error, float)]
             figures[metric_name if filtered == "none" else key] = metric(values, known)
-        entry["budgets"][budget_name(budget)] = {"metrics": figures, "seconds": seconds[budget], **provenance(subject)}
-    return add_results(request.directory / TASKS_FILE, entry)
+        entry["budgets"][budget_name(budget)] = {"metrics": figures, "seconds": seconds[budget], **provenance(request.subject)}
+    return entry

@@ -141,6 +141,9 @@ def score(
     """(found bool [cases], natural log-probability of the value fp64 [cases]); the cases have one length.
 
     `model` is an `SSAForCausalLM`, or anything with its call and `device`.
+
+    Raises:
+        UserError: The model's output is not finite.
     """
     import torch
 
@@ -154,8 +157,50 @@ def score(
     right_BA = logits_BAV.argmax(-1) == targets_BA
     log_p_BA = logits_BAV.float().log_softmax(-1).gather(-1, targets_BA[..., None])[..., 0].cpu().double()
     found = [bool(right_BA[row, -case.answer_length :].all()) for row, case in enumerate(cases)]
-    log_p = [log_p_BA[row, -case.answer_length :].sum().item() for row, case in enumerate(cases)]
-    return np.array(found), np.array(log_p)
+    log_p = np.array([log_p_BA[row, -case.answer_length :].sum().item() for row, case in enumerate(cases)])
+    if not np.isfinite(log_p).all():
+        raise UserError("the model's output is not finite (NaN or infinity): the weights are damaged or the precision is too low")
+    return np.array(found), log_p
+
+
+class NeedleBatches:
+    """The cases of a grid in the batches that are computed together, each of which can be scored by another process.
+
+    A case depends on (seed, length, depth, its number) alone: a larger grid contains the smaller one.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, haystack: Haystack, lengths: Sequence[int], depths: Sequence[float], cases: int,
+        seed: int, batch_tokens: int,
+    ) -> None:  # fmt: skip
+        """See `needle_grid`, also for the errors."""
+        check_grid(lengths, depths, cases, seed)
+        self._tokenizer, self._haystack, self._seed = tokenizer, haystack, seed
+        self._batches: list[tuple[int, float, range]] = []
+        for length, depth in itertools.product(lengths, depths):
+            rows = max(1, batch_tokens // length)
+            self._batches += [(length, depth, range(at, min(at + rows, cases))) for at in range(0, cases, rows)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def cases(self, number: int) -> list[Case]:
+        """Those of batch `number`."""
+        length, depth, numbers = self._batches[number]
+        seed = (self._seed, length, round(depth * 1000))
+        return [make_case(self._haystack, self._tokenizer, length, depth, (*seed, i)) for i in numbers]
+
+    def cells(self, results: Iterable[tuple[Sequence[bool], Sequence[float]]]) -> list[Cell]:
+        """From (found, log-probability) of every batch's cases, as `score` has them."""
+        found: dict[tuple[int, float], list[bool]] = {}
+        log_p: dict[tuple[int, float], list[float]] = {}
+        for (length, depth, _), (of_batch, values) in zip(self._batches, results, strict=True):
+            found.setdefault((length, depth), []).extend(of_batch)
+            log_p.setdefault((length, depth), []).extend(values)
+        return [
+            Cell(*at, len(of_cell), sum(of_cell) / len(of_cell), math.fsum(log_p[at]) / len(of_cell))
+            for at, of_cell in found.items()
+        ]
 
 
 def needle_grid(
@@ -172,7 +217,7 @@ def needle_grid(
     batch_tokens: int = 16384,
     progress: Callable[[int], None] | None = None,
 ) -> list[Cell]:
-    """Every length x depth. A case depends on (seed, length, depth, its number) alone: a larger grid contains the smaller one.
+    """Every length x depth.
 
     Args:
         lengths: Tokens of prompt and answer together.
@@ -180,24 +225,17 @@ def needle_grid(
         cases: Per cell.
         batch_tokens: Cases are computed together up to about so many tokens.
         progress: Called with the number of cases done after each batch.
+
+    Raises:
+        UserError: An impossible grid, a length without room, or an output that is not finite.
     """
-    check_grid(lengths, depths, cases, seed)
-    cells = []
-    for length, depth in itertools.product(lengths, depths):
-        made = [make_case(haystack, tokenizer, length, depth, (seed, length, round(depth * 1000), i)) for i in range(cases)]
-        rows = max(1, batch_tokens // length)
-        results = []
-        for at in range(0, cases, rows):
-            results.append(score(model, made[at : at + rows], attention_mode, budget))
-            if progress is not None:
-                progress(len(results[-1][0]))
-        found, log_p = (np.concatenate(x) for x in zip(*results, strict=True))
-        if not np.isfinite(log_p).all():
-            raise UserError(
-                "the model's output is not finite (NaN or infinity): the weights are damaged or the precision is too low"
-            )
-        cells.append(Cell(length, depth, cases, float(found.mean()), float(log_p.mean())))
-    return cells
+    batches = NeedleBatches(tokenizer, haystack, lengths, depths, cases, seed, batch_tokens)
+    results = []
+    for number in range(len(batches)):
+        results.append(score(model, batches.cases(number), attention_mode, budget))
+        if progress is not None:
+            progress(len(results[-1][0]))
+    return batches.cells((found.tolist(), log_p.tolist()) for found, log_p in results)
 
 
 def check_grid(lengths: Sequence[int], depths: Sequence[float], cases: int, seed: int) -> None:

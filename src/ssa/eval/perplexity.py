@@ -6,7 +6,7 @@ Legend: B batch, T tokens of a window.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -97,6 +97,69 @@ def check_windows(context: int, stride: int) -> None:
         raise UserError(f"stride = {stride} must lie in 1..context = {context}, or tokens would be left out")
 
 
+class WindowBatches:
+    """The windows over some documents in the batches that are computed together, each of which can be scored by another process."""
+
+    def __init__(
+        self, documents: Sequence[Document], context: int, stride: int | None = None, batch_size: int | None = None
+    ) -> None:
+        """See `perplexity`, also for the errors."""
+        stride = context if stride is None else stride
+        check_windows(context, stride)
+        jobs = [(d, w) for d, document in enumerate(documents) for w in windows(len(document.tokens), context, stride)]
+        if not jobs:
+            raise UserError("nothing to score: no document has two tokens or more")
+        # Alike lengths side by side waste the least padding; the largest batch comes first, so memory that does not suffice shows at once.
+        jobs.sort(key=lambda job: job[1].start - job[1].stop)
+        self.documents = documents
+        self.rows = batch_size or max(1, WINDOW_TOKENS // (context + 1))
+        self._batches = [jobs[at : at + self.rows] for at in range(0, len(jobs), self.rows)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def tokens(self, number: int) -> int:
+        """That batch `number` scores."""
+        return sum(w.stop - w.first for _, w in self._batches[number])
+
+    def nats(
+        self, model: SSAForCausalLM, number: int, attention_mode: AttentionMode | None = None, budget: Budget | str | None = None
+    ) -> float:
+        """The summed negative log-likelihood of batch `number`."""
+        import torch
+
+        batch = self._batches[number]
+        width = batch[0][1].stop - batch[0][1].start
+        # Padding on the right needs no mask: attention is causal in every mode, so no real token can see it.
+        input_ids = np.zeros((len(batch), width), np.int64)
+        labels = np.full((len(batch), width), -100, np.int64)
+        for row, (d, w) in enumerate(batch):
+            tokens = self.documents[d].tokens[w.start : w.stop]
+            input_ids[row, : len(tokens)] = tokens
+            labels[row, w.first - w.start : len(tokens)] = tokens[w.first - w.start :]
+        with torch.no_grad():
+            nll_BT = model.token_nll(
+                torch.from_numpy(input_ids).to(model.device), labels=torch.from_numpy(labels).to(model.device),
+                attention_mode=attention_mode, budget=budget,
+            )  # fmt: skip
+        nats = nll_BT.cpu().double().sum().item()
+        if not math.isfinite(nats):
+            raise UserError(
+                "the loss is not finite (NaN or infinity): the weights are damaged or the precision is too low; try --dtype float32"
+            )
+        return nats
+
+    def total(self, nats: Iterable[float]) -> Perplexity:
+        """From the nats of all batches. Their sum is rounded once, so it does not depend on who computed which."""
+        return Perplexity(
+            nats=math.fsum(nats),
+            tokens=sum(map(self.tokens, range(len(self)))),
+            documents=len(self.documents),
+            num_bytes=sum(d.num_bytes for d in self.documents),
+            num_words=sum(d.num_words for d in self.documents),
+        )
+
+
 def perplexity(
     model: SSAForCausalLM,
     documents: Sequence[Document],
@@ -124,46 +187,13 @@ def perplexity(
     """
     if model.training:
         raise UserError("the model is in training mode, where each pass draws its own stream; call model.eval() first")
-    import torch
-
-    stride = context if stride is None else stride
-    check_windows(context, stride)
-    jobs = [(d, w) for d, document in enumerate(documents) for w in windows(len(document.tokens), context, stride)]
-    if not jobs:
-        raise UserError("nothing to score: no document has two tokens or more")
-    # Alike lengths side by side waste the least padding; the largest batch comes first, so memory that does not suffice shows at once.
-    jobs.sort(key=lambda job: job[1].start - job[1].stop)
-    rows = batch_size or max(1, WINDOW_TOKENS // (context + 1))
-    nats = 0.0
-    for at in range(0, len(jobs), rows):
-        batch = jobs[at : at + rows]
-        width = batch[0][1].stop - batch[0][1].start
-        # Padding on the right needs no mask: attention is causal in every mode, so no real token can see it.
-        input_ids = np.zeros((len(batch), width), np.int64)
-        labels = np.full((len(batch), width), -100, np.int64)
-        for row, (d, w) in enumerate(batch):
-            tokens = documents[d].tokens[w.start : w.stop]
-            input_ids[row, : len(tokens)] = tokens
-            labels[row, w.first - w.start : len(tokens)] = tokens[w.first - w.start :]
-        with torch.no_grad():
-            nll_BT = model.token_nll(
-                torch.from_numpy(input_ids).to(model.device), labels=torch.from_numpy(labels).to(model.device),
-                attention_mode=attention_mode, budget=budget,
-            )  # fmt: skip
-        nats += nll_BT.cpu().double().sum().item()
-        if not math.isfinite(nats):
-            raise UserError(
-                "the loss is not finite (NaN or infinity): the weights are damaged or the precision is too low; try --dtype float32"
-            )
+    batches = WindowBatches(documents, context, stride, batch_size)
+    nats = []
+    for number in range(len(batches)):
+        nats.append(batches.nats(model, number, attention_mode, budget))
         if progress is not None:
-            progress(sum(w.stop - w.first for _, w in batch))
-    return Perplexity(
-        nats=nats,
-        tokens=sum(w.stop - w.first for _, w in jobs),
-        documents=len(documents),
-        num_bytes=sum(d.num_bytes for d in documents),
-        num_words=sum(d.num_words for d in documents),
-    )
+            progress(batches.tokens(number))
+    return batches.total(nats)
 
 
 def _exp(nats: float, count: int) -> float | None:

@@ -15,10 +15,11 @@ from typing import Any
 
 from ssa.config import Budget
 from ssa.errors import UserError
-from ssa.eval.loglikelihood import Effort, Request, Score, log_likelihoods
+from ssa.eval.loglikelihood import Effort, Request, Score, check_max_length, log_likelihoods
 from ssa.eval.long.item_log import ItemLog, Shard
-from ssa.eval.results import read_results, result_key
-from ssa.eval.subject import Subject, attention, budget_name, progress_bar
+from ssa.eval.results import add_results, read_results, result_key
+from ssa.eval.subject import attention, budget_name, description, progress_bar
+from ssa.eval.tables import print_task
 from ssa.eval.tasks import TaskRequest
 
 TASKS_FILE = "tasks.json"
@@ -107,8 +108,28 @@ def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def base_setting(subject: Subject, task: str) -> dict[str, Any]:
-    return {"task": task, "model_sha256": subject.sha256, "dtype": subject.dtype}
+def base_setting(request: TaskRequest, task: str) -> dict[str, Any]:
+    """What decides the score of an item of any task, seed and budget aside; a smaller limit asks the first of the same items."""
+    subject = request.subject
+    max_length = check_max_length(subject.model.config, request.max_length)
+    return {"task": task, "model_sha256": subject.sha256, "dtype": subject.dtype, "max_length": max_length}
+
+
+def new_entry(request: TaskRequest, setting: dict[str, Any], items: int, notes: Sequence[str], **more: Any) -> dict[str, Any]:
+    """An entry of tasks.json without figures."""
+    return {
+        "setting": {**setting, "limit": request.limit}, "model": description(request.subject), "items": items, **more,
+        "notes": list(notes), "budgets": {},
+    }  # fmt: skip
+
+
+def keep_entry(request: TaskRequest, entry: dict[str, Any]) -> dict[str, Any]:
+    """Add to tasks.json what the entry has, and show it; the entry with all that is on file about its setting."""
+    if entry["budgets"]:
+        entry = add_results(request.directory / TASKS_FILE, entry)
+    if request.console is not None:
+        print_task(request.console, entry, [budget_name(budget) for budget in request.budgets])
+    return entry
 
 
 def data_directory(request: TaskRequest) -> Path:

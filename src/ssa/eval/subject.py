@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssa.config import Budget
+from ssa.eval.run_directory import run_home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,8 +59,8 @@ def evaluation_directory(run: Path | str) -> Path:
 
 def _run_of(path: Path) -> Path | None:
     """The run directory that a checkpoint belongs to."""
-    is_of_a_run = path.parent.name == "checkpoints" and (path.parent.parent / "recipe.json").is_file()
-    return path.parent.parent if is_of_a_run else None
+    home = run_home(path)
+    return home if home != path and (home / "recipe.json").is_file() else None
 
 
 def load_subject(run: Path | str, device: str, dtype: str) -> Subject:

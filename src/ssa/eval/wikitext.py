@@ -11,23 +11,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssa.errors import UserError
-from ssa.eval.loglikelihood import check_max_length, encode, prefix_token, rolling_requests
+from ssa.eval.loglikelihood import encode, prefix_token, rolling_requests
 from ssa.eval.long.measure import gather
 from ssa.eval.questions import LM_EVAL_VERSION
-from ssa.eval.results import add_results, read_results
+from ssa.eval.results import read_results
 from ssa.eval.scored import (
     TASKS_FILE,
     base_setting,
     data_directory,
     figures_of,
     item_log,
+    keep_entry,
     limited,
     metric,
     missing,
+    new_entry,
     score_items,
 )
-from ssa.eval.subject import budget_name, description, provenance
-from ssa.eval.tables import print_task
+from ssa.eval.subject import budget_name, provenance
 from ssa.eval.tasks import TaskRequest
 
 VERSION = "2.0"
@@ -126,16 +127,10 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
     """Word and byte perplexity by lm-eval's rolling windows; see `ssa.eval.tasks`."""
     read_results(request.directory / TASKS_FILE)
     subject, (pages, notes, sha256) = request.subject, read_pages(data_directory(request))
-    max_length = check_max_length(subject.model.config, request.max_length)
     pages = pages[: limited(len(pages), request.limit)]
-    setting = {
-        **base_setting(subject, "wikitext"), "version": VERSION, "lm_eval": LM_EVAL_VERSION, "data_sha256": sha256,
-        "max_length": max_length,
-    }  # fmt: skip
-    entry: dict[str, Any] = {
-        "setting": {**setting, "limit": request.limit}, "model": description(subject), "items": len(pages), "notes": notes,
-        "budgets": {},
-    }  # fmt: skip
+    setting = {**base_setting(request, "wikitext"), "version": VERSION, "lm_eval": LM_EVAL_VERSION, "data_sha256": sha256}
+    max_length = setting["max_length"]
+    entry = new_entry(request, setting, len(pages), notes)
     prefix = prefix_token(subject.tokenizer)
     windows = {
         i: rolling_requests(token_ids, prefix, max_length)
@@ -149,10 +144,7 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
             nats = -sum(sum(record["log_likelihoods"]) for record in records)
             new = {"metrics": _figures(nats, pages), **took, **provenance(subject)}
             entry["budgets"][budget_name(budget)] = figures_of(request, entry, budget, new)
-            entry = add_results(request.directory / TASKS_FILE, entry)
-    if request.console is not None:
-        print_task(request.console, entry, [budget_name(b) for b in request.budgets])
-    return {"wikitext": entry}
+    return {"wikitext": keep_entry(request, entry)}
 
 
 def _figures(nats: float, pages: Sequence[Page]) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
+from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
 from ssa.infer.load import attention_choice, check_budgets, load_model
 from ssa.infer.transcript import FinishReason, Transcript
 
@@ -179,26 +178,6 @@ class _Clock:
     decoded: int = 0
 
 
-class _Follower(StoppingCriteria):
-    """Sees the rows after every step: feeds the transcripts, prints the first row live, tells which rows are done."""
-
-    def __init__(self, transcripts: list[Transcript], live: TextIO | None) -> None:
-        self.transcripts, self.live = transcripts, live
-        self.first_token_at: float | None = None
-
-    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-        tokens = input_ids[:, -1].tolist()
-        self.first_token_at = self.first_token_at or time.perf_counter()
-        for row, (transcript, token) in enumerate(zip(self.transcripts, tokens, strict=True)):
-            self.show(row, transcript.push(token))
-        return torch.tensor([t.reason is not None for t in self.transcripts], device=input_ids.device)
-
-    def show(self, row: int, text: str) -> None:
-        if self.live is not None and row == 0 and text:
-            self.live.write(text)
-            self.live.flush()
-
-
 def _complete(
     model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], sampling: Sampling, batch_size: int,
     live: TextIO | None, clock: _Clock, mode: AttentionMode | None = None, budget: Budget | None = None,
@@ -226,38 +205,23 @@ def _batch(
     sampling: Sampling, live: TextIO | None, clock: _Clock, mode: AttentionMode | None, budget: Budget | None,
 ) -> list[Completion]:  # fmt: skip
     end_ids = end_ids_of(model, tokenizer)
-    pad_id = next((i for i in (tokenizer.pad_token_id, *end_ids) if i is not None), 0)
-    width = max(map(len, encoded))
-    input_ids = torch.full((len(encoded), width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(encoded):
-        input_ids[row, width - len(ids) :] = torch.tensor(ids)
-        attention_mask[row, width - len(ids) :] = 1
-    follower = _Follower([Transcript(tokenizer, end_ids, sampling.stop) for _ in encoded], live)
+    transcripts = [Transcript(tokenizer, end_ids, sampling.stop) for _ in encoded]
+
+    def show(row: int, text: str) -> None:
+        if live is not None and row == 0 and text:
+            live.write(text)
+            live.flush()
+
+    drawn = {"temperature": float(sampling.temperature), "top_k": sampling.top_k, "top_p": float(sampling.top_p)}
     started = time.perf_counter()
-    # `generate` fills what a configuration leaves open from the model's own; sampling settings saved with a model are not to mix in.
-    saved, model.generation_config = model.generation_config, _generation_config(sampling, sorted(end_ids), pad_id)
-    try:
-        model.generate(  # type: ignore[misc]
-            input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            stopping_criteria=StoppingCriteriaList([follower]),
-            attention_mode=mode,
-            budget=None if budget is None else str(budget),
-        )
-    finally:
-        model.generation_config = saved
-    stopped = time.perf_counter()
-    for row, transcript in enumerate(follower.transcripts):
-        follower.show(row, transcript.finish())
-    first = follower.first_token_at or stopped
+    first = generate_batch(
+        model, encoded, transcripts, [sampling.max_new_tokens] * len(encoded), pad_id=pad_id_of(tokenizer, end_ids),
+        attention_mode=mode, budget=budget, sampling=drawn if sampling.temperature > 0 else None, show=show,
+    )  # fmt: skip
     clock.prefill += first - started
-    clock.decode += stopped - first
-    clock.decoded += sum(max(0, len(t.token_ids) - 1) for t in follower.transcripts)
-    return [
-        Completion(prompt, t.text, t.token_ids, t.reason or "length")
-        for prompt, t in zip(prompts, follower.transcripts, strict=True)
-    ]
+    clock.decode += time.perf_counter() - first
+    clock.decoded += sum(max(0, len(t.token_ids) - 1) for t in transcripts)
+    return [Completion(prompt, t.text, t.token_ids, t.reason or "length") for prompt, t in zip(prompts, transcripts, strict=True)]
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
@@ -268,26 +232,6 @@ def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     if first is None:
         raise UserError("the prompt is empty and the tokenizer has neither a bos nor an eos token to start from")
     return [first]
-
-
-def end_ids_of(model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Every token that the tokenizer, the model or its saved generation settings call an end."""
-    saved = model.generation_config.eos_token_id if model.generation_config is not None else None
-    found: set[int] = set()
-    for ids in (tokenizer.eos_token_id, model.config.eos_token_id, saved):
-        found |= {ids} if isinstance(ids, int) else set(ids or ())
-    return frozenset(found)
-
-
-def _generation_config(sampling: Sampling, end_ids: list[int], pad_id: int) -> GenerationConfig:
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, eos_token_id=end_ids or None, pad_token_id=pad_id, use_cache=True,
-        cache_implementation="static",
-    )  # fmt: skip
-    config.do_sample = sampling.temperature > 0
-    if config.do_sample:
-        config.temperature, config.top_k, config.top_p = float(sampling.temperature), sampling.top_k, float(sampling.top_p)
-    return config
 
 
 def _shown(completion: Completion, number: int, total: int) -> str:

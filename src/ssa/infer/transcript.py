@@ -22,7 +22,7 @@ class Transcript:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, end_ids: frozenset[int], stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._end_ids, self._stop = tokenizer, end_ids, tuple(stop)
+        self._tokenizer, self.end_ids, self._stop = tokenizer, end_ids, tuple(stop)
         self.token_ids: list[int] = []
         """Every token generated but the end token; those of a stop string included."""
         self.reason: FinishReason | None = None
@@ -40,7 +40,7 @@ class Transcript:
         """The text that this token completes, "" for none."""
         if self.reason is not None:
             return ""
-        if token_id in self._end_ids:
+        if token_id in self.end_ids:
             self.reason = "end"
             return self._release(self._decoded(last=True), last=True)
         self.token_ids.append(token_id)

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from ssa.attention import METHODS
-from ssa.errors import UserError
+from ssa.errors import UserError, one_line
+from ssa.files import sync
 from ssa.model.configuration import SSAConfig
 from ssa.model.layouts import RELEASED, Choices, Layout, llama_json, read_layout, released_json
 from ssa.model.modeling import SSAForCausalLM
 from ssa.model.sources import open_source
-from ssa.model.weights import TensorInfo, Weights, one_line, sync, write_json, write_weights
+from ssa.model.weights import TensorInfo, Weights, write_json, write_weights
 
 Target = Literal["ssa", "llama", "llama-nsa"]
 Method = Literal["full", "moba", "nsa", "ssa"]

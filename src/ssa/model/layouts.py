@@ -13,9 +13,8 @@ from typing import Any, Literal
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from ssa.config import Budget, released_rule_check
-from ssa.errors import UserError
+from ssa.errors import UserError, one_line
 from ssa.model.configuration import SSAConfig
-from ssa.model.weights import one_line
 
 Gates = Literal["none", "own", "three"]
 """g_proj of a checkpoint: absent; as `SSAForCausalLM` has it; or three rows a head, (compression, selection, window)."""

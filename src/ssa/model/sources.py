@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ssa.errors import UserError
-from ssa.model.weights import TensorInfo, Weights, one_line, open_weights, read_json, write_json
+from ssa.errors import UserError, one_line
+from ssa.model.weights import TensorInfo, Weights, open_weights, read_json, write_json
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",

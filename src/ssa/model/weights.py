@@ -6,7 +6,6 @@ Nothing is unpickled: a directory that has only pickled weights is refused.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssa.errors import UserError
+from ssa.errors import UserError, one_line
+from ssa.files import sync
 
 MAX_SHARD_BYTES = 2 * 1024**3
 """Largest file that is written, and about what writing holds in memory."""
@@ -110,18 +110,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     sync(path)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def one_line(error: BaseException | str) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _read_index(directory: Path) -> dict[str, str]:

@@ -168,7 +168,8 @@ def _theorem(named: Named) -> Section:
     pictures = []
     for run, _ in named:
         layers = run.analysis["inference"]["sparse"]["layers"]
-        points = [[(p[2], p[1]) for p in layer["theorem_1"]["points"] if p[1] > 0 and p[2] > 0] for layer in layers]
+        samples = [layer["theorem_1"]["points"] if "theorem_1" in layer else [] for layer in layers]
+        points = [[(p[2], p[1]) for p in sample if p[1] > 0 and p[2] > 0] for sample in samples]
         stride = max(1, math.ceil(sum(map(len, points)) / MAP_POINTS))
         groups = []
         for i, of_layer in enumerate(points):

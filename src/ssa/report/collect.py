@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ssa.analysis.results import RunResults, printable, read_metrics
-from ssa.analysis.rows import run_home
 from ssa.errors import UserError
+from ssa.eval.run_directory import run_home
 
 DEPTH = 5
 """Directories are searched so deep."""
@@ -38,8 +38,14 @@ class RunEvidence:
     recipe: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evaluations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """File name without suffix -> its entries, the latest last; see `ssa.eval.results`."""
+    """File name without suffix -> its entries, the latest last; see `ssa.eval.results`. Perplexities of several texts that a record of
+    the run holds are "perplexity, TEXT"."""
     analysis: dict[str, Any] | None = None
+
+    @property
+    def perplexities(self) -> list[str]:
+        """The names of `evaluations` that hold perplexities."""
+        return [name for name in self.evaluations if name == "perplexity" or name.startswith("perplexity, ")]
 
     @property
     def method(self) -> str:
@@ -69,7 +75,7 @@ class RunEvidence:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A file of measured times."""
+    """A file of measurements that belongs to no run."""
 
     name: str
     content: dict[str, Any]
@@ -105,7 +111,7 @@ def collect(paths: Sequence[Path | str]) -> Evidence:
                 _read(file, _shown(file, given), runs, evidence)
     evidence.runs = [run for run in runs.values() if run.metrics or run.evaluations or run.analysis or run.recipe]
     if not evidence.runs and not evidence.benchmarks:
-        looked = "metrics.jsonl, eval/*.json, analysis/analysis.json and benchmark JSON"
+        looked = "metrics.jsonl, eval/*.json, analysis/analysis.json and JSON of measurements"
         unusable = "".join(f"; {file}: {why}" for file, why in evidence.problems[:3])
         raise UserError(f"nothing to report under {', '.join(evidence.searched)}: looked for {looked}{unusable}")
     _name(evidence.runs)
@@ -178,6 +184,8 @@ def _read(file: Path, shown: str, runs: dict[Path, RunEvidence], evidence: Evide
                 _add_compared(file, analysis, runs)
         elif kind == "evaluation":
             run(_home(file, "eval")).evaluations[file.stem] = _entries(content)
+        elif kind == "record of a run":
+            _add_record(content, run(file.with_suffix("")))
         elif kind == "benchmark":
             evidence.benchmarks.append(Benchmark(shown, content))
         else:
@@ -197,14 +205,35 @@ def _kind(file: Path, content: Any) -> str:
         return "comparison"
     if {"format", "latest", "results"} <= content.keys():
         return "evaluation"
-    if isinstance(content.get("rows"), list) and content["rows"] and all(isinstance(row, dict) for row in content["rows"]):
-        return "benchmark"
+    if {"recipe", "curve", "figures"} <= content.keys():
+        return "record of a run"
+    if isinstance(rows := content.get("rows", []), list) and all(isinstance(row, dict) for row in rows):
+        return "benchmark" if rows or isinstance(content.get("command"), str) else "unknown"
     return "unknown"
 
 
 def _home(file: Path, directory: str) -> Path:
     """The run that RUN/`directory`/file belongs to; a file elsewhere is its directory's."""
     return file.parent.parent if file.parent.name == directory else file.parent
+
+
+def _add_record(content: dict[str, Any], run: RunEvidence) -> None:
+    """A run's recipe, curve, evaluations of several texts ({name: what `ssa.eval.evaluate` returns}) and analysis in one file."""
+    analysis = content["figures"].get("analysis")
+    if analysis is not None:
+        _check_analysis(analysis)
+    evaluations: dict[str, list[dict[str, Any]]] = {}
+    for name, found in content["figures"].items():
+        if name == "analysis":
+            continue
+        if found["perplexity"]:
+            evaluations[f"perplexity, {name}"] = [found["perplexity"]]
+        if found["needle"]:
+            evaluations["needle"] = [found["needle"]]
+        evaluations.setdefault("tasks", []).extend(found["tasks"].values())
+    run.evaluations = {name: checked for name, entries in evaluations.items() if (checked := _checked(entries))}
+    run.recipe, run.analysis = content["recipe"], analysis
+    run.metrics = [line for line in content["curve"] if isinstance(line["step"], int)]
 
 
 def _add_compared(file: Path, analysis: dict[str, Any], runs: dict[Path, RunEvidence]) -> None:
@@ -226,7 +255,10 @@ def _check_analysis(content: dict[str, Any]) -> None:
             float(means[name])
             results.by_layer(mode, name)
         for layer in content["inference"][mode]["layers"]:
-            layer["theorem_1"]["points"], sum(layer["distance_histogram"])
+            (
+                layer.get("theorem_1", {"points": []})["points"],
+                sum(layer["distance_histogram"]),
+            )  # a record of a run may lack the points
     for name in ("cross_entropy_full", "cross_entropy_sparse", "gap_nats", "kl_nats", "top1_agreement"):
         float(results.predictions[name])
     for name in ("method", "budget", "measured", "versions", "device", "dtype", "selection", "receptive_field"):
@@ -237,11 +269,14 @@ def _check_analysis(content: dict[str, Any]) -> None:
 def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:
     entries = {key: entry for key, entry in content["results"].items() if entry["budgets"]}
     latest = content["latest"]
-    ordered = [entry for key, entry in entries.items() if key != latest] + ([entries[latest]] if latest in entries else [])
-    for entry in ordered:
+    return _checked([entry for key, entry in entries.items() if key != latest] + ([entries[latest]] if latest in entries else []))
+
+
+def _checked(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for entry in entries:
         if not all(isinstance(figures, dict) for figures in entry["budgets"].values()) or not isinstance(entry["setting"], dict):
             raise ValueError("its entries are not evaluations")
-    return ordered
+    return entries
 
 
 def _name(runs: Sequence[RunEvidence]) -> None:

@@ -7,30 +7,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from ssa.report.collect import Benchmark
+from ssa.report.measurements import DENSE_COLOURS, about, other_tables, records_table, times_chart
 from ssa.report.page import Cell, Section, figure, table
 from ssa.report.svg import Series, line_chart, number, tokens
 
-COLUMNS = 16
-"""A table of a file of unknown make shows so many columns at most,"""
-TURNED_ROWS = 6
-"""except that a file with as few rows has them as columns."""
-_DENSE_COLOURS = ("var(--full)", "var(--nsa)", "var(--moba)", "var(--infllmv2)", "var(--nosa)", "var(--other)")
 _PASSES = (("forward", "Forward"), ("both", "Forward and backward"))
 
 
 def efficiency(benchmarks: Sequence[Benchmark]) -> Section:
-    """Every benchmark file: kernels beside dense attention as charts and tables, others as tables of what they measured."""
+    """Files of times: kernels beside dense attention as charts and tables, others as tables of what they measured, and their bars."""
     tables: list[str] = []
     pictures: list[str] = []
     for benchmark in benchmarks:
-        if all(_is_kernel_row(row) for row in benchmark.content["rows"]):
-            tables.append(_kernel_table(benchmark))
+        if _is_of_kernels(benchmark):
+            tables += [made for way in ("launches", "graph") if (made := _kernel_table(benchmark, way))]
             pictures += _kernel_charts(benchmark)
         else:
-            tables.append(_any_table(benchmark))
-            pictures += _any_chart(benchmark)
+            tables.append(records_table(benchmark.name, about(benchmark), benchmark.content["rows"]))
+            pictures += times_chart(benchmark.name, benchmark.content["rows"])
         if bars := _bars(benchmark):
             tables.append(bars)
+        tables += other_tables(benchmark)
     return Section(
         "Efficiency", "Times as the benchmarks measured them, each on the hardware that its table names.", tables, pictures
     )
@@ -50,6 +47,15 @@ def crossover(lengths: Sequence[int], dense: Sequence[float], sparse: Sequence[f
     return math.exp(math.log(lengths[a]) + share * (math.log(lengths[b]) - math.log(lengths[a])))
 
 
+def is_timed(benchmark: Benchmark) -> bool:
+    """Whether the file holds times of this project's kernels, decoding or training."""
+    return bool(benchmark.content.get("rows")) and ("suite" in benchmark.content or _is_of_kernels(benchmark))
+
+
+def _is_of_kernels(benchmark: Benchmark) -> bool:
+    return all(_is_kernel_row(row) for row in benchmark.content["rows"])
+
+
 def _is_kernel_row(row: dict[str, Any]) -> bool:
     """Passes over whole sequences; decoding steps have other times."""
     return (
@@ -65,37 +71,35 @@ def _ours(row: dict[str, Any]) -> Any:
     return row.get("ours", row.get("sparse"))
 
 
-def _ms(times: Any, name: str) -> float | None:
-    """A time in ms, given as a number or by how it was taken; None where it was not measured."""
+def _ms(times: Any, name: str, way: str = "launches") -> float | None:
+    """A time in ms, given as a number (of launched kernels) or by the way it was taken; None where it was not measured."""
     found = times.get(name) if isinstance(times, dict) else None
     if isinstance(found, dict):
-        found = found.get("launches")
+        found = found.get(way)
+    elif way != "launches":
+        found = None
     return float(found) if isinstance(found, int | float) and found > 0 else None
 
 
-def _about(benchmark: Benchmark) -> str:
-    content = benchmark.content
-    hardware = content.get("hardware", content.get("device", "unknown hardware"))
-    if isinstance(hardware, dict):
-        hardware = hardware.get("device", "unknown hardware")
-    versions: dict[str, Any] = content["versions"] if isinstance(content.get("versions"), dict) else content
-    known = [f"{name} {versions[name]}" for name in ("torch", "triton") if isinstance(versions.get(name), str)]
-    command = f" Command: {content['command']}." if isinstance(content.get("command"), str) else ""
-    return f"{', '.join([str(hardware), *known])}.{command}"
-
-
-def _kernel_table(benchmark: Benchmark) -> str:
+def _kernel_table(benchmark: Benchmark, way: str) -> str:
+    """ "" where nothing was timed that way."""
     rows: list[tuple[str, Sequence[Cell | str]]] = []
     for row in benchmark.content["rows"]:
         cells: list[Cell | str] = [tokens(row["tokens"])]
         for name, _ in _PASSES:
-            dense = [x for backend in row["dense"].values() if (x := _ms(backend, name)) is not None]
-            ours = _ms(_ours(row), name)
+            dense = [x for backend in row["dense"].values() if (x := _ms(backend, name, way)) is not None]
+            ours = _ms(_ours(row), name, way)
             cells += ["–" if not dense else f"{min(dense):.3f}", "–" if ours is None else f"{ours:.3f}"]
             ratio = min(dense) / ours if dense and ours else None
             cells.append(Cell("–" if ratio is None else f"{ratio:.2f}x", ratio is not None and ratio > 1))
         rows.append((str(row["shape"]), cells))
-    note = f"Milliseconds; dense is the fastest backend measured, sparse includes selection; tinted where sparse is faster. {_about(benchmark)}"
+    if all(cell == "–" for _, cells in rows for cell in (*cells[1:3], *cells[4:6])):
+        return ""
+    note = (
+        f"Milliseconds; dense is the fastest backend measured, sparse includes selection; tinted where sparse is faster. {about(benchmark)}"
+        if way == "launches"
+        else "The same replayed as captured CUDA graphs, without the time that launching kernels takes the host."
+    )
     head = [
         "shape",
         "tokens",
@@ -106,7 +110,7 @@ def _kernel_table(benchmark: Benchmark) -> str:
         "sparse, both",
         "dense / sparse",
     ]
-    return table(f"Kernels ({benchmark.name})", note, head, rows)
+    return table(f"Kernels{' in captured graphs' if way == 'graph' else ''} ({benchmark.name})", note, head, rows)
 
 
 def _kernel_charts(benchmark: Benchmark) -> list[str]:
@@ -124,7 +128,7 @@ def _kernel_chart(shape: str, name: str, title: str, rows: Sequence[dict[str, An
     kinds = [("sparse", "var(--ssa)", "diamond", [_ms(_ours(row), name) for row in rows])]
     for i, backend in enumerate(backends):
         times = [_ms(row["dense"].get(backend), name) for row in rows]
-        kinds.append((f"dense, {backend}", _DENSE_COLOURS[min(i, len(_DENSE_COLOURS) - 1)], "circle", times))
+        kinds.append((f"dense, {backend}", DENSE_COLOURS[min(i, len(DENSE_COLOURS) - 1)], "circle", times))
     series = []
     for label, colour, marker, times in kinds:
         points = [(row["tokens"], x) for row, x in zip(rows, times, strict=True) if x is not None]
@@ -151,86 +155,21 @@ def _kernel_chart(shape: str, name: str, title: str, rows: Sequence[dict[str, An
 
 
 def _bars(benchmark: Benchmark) -> str:
-    """What the benchmark promised and reached."""
+    """What the benchmark promised and reached; times of launched kernels and, where they were taken, of captured graphs."""
     bars = benchmark.content.get("bars")
     if not (isinstance(bars, list) and bars and all(isinstance(b, dict) and {"name", "bar"} <= b.keys() for b in bars)):
         return ""
+    ways = ["", "_graph"] if any("value_graph" in bar for bar in bars) else [""]
     rows: list[tuple[str, Sequence[Cell | str]]] = []
     for bar in bars:
-        value, reached = bar.get("value"), bar.get("reached")
-        verdict = "not measured" if reached is None else "reached" if reached else "missed"
-        kind = "no" if reached is None else "yes" if reached else ""
-        promised = f"{bar.get('sense', '')} {bar['bar']:g}".strip()
-        rows.append((str(bar["name"]), [promised, "–" if value is None else f"{value:.3g}", Cell(verdict, kind=kind)]))
-    return table(f"Bars ({benchmark.name})", "What the benchmark is to reach.", ["", "bar", "value", ""], rows)
-
-
-def _any_table(benchmark: Benchmark) -> str:
-    """The numbers and words of every row, those inside of objects under their joined names."""
-    flat = [_flat(row) for row in benchmark.content["rows"]]
-    names = list(dict.fromkeys(key for row in flat for key in row))
-    short = dict(zip(names, _without_prefix(names), strict=True))
-    rows: list[tuple[str, Sequence[Cell | str]]]
-    if len(names) > 8 and len(flat) <= TURNED_ROWS:
-        first, *rest = names
-        rows = [(short[name], [_word(name, row.get(name)) for row in flat]) for name in rest]
-        return table(benchmark.name, _about(benchmark), [short[first], *(_word(first, row.get(first)) for row in flat)], rows)
-    shown = names[:COLUMNS]
-    left_out = f" {len(names) - COLUMNS} more columns are in the file." if len(names) > COLUMNS else ""
-    rows = [(_word(shown[0], row.get(shown[0])), [_word(name, row.get(name)) for name in shown[1:]]) for row in flat]
-    return table(benchmark.name, f"{_about(benchmark)}{left_out}", [short[name] for name in shown], rows)
-
-
-def _without_prefix(names: Sequence[str]) -> list[str]:
-    """Joined names as words, without a first one that most of them share."""
-    first = [name.split(" ")[0] for name in names if " " in name]
-    common = max(set(first), key=first.count, default="") if len(first) * 2 > len(names) else ""
-    return [name.removeprefix(f"{common} ").replace("_", " ") for name in names]
-
-
-def _any_chart(benchmark: Benchmark) -> list[str]:
-    """Times by length, where every length has one row."""
-    flat = sorted(
-        (row for row in map(_flat, benchmark.content["rows"]) if isinstance(row.get("tokens"), int)),
-        key=lambda row: row["tokens"],
-    )
-    lengths = [row["tokens"] for row in flat]
-    if len(flat) < 2 or len(set(lengths)) < len(lengths):
-        return []
-    for unit, ending in (("seconds", "seconds"), ("ms", "ms")):
-        names = [n for n in dict.fromkeys(key for row in flat for key in row) if n.endswith(ending)]
-        series: list[Series] = []
-        for name in names[: len(_DENSE_COLOURS) + 1]:
-            points = [(row["tokens"], row[name]) for row in flat if isinstance(row.get(name), int | float) and row[name] > 0]
-            if points:
-                colour = ("var(--ssa)", *_DENSE_COLOURS)[len(series)]
-                label = _without_prefix(names)[names.index(name)].removesuffix(ending).strip(" _") or name
-                series.append(Series(label, colour, [p[0] for p in points], [p[1] for p in points]))
-        if series:
-            title = f"{benchmark.name}: {unit} by length"
-            svg = line_chart(
-                series, title=title, xlabel="tokens", ylabel=unit, log_x=True, log_y=True, x_ticks=lengths, x_format=tokens
-            )  # fmt: skip
-            caption = "Both axes logarithmic." + (
-                f" {len(names) - len(series)} more are in the table." if len(names) > len(series) else ""
-            )
-            return [figure(title, svg, caption, [(s.name, s.colour) for s in series])]
-    return []
-
-
-def _flat(row: dict[str, Any], depth: int = 3) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, x in row.items():
-        if isinstance(x, dict) and depth:
-            found |= {f"{key} {inner}": y for inner, y in _flat(x, depth - 1).items()}
-        elif isinstance(x, int | float | str) and not (isinstance(x, str) and len(x) > 40):
-            found[str(key)] = x
-    return found
-
-
-def _word(name: str, x: Any) -> str:
-    if x is None:
-        return "–"
-    if name == "tokens" and isinstance(x, int):
-        return tokens(x)
-    return str(x) if isinstance(x, str | bool) else number(x)
+        cells: list[Cell | str] = [f"{bar.get('sense', '')} {bar['bar']:g}".strip()]
+        for way in ways:
+            value, reached = bar.get(f"value{way}"), bar.get(f"reached{way}")
+            verdict = "not measured" if reached is None else "reached" if reached else "missed"
+            kind = "no" if reached is None else "yes" if reached else ""
+            cells += ["–" if value is None else f"{value:.3g}", Cell(verdict, kind=kind)]
+        rows.append((str(bar["name"]), cells))
+    counts = [f"{sum(bar.get(f'reached{way}') is True for bar in bars)} of {len(bars)} reached" for way in ways]
+    note = f"What the benchmark is to reach: {counts[0]}" + (f", {counts[1]} in captured graphs." if len(ways) > 1 else ".")
+    head = ["", "bar", "value", "", *(["captured graph", ""] if len(ways) > 1 else [])]
+    return table(f"Bars ({benchmark.name})", note, head, rows)

@@ -21,7 +21,7 @@ def evaluation(runs: Sequence[RunEvidence]) -> list[Section]:
         return []
     together = groups(evaluated)
     files = sorted(
-        {name for run in evaluated for name in run.evaluations} - {"perplexity", "needle"},
+        {name for run in evaluated for name in run.evaluations if name not in run.perplexities} - {"needle"},
         key=lambda name: (name != "tasks", name),
     )
     tasks = [section for name in files if (section := task_section(name, together))]
@@ -29,20 +29,52 @@ def evaluation(runs: Sequence[RunEvidence]) -> list[Section]:
 
 
 def _perplexity(together: Sequence[Group]) -> Section:
-    found: list[tuple[Group, dict[str, list[float]]]] = []
+    """A table and a picture of each text."""
+    tables: list[str] = []
+    pictures: list[str] = []
+    alarms: list[str] = []
+    for name in dict.fromkeys(name for group in together for run in group.runs for name in run.perplexities):
+        what = name.capitalize()
+        found, settings = _by_budget(together, name)
+        if not found:
+            continue
+        if len(contexts := {setting["context"] for setting in settings}) == 1 and name != "perplexity":
+            what += f", context {contexts.pop()}"
+        if any(s[key] != settings[0][key] for s in settings for key in ("text_sha256", "context", "stride")):
+            alarms.append(
+                "The runs were evaluated on different texts or with different windows: these perplexities do not compare. Evaluate again with the "
+                f"same settings ({name})."
+            )
+        tables.append(_perplexity_table(what, found))
+        pictures += _perplexity_chart(what, found)
+    return Section("Perplexity by budget", " ".join(alarms), tables, pictures)
+
+
+Found = list[tuple[Group, dict[str, list[float]]]]
+
+
+def _by_budget(together: Sequence[Group], name: str) -> tuple[Found, list[dict]]:
+    """Each group's perplexities of its runs by budget, from the latest entries of that name; and those entries' settings."""
+    found: Found = []
     settings = []
     for group in together:
         by_budget: dict[str, list[float]] = {}
         for run in group.runs:
-            for entry in run.evaluations.get("perplexity", [])[-1:]:
+            for entry in run.evaluations.get(name, [])[-1:]:
                 settings.append(perplexity_setting(entry))
                 for p in perplexities(entry):
                     by_budget.setdefault(p.budget, []).append(p.perplexity)
         if by_budget:
             found.append((group, by_budget))
-    if not found:
-        return Section("Perplexity by budget")
-    budgets = sorted({b for _, by_budget in found for b in by_budget}, key=lambda b: (budget_tokens(b), b))
+    return found, settings
+
+
+def _budgets(found: Found) -> list[str]:
+    return sorted({b for _, by_budget in found for b in by_budget}, key=lambda b: (budget_tokens(b), b))
+
+
+def _perplexity_table(what: str, found: Found) -> str:
+    budgets = _budgets(found)
     rows: list[tuple[str, Sequence[Cell | str]]] = []
     means = [{b: statistics.fmean(values) for b, values in by_budget.items()} for _, by_budget in found]
     known = {b: [m[b] for m in means if b in m] for b in budgets}
@@ -55,35 +87,31 @@ def _perplexity(together: Sequence[Group]) -> Section:
     note = "As the paper's Table A10: one model read at several budgets (blocks x block size), smallest first. Lower is better."
     if any(len(group.runs) > 1 for group, _ in found):
         note += " ± is the standard deviation over runs with different seeds."
-    tables = [table("Perplexity", note, ["run", "method", *budgets], rows)]
-    pictures = []
-    if len(budgets) > 1:
-        series = []
-        for (group, by_budget), mean in zip(found, means, strict=True):
-            at = [i for i, b in enumerate(budgets) if b in mean]
-            y = [mean[budgets[i]] for i in at]
-            spread = [_std(by_budget[budgets[i]]) for i in at]
-            bars = {
-                "low": [m - (s or 0) for m, s in zip(y, spread, strict=True)],
-                "high": [m + (s or 0) for m, s in zip(y, spread, strict=True)],
-            }
-            marker = METHOD_MARKERS.get(group.method, "down")
-            series.append(Series(group.name, group.colour, at, y, marker=marker, **(bars if any(spread) else {})))  # type: ignore[arg-type]
-        svg = line_chart(
-            series, title="Perplexity by budget", xlabel="budget (blocks x size)", ylabel="perplexity", categories=budgets
-        )
-        caption = (
-            "Larger budgets to the right, full attention last. A good sparse model is flat, and never gets worse with more budget. "
-            "Error bars: standard deviation over runs with different seeds, where there are several."
-        )
-        pictures.append(figure("Perplexity by budget", svg, caption, [(g.name, g.colour) for g, _ in found]))
-    intro = ""
-    if any(s[key] != settings[0][key] for s in settings for key in ("text_sha256", "context", "stride")):
-        intro = (
-            "The runs were evaluated on different texts or with different windows: these perplexities do not compare. Evaluate again with the "
-            "same settings."
-        )
-    return Section("Perplexity by budget", intro, tables, pictures)
+    return table(what, note, ["run", "method", *budgets], rows)
+
+
+def _perplexity_chart(what: str, found: Found) -> list[str]:
+    budgets = _budgets(found)
+    if len(budgets) < 2:
+        return []
+    series = []
+    for group, by_budget in found:
+        at = [i for i, b in enumerate(budgets) if b in by_budget]
+        y = [statistics.fmean(by_budget[budgets[i]]) for i in at]
+        spread = [_std(by_budget[budgets[i]]) for i in at]
+        bars = {
+            "low": [m - (s or 0) for m, s in zip(y, spread, strict=True)],
+            "high": [m + (s or 0) for m, s in zip(y, spread, strict=True)],
+        }
+        marker = METHOD_MARKERS.get(group.method, "down")
+        series.append(Series(group.name, group.colour, at, y, marker=marker, **(bars if any(spread) else {})))  # type: ignore[arg-type]
+    title = f"{what} by budget"
+    svg = line_chart(series, title=title, xlabel="budget (blocks x size)", ylabel="perplexity", categories=budgets)
+    caption = (
+        "Larger budgets to the right, full attention last. A good sparse model is flat, and never gets worse with more budget. "
+        "Error bars: standard deviation over runs with different seeds, where there are several."
+    )
+    return [figure(title, svg, caption, [(group.name, group.colour) for group, _ in found])]
 
 
 def _needles(runs: Sequence[RunEvidence]) -> Section:

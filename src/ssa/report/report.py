@@ -9,8 +9,9 @@ from pathlib import Path
 from ssa.files import write_atomically
 from ssa.report.attention import attention, theorem_notes
 from ssa.report.collect import Evidence, RunEvidence, collect
-from ssa.report.efficiency import efficiency
+from ssa.report.efficiency import efficiency, is_timed
 from ssa.report.evaluation import evaluation
+from ssa.report.measurements import measurements
 from ssa.report.page import Cell, Section, colours, definitions, render, table
 from ssa.report.training import training
 
@@ -31,7 +32,9 @@ def render_report(evidence: Evidence) -> str:
     runs = evidence.runs
     shades = colours([run.method for run in runs])
     analysed = [(results, colour) for run, colour in zip(runs, shades, strict=True) if (results := run.results) is not None]
-    sections = [*evaluation(runs), *attention(analysed), training(runs), efficiency(evidence.benchmarks), searched(evidence)]
+    sections = [*evaluation(runs), *attention(analysed), training(runs)]
+    sections += [efficiency([b for b in evidence.benchmarks if is_timed(b)])]
+    sections += [measurements([b for b in evidence.benchmarks if not is_timed(b)]), searched(evidence)]
     names = ", ".join(run.name for run in runs[:6]) + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")
     title = f"Report: {names}" if names else "Report: benchmarks"
     return render(title, _lead(evidence, [results for results, _ in analysed]), sections, _how(runs))
@@ -41,9 +44,9 @@ def searched(evidence: Evidence) -> Section:
     """What was looked for and not found, and what was found and is not shown."""
     kinds = (
         ("training", "ssa train", lambda run: bool(run.metrics)),
-        ("perplexity", "ssa eval RUN", lambda run: "perplexity" in run.evaluations),
+        ("perplexity", "ssa eval RUN", lambda run: bool(run.perplexities)),
         ("tasks", "ssa eval RUN --tasks ...", lambda run: "tasks" in run.evaluations),
-        ("long context", "ssa eval RUN --tasks ruler,longbench", lambda run: bool(set(run.evaluations) - {"perplexity", "needle", "tasks"})),
+        ("long context", "ssa eval RUN --tasks ruler,longbench", lambda run: bool(set(run.evaluations) - {*run.perplexities, "needle", "tasks"})),
         ("needles", "ssa eval RUN --needle-lengths ...", lambda run: "needle" in run.evaluations),
         ("analysis", "ssa analyze RUN", lambda run: run.analysis is not None),
     )  # fmt: skip

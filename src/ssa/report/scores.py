@@ -60,7 +60,7 @@ def groups(runs: Sequence[RunEvidence]) -> list[Group]:
     shades = colours([members[0].method for members in together.values()])
     result = []
     for members, colour in zip(together.values(), shades, strict=True):
-        name = members[0].name if len(members) == 1 else f"{members[0].name}, {len(members)} seeds"
+        name = min((run.name for run in members), key=len) + (f", {len(members)} seeds" if len(members) > 1 else "")
         result.append(Group(name, members[0].method, colour, members))
     return result
 

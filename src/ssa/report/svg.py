@@ -167,7 +167,7 @@ def heat_map(
     height = int(_TOP + cell_y * count_y + _BOTTOM)
     row_names = [name if len(name) <= 22 else f"{name[:21]}…" for name in row_names]
     left = max(_LEFT, 24 + 6.4 * max(map(len, row_names)))
-    right = WIDTH - 46
+    right = WIDTH - max(46.0, 21 + 6.5 * max(len(number(low)), len(number(high))))
     cell_x = (right - left) / count_x
     parts = []
     for i, row in enumerate(rows):
@@ -192,7 +192,7 @@ def heat_map(
     for i in range(24):
         y = _TOP + bar * (1 - (i + 1) / 24)
         parts.append(
-            f'<rect x="{right + 8}" y="{y:.1f}" width="8" height="{bar / 24 + 0.4:.1f}" fill="{colour_of((i + 0.5) / 24)}"/>'
+            f'<rect x="{right + 8:.1f}" y="{y:.1f}" width="8" height="{bar / 24 + 0.4:.1f}" fill="{colour_of((i + 0.5) / 24)}"/>'
         )
     parts += [_text(right + 19, _TOP + 8, number(high), "start"), _text(right + 19, height - _BOTTOM, number(low), "start")]
     known = [v for row in rows for v in row if v is not None]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssa.config import Recipe
 from ssa.errors import UserError
+from ssa.files import sha256_of_file
 
 if TYPE_CHECKING:
     from ssa.model import SSAConfig, SSAForCausalLM
@@ -28,14 +29,41 @@ class Data:
     """SHA-256 of index.json, which holds the hash of every shard; with a mixture, of that and the mixture's fingerprint."""
 
 
+def check_inputs(recipe: Recipe, out: Path, overwrite: bool) -> None:
+    """Complain about input that is not there, or cannot be sent where it should go, before a run has deleted or written anything.
+
+    Raises:
+        UserError: `data.path`, `data.tokenizer`, `model.init_from` or the package of `train.track` is not there.
+    """
+    from ssa.data.shards import INDEX
+    from ssa.data.sources import expand_inputs
+    from ssa.data.tokenizer import load_tokenizer
+    from ssa.train.checkpoint import resolve_checkpoint
+    from ssa.train.sinks import check_sink
+
+    check_sink(recipe.train.track)
+    if recipe.model.init_from:
+        resolve_checkpoint(recipe.model.init_from)
+    if not _is_prepared(Path(recipe.data.path)) and (overwrite or not (out / "data" / INDEX).is_file()):
+        expand_inputs([recipe.data.path])
+        load_tokenizer(recipe.data.tokenizer)
+
+
+def _is_prepared(path: Path) -> bool:
+    """Wholly or half."""
+    from ssa.data.shards import INDEX, PROGRESS
+
+    return any((path / name).is_file() for name in (INDEX, PROGRESS))
+
+
 def open_data(recipe: Recipe, out: Path) -> Data:
     """The data of a recipe; text that is not prepared yet is prepared into `out`/data first (once)."""
     from ssa.data.mixture import Mixture, open_mixture
     from ssa.data.prepare import prepare
-    from ssa.data.shards import INDEX, PROGRESS, TokenShards, sha256_of_file
+    from ssa.data.shards import INDEX, TokenShards
 
     path = Path(recipe.data.path)
-    if not any((path / name).is_file() for name in (INDEX, PROGRESS)):
+    if not _is_prepared(path):
         path = out / "data"
         if not (path / INDEX).is_file():
             print(f"preparing {recipe.data.path} into {path}", flush=True)

@@ -10,15 +10,14 @@ file. It is written beside its final name, synced, then renamed; nothing is pick
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssa.errors import UserError
+from ssa.files import sha256_of_file
 
 if TYPE_CHECKING:
     from ssa.train.distributed import Ranks
@@ -36,21 +35,6 @@ def checkpoint_path(run_dir: Path | str, step: int) -> Path:
 def scratch_path(run_dir: Path | str, step: int, writer: int) -> Path:
     """Where the checkpoint of `step` is written before it gets its name; `writer` is a process number."""
     return Path(run_dir) / "checkpoints" / f".step-{step:08d}.tmp-{writer}"
-
-
-def save_checkpoint(
-    run_dir: Path | str, step: int, model: Any, tokenizer: Any, optimizer: Any, extra: dict[str, Any], keep_last: int = 2
-) -> Path:
-    """Write the state of one process after `step` optimizer steps and return its directory; see `ssa.train.saver.Saver`."""
-    import torch
-
-    from ssa.train.distributed import Ranks
-    from ssa.train.saver import Saver
-
-    saver = Saver(run_dir, Ranks(torch.device("cpu")), tokenizer, keep_last)
-    saver.save(step, model, optimizer, extra)
-    assert saver.newest is not None
-    return saver.newest
 
 
 def load_checkpoint(path: Path | str, model: Any, optimizer: Any = None, ranks: Ranks | None = None) -> dict[str, Any]:
@@ -103,7 +87,7 @@ def verify_checkpoint(path: Path | str, rank: int = 0, world: int = 1) -> dict[s
         if not file.is_file():
             raise UserError(f"checkpoint is damaged: {file} is missing; delete {path} to resume from the one before")
         size = file.stat().st_size
-        if size != want["bytes"] or (i % world == rank and sha256(file) != want["sha256"]):
+        if size != want["bytes"] or (i % world == rank and sha256_of_file(file) != want["sha256"]):
             what = f"has {size} bytes instead of {want['bytes']}" if size != want["bytes"] else "does not match its hash"
             raise UserError(f"checkpoint is damaged: {file} {what}; delete {path} to resume from the one before")
     return metadata
@@ -173,16 +157,3 @@ def remove_scratch(parent: Path) -> None:
     for path in parent.iterdir():
         if _SCRATCH.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -32,6 +32,7 @@ class ContextParallel:
         self.group, self.ranks = group, ranks
         self.chunks = (rank, 2 * ranks - 1 - rank)
         self.position_BT: Tensor | None = None
+        self.plain = False
         for layer in model.model.layers:
             layer.self_attn.method = _Gathering(layer.self_attn.method, self)
         model.model.rotary_emb.register_forward_pre_hook(self._rope_positions)
@@ -52,9 +53,12 @@ class ContextParallel:
         }
 
     @contextlib.contextmanager
-    def sharing(self, position_BT: Tensor) -> Iterator[None]:
-        """The model's inputs are parts of rows, of these positions; around the backward pass, too, which may compute layers again."""
-        self.position_BT = position_BT
+    def sharing(self, position_BT: Tensor, plain: bool = False) -> Iterator[None]:
+        """The model's inputs are parts of rows, of these positions; around the backward pass, too, which may compute layers again.
+
+        `plain`: every row is one document, for which attention has faster kernels.
+        """
+        self.position_BT, self.plain = position_BT, plain
         try:
             yield
         finally:
@@ -93,7 +97,8 @@ class _Gathering:
         parts = []
         for i, number in enumerate(context.chunks):
             own, end = slice(i * chunk, (i + 1) * chunk), (number + 1) * chunk
-            part = dataclasses.replace(call, positions_BT=context.position_BT[:, own], cu_seqlens=None)
+            positions_BT = None if context.plain else context.position_BT[:, own]
+            part = dataclasses.replace(call, positions_BT=positions_BT, cu_seqlens=None)
             parts.append(self.method(q[:, own], k[:, :end], v[:, :end], None if gates is None else gates[:, own], part))
         first, second = parts
         indices = None if first.block_indices is None else torch.cat([first.block_indices, second.block_indices], 2)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from ssa.config import Recipe
+    from ssa.train.build import Data
+    from ssa.train.distributed import Ranks
 
 
 def versions() -> dict[str, str]:
@@ -25,8 +33,43 @@ def versions() -> dict[str, str]:
     }
 
 
+def start_record(
+    recipe: Recipe, data: Data, ranks: Ranks, parallel: str, dtype: torch.dtype, num_parameters: int
+) -> dict[str, Any]:
+    """What one start of a run is recorded with, ready for JSON.
+
+    Args:
+        parallel: How the ranks really share the model, see `ssa.train.parallel.resolve_parallel`.
+        dtype: That of autocast.
+    """
+    import torch
+
+    from ssa.train.run_directory import rows_per_step
+
+    device = ranks.device
+    return {
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "ranks": ranks.world,
+        "parallel": parallel,
+        "context_parallel": ranks.context_ranks,
+        "tokens_per_step": rows_per_step(recipe, ranks) * recipe.data.context,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "seed": recipe.train.seed,
+        "parameters": num_parameters,
+        "git": git_state(),
+        "data": {"path": str(data.path), "fingerprint": data.fingerprint, "train_tokens": data.train.num_tokens},
+    }
+
+
 def git_state() -> dict[str, Any] | None:
-    """Commit and dirtiness of the source checkout this package runs from; None for an installed package."""
+    """Commit and dirtiness of the source checkout this package runs from; None for an installed package.
+
+    Where the source is a copy of a checkout, SSA_GIT_COMMIT names what it was copied from: a commit, with "+dirty" if it was changed.
+    """
+    if told := os.environ.get("SSA_GIT_COMMIT"):
+        return {"commit": told.removesuffix("+dirty"), "dirty": told.endswith("+dirty")}
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None

@@ -10,6 +10,7 @@ anyway, while the embedding, whose output is the float32 residual stream, travel
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,12 @@ def distribute(loss: StepLoss, parallel: str, recipe: TrainRecipe, ranks: Ranks,
 
         loss.to(ranks.device)
         ids = [ranks.device] if ranks.device.type == "cuda" else None
-        return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # the buffers (RoPE's frequencies) are computed, the same everywhere; PyTorch 2.13 gave the option a new name
+        options = inspect.signature(DistributedDataParallel).parameters
+        sync_buffers: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers": False
+        }
+        return DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True, **sync_buffers)
 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

@@ -8,7 +8,9 @@ layers, heads and the queries beyond the receptive field k * s; before it everyt
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ssa.config import Budget
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 8192
 """About so many tokens are read: the work grows with their number times the context."""
 _SEARCHED_ROWS = 512
-_BITS_PER_NAT = 1.4426950408889634
 
 
 def probe_batch(shards: TokenShards, context: int, budget: Budget) -> dict[str, Tensor]:
@@ -71,6 +72,8 @@ def probe(model: Any, batch: dict[str, Tensor], budget: Budget, autocast: Abstra
     """
     import torch
 
+    from ssa.analysis.meter import SparsityMeter, selection_of
+
     causal = model if hasattr(model, "lm_head") else model.model
     device = next(model.parameters()).device
     rows = {name: x.to(device) for name, x in batch.items()}
@@ -81,39 +84,24 @@ def probe(model: Any, batch: dict[str, Tensor], budget: Budget, autocast: Abstra
     try:
         with torch.no_grad(), autocast or contextlib.nullcontext():
             for mode in ("full", "sparse"):
-                watch = _Watch(causal)
-                nll = model.token_nll(**rows, attention_mode=mode, budget=budget, observer=watch)
-                layers = torch.stack([watch.means[i] for i in sorted(watch.means)]).tolist()
-                for place, name in enumerate(("kept_mass", "entropy_bits")):
-                    each = [layer[place] for layer in layers]
-                    result |= {f"{name}_{mode}": sum(each) / len(each), f"{name}_{mode}_by_layer": each}
+                meter = SparsityMeter(selection_of(causal), points=0)
+                nll = model.token_nll(**rows, attention_mode=mode, budget=budget, observer=_in_float32(meter))
+                layers = [layer.beyond_receptive_field for layer in meter.layers()]
+                for name in ("kept_mass", "entropy_bits"):
+                    each = [fmean(getattr(means, name)) for means in layers]
+                    result |= {f"{name}_{mode}": fmean(each), f"{name}_{mode}_by_layer": each}
                 result[f"nll_{mode}"] = nll.double().sum().item() / targets
     finally:
         model.train(was_training)
     return result
 
 
-class _Watch:
-    """An observer: the means of every layer, left on the device until all layers are done."""
+def _in_float32(observer: Callable[[int, AttentionRecord], None]) -> Callable[[int, AttentionRecord], None]:
+    """Figures are not autocast's."""
+    import torch
 
-    def __init__(self, causal: Any) -> None:
-        self.means: dict[int, Tensor] = {}
-        self._layers, self._impl = causal.model.layers, causal.model.impl
+    def observe(layer: int, record: AttentionRecord) -> None:
+        with torch.autocast(record.q_BTHD.device.type, enabled=False):
+            observer(layer, record)
 
-    def __call__(self, layer: int, record: AttentionRecord) -> None:
-        import torch
-
-        from ssa.analysis.sparsity import attention_figures
-        from ssa.attention import AttentionCall
-        from ssa.ops.documents import query_positions
-
-        budget, index = record.budget, record.block_indices
-        with torch.autocast(record.q_BTHD.device.type, enabled=False):  # the figures are about fp32
-            if index is None:  # the model attends to everything: choose as it would have
-                call = AttentionCall("sparse", budget, positions_BT=record.positions_BT, impl=self._impl)
-                index = self._layers[layer].self_attn.method.select(record.q_BTHD, record.k_BSKD, call, None)
-            figures = attention_figures(
-                record.q_BTHD, record.k_BSKD, record.v_BSKD, index, block_size=budget.block_size, positions=record.positions_BT
-            )
-        beyond = query_positions(record.q_BTHD, record.k_BSKD, record.positions_BT) >= budget.tokens
-        self.means[layer] = torch.stack([figures.kept[beyond].mean(), figures.entropy[beyond].mean() * _BITS_PER_NAT])
+    return observe

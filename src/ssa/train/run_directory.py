@@ -12,11 +12,15 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssa.config import Recipe, read_recipe
 from ssa.errors import UserError
-from ssa.files import write_atomically
+from ssa.files import LOCK, sole_writer, write_atomically
+
+if TYPE_CHECKING:
+    from ssa.train.build import Data
+    from ssa.train.distributed import Ranks
 
 RESUMABLE = frozenset({
     "steps", "log_every", "eval_every", "save_every", "keep_last", "async_save", "probe_every", "track", "verify_data",
@@ -27,7 +31,6 @@ RESUMABLE = frozenset({
 """Fields of `[train]` that a resumed run may change; any other would make it another run."""
 
 _OWN = ("recipe.json", "environment.json", "metrics.jsonl", "checkpoints", "tensorboard", "wandb", "data", "eval", "analysis")
-_LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -44,14 +47,14 @@ def open_run(out: Path, recipe: Recipe, resume: bool = False, overwrite: bool = 
         raise UserError("--resume and --overwrite exclude each other")
     if resume and not out.is_dir():
         raise UserError(f"there is no run to resume in {out}: no such directory; leave --resume out to start one")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / _LOCK).open("a")
-    except OSError as error:
-        raise UserError(f"run directory {out} cannot be written: {error.strerror}") from None
-    with lock:
-        _lock(lock, out)
-        names = {p.name for p in out.iterdir()} - {_LOCK}
+    busy = f"another process is training in {out}; wait for it, or name another directory with --out"
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(sole_writer(out, busy))
+        except OSError as error:
+            raise UserError(f"run directory {out} cannot be written: {error.strerror}") from None
+        names = {p.name for p in out.iterdir()} - {LOCK}
         if names - {"data"}:
             is_run = "recipe.json" in names
             if not (resume or overwrite):
@@ -66,7 +69,8 @@ def open_run(out: Path, recipe: Recipe, resume: bool = False, overwrite: bool = 
             else:
                 check_resumable(read_recipe((out / "recipe.json").read_text(encoding="utf-8"), str(out / "recipe.json")), recipe)
         elif resume:
-            raise UserError(f"there is no run to resume in {out}: it is empty; leave --resume out to start one")
+            what = "it holds nothing but prepared data" if names else "it is empty"
+            raise UserError(f"there is no run to resume in {out}: {what}; leave --resume out to start one")
         yield
 
 
@@ -82,20 +86,33 @@ def check_resumable(old: Recipe, new: Recipe) -> None:
                 )
 
 
+def rows_per_step(recipe: Recipe, ranks: Ranks) -> int:
+    """Rows that an optimizer step reads on all ranks together."""
+    return recipe.train.batch_size * recipe.train.accumulation * ranks.data_world
+
+
+def check_progress(extra: dict[str, Any], recipe: Recipe, data: Data, ranks: Ranks, checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint with other data, other rows a step, or to a step that lies behind.
+
+    Args:
+        extra: What `load_checkpoint` gave back.
+    """
+    if extra["data"] != data.fingerprint:
+        raise UserError(f"the data in {data.path} is not what {checkpoint} was trained on; restore it, or start a new run")
+    t, step = recipe.train, extra["step"]
+    if step > t.steps:
+        raise UserError(f"train.steps = {t.steps} lies before the run's step {step}; ask for more steps")
+    rows = rows_per_step(recipe, ranks)
+    if (before := extra.get("rows_per_step", rows)) != rows:
+        raise UserError(
+            f"a step has {rows} rows (train.batch_size {t.batch_size} x train.accumulation {t.accumulation} x "
+            f"{ranks.data_world} ranks) and had {before}; change train.accumulation so that it has as many"
+        )
+
+
 def record_start(out: Path, recipe: Recipe, environment: dict[str, Any]) -> None:
     """Write recipe.json and add `environment` to the starts in environment.json."""
     path = out / "environment.json"
     starts = json.loads(path.read_text())["starts"] if path.is_file() else []
     write_atomically(path, json.dumps({"starts": [*starts, environment]}, indent=2) + "\n")
     write_atomically(out / "recipe.json", recipe.to_json())
-
-
-def _lock(file: Any, out: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no such call on this system: two writers are then the user's care
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is training in {out}; wait for it, or name another directory with --out") from None

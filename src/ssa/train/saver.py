@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssa.errors import UserError
+from ssa.files import sha256_of_file, sync
 from ssa.train.checkpoint import (
     FORMAT,
     METADATA,
@@ -25,8 +26,6 @@ from ssa.train.checkpoint import (
     remove,
     remove_scratch,
     scratch_path,
-    sha256,
-    sync,
 )
 from ssa.train.checkpoint_state import collect, file_names, model_tensors, optimizer_tensors, rng_state
 from ssa.train.environment import versions
@@ -158,7 +157,7 @@ class Saver:
                     (self._scratch / name).write_text(text, encoding="utf-8")
                 for path in sorted(p for p in self._scratch.iterdir() if p.suffix != ".safetensors" and p.name[0] != "."):
                     sync(path)
-                    written[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                    written[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
             (self._scratch / f".files-{self.ranks.rank}.json").write_text(json.dumps(written), encoding="utf-8")
         except BaseException as error:  # raised again where all ranks can hear of it
             self._error = error

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from ssa.errors import UserError
+from ssa.errors import UserError, one_line
 
 PROJECT = "sparse-sparse-attention"
+_PACKAGES = {"none": None, "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 class Sink(Protocol):
@@ -30,16 +32,23 @@ def open_sink(track: str, run_dir: Path, start_step: int) -> Sink | None:
     Raises:
         UserError: the package is not installed, or refuses.
     """
-    opened: dict[str, Callable[[Path, int], Sink | None]] = {
-        "none": lambda run_dir, start_step: None,
-        "tensorboard": _TensorBoard,
-        "wandb": _Wandb,
-        "trackio": _Trackio,
-    }
-    if track not in opened:
-        raise UserError(f"train.track = {track!r} is not one of {', '.join(opened)}")
+    check_sink(track)
+    opened: dict[str, Callable[[Path, int], Sink]] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+    return opened[track](run_dir, start_step) if track in opened else None
+
+
+def check_sink(track: str) -> None:
+    """Complain before a run has prepared, deleted or written anything.
+
+    Raises:
+        UserError: `track` is unknown, or its package is not installed.
+    """
+    if track not in _PACKAGES:
+        raise UserError(f"train.track = {track!r} is not one of {', '.join(_PACKAGES)}")
+    package = _PACKAGES[track]
     try:
-        return opened[track](run_dir, start_step)
+        if package is not None:
+            importlib.import_module(package)
     except ImportError:
         extra = "track" if track == "tensorboard" else track
         raise UserError(f'train.track = "{track}" needs {track}: pip install "{PROJECT}[{extra}]", or set it to none') from None
@@ -80,7 +89,7 @@ class _Wandb:
         try:
             self._run = wandb.init(project=PROJECT, group=run_dir.name, name=name, dir=str(run_dir), config=_recipe(run_dir))
         except (wandb.Error, OSError) as error:
-            raise UserError(f'train.track = "wandb" failed: {_one_line(error)}; log in, or set WANDB_MODE=offline') from None
+            raise UserError(f'train.track = "wandb" failed: {one_line(error)}; log in, or set WANDB_MODE=offline') from None
         self._step, self._values = -1, dict[str, float]()
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -120,7 +129,3 @@ def _entry(run_dir: Path, start_step: int) -> str:
 def _recipe(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "recipe.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -57,6 +57,7 @@ def train(recipe: Recipe, out: Path | str, resume: bool = False, overwrite: bool
         UserError: Bad input, a directory that is not free, a full disk, or a loss that is not finite (the weights have not moved then).
             With several ranks it is a `SharedError` on all of them.
     """
+    from ssa.train.build import check_inputs
     from ssa.train.distributed import disk_error, open_ranks
     from ssa.train.run_directory import open_run
 
@@ -65,6 +66,7 @@ def train(recipe: Recipe, out: Path | str, resume: bool = False, overwrite: bool
         with open_ranks(recipe.train) as ranks, contextlib.ExitStack() as stack:
             with ranks.together(out):
                 if ranks.main:
+                    check_inputs(recipe, out, overwrite)
                     stack.enter_context(open_run(out, recipe, resume, overwrite))
             return _Run(recipe, out, resume, ranks).go()
     except OSError as error:
@@ -81,8 +83,10 @@ class _Run:
 
         from ssa.data.loader import PackedLoader
         from ssa.infer.load import resolve_dtype
+        from ssa.model import SSAConfig, SSAForCausalLM
         from ssa.train.build import build_model, open_data
         from ssa.train.checkpoint import find_checkpoints, load_checkpoint
+        from ssa.train.environment import start_record
         from ssa.train.flops import run_peak_flops
         from ssa.train.guard import Guard
         from ssa.train.layers import prepare_layers
@@ -91,7 +95,7 @@ class _Run:
         from ssa.train.optim import build_optimizer
         from ssa.train.parallel import distribute, resolve_parallel
         from ssa.train.probe import probe_batch
-        from ssa.train.run_directory import record_start
+        from ssa.train.run_directory import check_progress, record_start
         from ssa.train.saver import Saver
 
         t = recipe.train
@@ -112,7 +116,9 @@ class _Run:
             self.loader = PackedLoader(self.data.train, recipe.data.context, rows, t.seed, ranks.data_rank, ranks.data_world)
             _seed_everything(t.seed)
             found = find_checkpoints(out)[-1:] if resume else []
-            self.model = self._resumed_model(found[0]) if found else build_model(recipe, self.data.tokenizer)
+            self.model = (
+                SSAForCausalLM(SSAConfig.from_pretrained(found[0])) if found else build_model(recipe, self.data.tokenizer)
+            )
             prepare_layers(self.model, t.activation_checkpointing, t.recompute, t.compile)
             self.context = None
             if ranks.context_ranks > 1:
@@ -132,7 +138,7 @@ class _Run:
         if found:
             extra = load_checkpoint(found[0], self.model, self.optimizer, ranks)
             with ranks.together():
-                self._check_resumed(extra, found[0])
+                check_progress(extra, recipe, self.data, ranks, found[0])
             self.start_step = extra["step"]
             if "guard" in extra:
                 self.guard.restore(extra["guard"])
@@ -148,10 +154,13 @@ class _Run:
         self.metrics: Metrics | None = None
         with ranks.together(out):
             if ranks.main:
-                record_start(out, recipe, self._environment(dtype))
+                environment = start_record(recipe, self.data, ranks, self.parallel, dtype, self.num_parameters)
+                record_start(out, recipe, {"step": self.start_step} | environment)
                 aligned = recipe.model.method == "ssa" and recipe.model.alignment_loss != "none"
                 peak = run_peak_flops(self.device, dtype, ranks.world)
                 self.metrics = Metrics(out, self.start_step, t.steps, aligned, track=t.track, peak_flops=peak, device=self.device)
+        if self.parallel == "none" and t.parallel != "auto":
+            self._say(f"one process: train.parallel = {t.parallel!r} has no effect (torchrun --nproc-per-node N starts N)")
         if resume:
             self._say(f"resuming from {found[0]}" if found else f"nothing to resume in {out}: starting at step 0")
 
@@ -339,30 +348,16 @@ class _Run:
                 self.metrics.probe(done, figures)
 
     def _save(self, done: int) -> None:
+        from ssa.train.run_directory import rows_per_step
+
         extra = {
             "data": self.data.fingerprint,
-            "rows_per_step": self.loader.batch_size * self.loader.world_size,
+            "rows_per_step": rows_per_step(self.recipe, self.ranks),
             "guard": self.guard.state(),
         }
         self.saver.save(done, self.model, self.optimizer, extra)
         if self.metrics is not None:
             self.metrics.restart_clock()
-
-    def _check_resumed(self, extra: dict[str, Any], checkpoint: Path) -> None:
-        """The data, the rows of a step and the number of steps must be those that the checkpoint goes on with."""
-        if extra["data"] != self.data.fingerprint:
-            raise UserError(
-                f"the data in {self.data.path} is not what {checkpoint} was trained on; restore it, or start a new run"
-            )
-        t, steps = self.recipe.train, extra["step"]
-        if steps > t.steps:
-            raise UserError(f"train.steps = {t.steps} lies before the run's step {steps}; ask for more steps")
-        rows = self.loader.batch_size * self.loader.world_size
-        if (before := extra.get("rows_per_step", rows)) != rows:
-            raise UserError(
-                f"a step has {rows} rows (train.batch_size {t.batch_size} x train.accumulation {t.accumulation} x "
-                f"{self.ranks.data_world} ranks) and had {before}; change train.accumulation so that it has as many"
-            )
 
     def _newest(self) -> Path:
         assert self.saver.newest is not None
@@ -371,38 +366,6 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.metrics is not None:
             self.metrics.say(text)
-
-    def _resumed_model(self, checkpoint: Path) -> Any:
-        """Built from the checkpoint's configuration; `load_checkpoint` brings the weights."""
-        from ssa.model import SSAConfig, SSAForCausalLM
-
-        return SSAForCausalLM(SSAConfig.from_pretrained(checkpoint))
-
-    def _environment(self, dtype: torch.dtype) -> dict[str, Any]:
-        import torch
-
-        from ssa.train.environment import git_state, versions
-
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        return {
-            "step": self.start_step,
-            "versions": versions(),
-            "device": name,
-            "ranks": self.ranks.world,
-            "parallel": self.parallel,
-            "context_parallel": self.ranks.context_ranks,
-            "tokens_per_step": self.loader.tokens_per_step,
-            "dtype": str(dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "seed": self.recipe.train.seed,
-            "parameters": self.num_parameters,
-            "git": git_state(),
-            "data": {
-                "path": str(self.data.path),
-                "fingerprint": self.data.fingerprint,
-                "train_tokens": self.data.train.num_tokens,
-            },
-        }
 
 
 def _seed_everything(seed: int) -> None:

@@ -64,6 +64,40 @@ def score(name, prediction, answers, **changes):
     return task.score(Item(np.zeros(1, np.int64), 1, answers), prediction)
 
 
+F1 = 2 * (1 / 4) * 1 / (1 / 4 + 1)  # one word of four is the answer: precision 1/4, recall 1
+ROUGE = 2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3 + 1e-8)  # "the cat" of "the cat ran home" and "the cat sat"
+
+
+@pytest.mark.parametrize(
+    "name, prediction, answers, expected",
+    [
+        ("narrativeqa", "He lived in Paris.", ["London", "Paris"], F1),
+        ("qasper", "Perhaps, yet we are unanswerable\nyes", ["unanswerable"], 2 * (1 / 6) / (1 / 6 + 1)),  # all lines count
+        ("multifieldqa_en", "He lived in Paris.", ["paris"], F1),
+        ("hotpotqa", "He lived in Paris.", ["paris"], F1),
+        ("2wikimqa", "He lived in Paris.", ["paris"], F1),
+        ("musique", "He lived in Paris.", ["the Paris"], F1),
+        ("gov_report", "the cat ran home", ["the cat sat"], ROUGE),
+        ("qmsum", "the cat ran home", ["the cat sat"], ROUGE),
+        ("multi_news", "the cat\nran home", ["the cat sat"], ROUGE),
+        ("trec", "\nCity Country\nFood", ["City"], 1 / 2),
+        ("triviaqa", "He lived in Paris.\nPassage:", ["Rome", "Paris"], F1),
+        ("samsum", "the cat ran home\nDialogue: it went on", ["the cat sat"], ROUGE),
+        ("passage_count", "12 of 17, so 12", ["12"], 2 / 3),
+        ("passage_retrieval_en", "Paragraph 3 or Paragraph 4", ["Paragraph 4"], 1 / 2),
+        ("lcc", "# comment\nabcd\nef", ["bcde"], 0.75),
+        ("repobench-p", "\nabcd", ["bcde"], 0.75),
+    ],
+)
+def test_every_task_has_its_own_metric(name, prediction, answers, expected):
+    records = [record(answers=answers) | {"all_classes": ["City", "Country", "Food"]}]
+    task = LongBenchTask(name, records, 4096, byte_tokenizer())
+    item = Item(np.zeros(1, np.int64), 9, answers)
+    assert task.score(item, prediction) == pytest.approx(expected)
+    assert task.score(item, answers[-1]) == pytest.approx(1)  # the oracle
+    assert task.score(item, "") == 0
+
+
 def test_the_best_answer_counts_and_few_shot_tasks_score_one_line():
     assert score("hotpotqa", "Anna Karenina", ["Boris", "Anna Karenina"]) == 1.0
     assert score("triviaqa", "\n\nAnna\nQuestion: more", ["Anna"]) == 1.0

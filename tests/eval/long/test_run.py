@@ -93,6 +93,18 @@ def test_two_ranks_share_the_work(model, data, computed, monkeypatch):
     assert entries["longbench_hotpotqa"]["budgets"]["full"]["cells"][0]["items"] == 3
 
 
+def test_longeval_is_lines_and_topics_by_any_name(model, data, computed):
+    topics = {"prompt": "We spoke of two things.", "topics": ["the sea", "bread"]}
+    (data / "longeval" / "5_topics.jsonl").write_text((json.dumps(topics) + "\n") * 2)
+    for names in ("longeval", "longeval_lines,longeval_topics", "longeval_topics,longeval_lines"):
+        entries, _ = run(model, names, data)
+        assert len(computed) == 2 * 2 * 2
+    assert len(json.loads((model / "eval" / "longeval.json").read_text())["results"]) == 1
+    assert [cell["task"] for cell in entries["longeval_lines"]["budgets"]["full"]["cells"]] == ["20 lines", "5 topics"]
+    run(model, "longeval_lines", data)
+    assert len(computed) == 8 and len(json.loads((model / "eval" / "longeval.json").read_text())["results"]) == 2
+
+
 def test_longeval_and_books(model, data):
     entries, shown = run(model, "longeval_lines,books,books_half", data, lengths=(300, 700))
     assert entries["longeval_lines"]["budgets"]["full"]["cells"][0]["task"] == "20 lines"

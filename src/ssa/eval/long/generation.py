@@ -1,7 +1,4 @@
-"""Greedy generation for prompts given in tokens, in batches, with the block cache.
-
-Legend: B batch, T tokens.
-"""
+"""Greedy generation for the items of a task, in batches."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ssa.config import Budget
 from ssa.eval.long.items import Item
 from ssa.eval.subject import attention
-from ssa.infer.engine import end_ids_of
+from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
+from ssa.infer.transcript import Transcript
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 
@@ -29,46 +26,9 @@ def write(model: Any, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item],
     Returns:
         One text per item, without prompt, end token and stop text.
     """
-    import torch
-    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-
-    from ssa.infer.transcript import Transcript
-
     end_ids = end_ids_of(model, tokenizer)
-    pad_id = next((i for i in (tokenizer.pad_token_id, *sorted(end_ids)) if i is not None), 0)
-    width = max(len(item.prompt) for item in items)
-    input_BT = torch.full((len(items), width), pad_id, dtype=torch.int64)
-    mask_BT = torch.zeros_like(input_BT)
-    for row, item in enumerate(items):
-        input_BT[row, width - len(item.prompt) :] = torch.from_numpy(item.prompt)
-        mask_BT[row, width - len(item.prompt) :] = 1
     transcripts = [Transcript(tokenizer, end_ids, item.stop) for item in items]
-
-    class Follow(StoppingCriteria):
-        def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-            for transcript, item, token in zip(transcripts, items, input_ids[:, -1].tolist(), strict=True):
-                if len(transcript.token_ids) < item.max_new_tokens:
-                    transcript.push(token)
-            done = [t.reason is not None or len(t.token_ids) >= i.max_new_tokens for t, i in zip(transcripts, items, strict=True)]
-            return torch.tensor(done, device=input_ids.device)
-
-    # `generate` fills what a configuration leaves open from the model's own; sampling settings saved with a model are not to mix in.
-    saved = model.generation_config
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max(item.max_new_tokens for item in items), eos_token_id=sorted(end_ids) or None, pad_token_id=pad_id,
-        do_sample=False, use_cache=True,
-    )  # fmt: skip
-    choice = attention(budget)
-    try:
-        model.generate(
-            input_BT.to(model.device),
-            attention_mask=mask_BT.to(model.device),
-            stopping_criteria=StoppingCriteriaList([Follow()]),
-            attention_mode=choice["attention_mode"],
-            budget=None if budget is None else str(budget),
-        )
-    finally:
-        model.generation_config = saved
-    for transcript in transcripts:
-        transcript.finish()
+    limits = [item.max_new_tokens for item in items]
+    prompts = [item.prompt for item in items]
+    generate_batch(model, prompts, transcripts, limits, pad_id=pad_id_of(tokenizer, end_ids), **attention(budget))
     return [transcript.text for transcript in transcripts]

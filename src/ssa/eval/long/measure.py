@@ -119,7 +119,7 @@ def run_items(
             started = time.perf_counter()
             records = compute(batch)
             seconds = (time.perf_counter() - started) / len(batch)
-            log.append([{**record, "seconds": round(seconds, 4)} for record in records])
+            log.append([{**record, "seconds": round(seconds, 6)} for record in records])
             if progress is not None:
                 progress(len(batch))
 

@@ -119,9 +119,8 @@ def run_longbench(names: Sequence[str], request: TaskRequest) -> dict[str, dict[
 def run_longeval(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]:
     """LongEval's files of lines and topics in `request.data_dir`; a cell's "length" is the mean number of prompt tokens."""
     jobs, data = [], []
-    for task in LONGEVAL_TASKS:
-        if "longeval" not in names and task not in names:
-            continue
+    tasks = [task for task in LONGEVAL_TASKS if "longeval" in names or task in names]
+    for task in tasks:
         for path in longeval.find_files(request.data_dir, task.removeprefix("longeval_")):
             made = longeval.LongEvalTask(path, request.subject.tokenizer, request.limit)
             sizes = [len(made.item(index).prompt) for index in range(len(made))]
@@ -129,7 +128,7 @@ def run_longeval(names: Sequence[str], request: TaskRequest) -> dict[str, dict[s
             label = {"task": f"{made.size} {made.kind}", "length": round(sum(sizes) / len(sizes))}
             jobs.append(_Generated(made, label, request))
             data.append(made.setting["records_sha256"])
-    setting = {"tasks": sorted(set(names)), "limit": request.limit, "data": data}
+    setting = {"tasks": tasks, "limit": request.limit, "data": data}
     entry = run_suite(Suite("longeval", _show_longeval, _averages), jobs, setting, request)
     return {name: entry for name in names}
 

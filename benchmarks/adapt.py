@@ -1,0 +1,112 @@
+"""Does it pay to go on with a pretrained model as SSA? Train a converted Llama on alike as SSA, sparse only and full only; measure all.
+
+    ssa convert SmolLM2.gguf work/model --dtype float32
+    ssa prepare TEXT... --tokenizer work/model --out work/data
+    python benchmarks/adapt.py work/model work/data --out benchmarks/results/h200/adapt --wikitext wiki.jsonl
+
+One JSON for each run, and one for the model as it was ("before"). On several GPUs, start it once for each with `--part 0/4` ... `--part 3/4`.
+Other arguments change the recipe, `adapt.toml`. `adapt_report.py` makes what docs/results.md shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from evidence import curve, lean, part_of
+
+from ssa.analysis.analyze import analyze
+from ssa.config import load_recipe, override
+from ssa.eval.evaluate import evaluate
+from ssa.files import write_atomically
+from ssa.train.environment import git_state, versions
+from ssa.train.trainer import train
+
+RUNS: dict[str, list[str]] = {
+    "ssa": [],
+    "moba": ["--model.method", "moba"],
+    "full": ["--model.method", "full"],
+    "before": [],
+}
+"""Overrides on the recipe; "before" is not trained."""
+BUDGETS = "8x16,16x16,32x16,64x16,128x16,full"
+
+
+def measure(run: Path, args: argparse.Namespace, context: int) -> dict[str, Any]:
+    """Perplexity by budget on validation text and WikiText-2; kept mass, entropy and KL of validation text."""
+    figures: dict[str, Any] = {}
+    for name, source in (("valid", args.data), ("wikitext", args.wikitext)):
+        if source:
+            figures[name] = evaluate(
+                run, data=source, budgets=BUDGETS, context=context, max_tokens=args.eval_tokens, out=run / name
+            )  # fmt: skip
+    analysis = analyze([run], data=args.data, context=context, max_tokens=args.analysis_tokens, html=False, out=run / "measured")
+    figures["analysis"] = json.loads(analysis.files[0].read_text())
+    return figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="what `ssa convert` made")
+    parser.add_argument("data", help="a directory prepared with the model's tokenizer")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="run directories; OUT/runs if left out")
+    parser.add_argument("--recipe", default=str(Path(__file__).with_suffix(".toml")))
+    parser.add_argument("--runs", default=",".join(RUNS))
+    parser.add_argument("--part", default="0/1", help="i/n: the i-th of n processes' share of the runs, from 0")
+    parser.add_argument("--eval-tokens", type=int, default=300_000)
+    parser.add_argument("--analysis-tokens", type=int, default=65_536)
+    parser.add_argument("--wikitext")
+    args, extra = parser.parse_known_args()
+    names = args.runs.split(",")
+    if unknown := [name for name in names if name not in RUNS]:
+        parser.error(f"--runs {unknown[0]!r} is not one of {', '.join(RUNS)}")
+    part, parts = map(int, args.part.split("/"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for name in part_of(names, part, parts):
+        path = args.out / f"{name}.json"
+        if path.exists():
+            print(f"{name}: kept", flush=True)
+            continue
+        recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
+        recipe = dataclasses.replace(
+            recipe, data=dataclasses.replace(recipe.data, path=args.data), model=dataclasses.replace(recipe.model, init_from=str(args.model))
+        )  # fmt: skip
+        run = (args.work or args.out / "runs") / name
+        shutil.rmtree(run, ignore_errors=True)
+        started = time.perf_counter()
+        try:
+            report: dict[str, Any] = {"name": name, "command": " ".join(["python", *sys.argv]), "seconds": {}}
+            if name == "before":
+                shutil.copytree(args.model, run)
+                report["environment"] = {"versions": versions(), "git": git_state()}
+            else:
+                result = train(recipe, run)
+                report["seconds"]["train"] = time.perf_counter() - started
+                report |= {
+                    "recipe": recipe.to_dict(), "validation": result.validation, "curve": curve(run),
+                    "environment": json.loads((run / "environment.json").read_text()),
+                }  # fmt: skip
+                write_atomically(path.with_suffix(".trained.json"), json.dumps(lean(report)) + "\n")  # should a measurement fail
+            report["figures"] = measure(run, args, recipe.data.context)
+            report["seconds"]["all"] = time.perf_counter() - started
+        except Exception:  # the runs that follow are worth having all the same
+            failed = True
+            print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            continue
+        write_atomically(path, json.dumps(lean(report)) + "\n")
+        path.with_suffix(".trained.json").unlink(missing_ok=True)
+        print(f"{name}: {report['seconds']['all']:.0f} s", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

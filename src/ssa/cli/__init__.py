@@ -1,0 +1,90 @@
+"""The command line: `ssa VERB ...`. To add a verb, write a function and put it into `VERBS`.
+
+A verb's parameters become its arguments (positional-only ones positional) and its docstring its help, through tyro; it returns its exit
+status or None for 0. Whatever is slow to import (torch!) is imported inside. A verb with a keyword-only `overrides` also takes
+recipe fields, `--train.steps 300`, and gets them there for `ssa.config.load_recipe`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Iterable
+
+from ssa import __version__
+from ssa.bench.commands import bench_decode, bench_kernels, bench_plot, bench_train
+from ssa.cli.call import Verb, call_verb
+from ssa.cli.measuring import analyze, evaluate, report
+from ssa.cli.models import convert, doctor, generate
+from ssa.cli.training import demo, prepare, train
+from ssa.errors import UserError
+
+VERBS: dict[str, Verb] = {
+    "demo": demo,
+    "prepare": prepare,
+    "train": train,
+    "eval": evaluate,
+    "analyze": analyze,
+    "report": report,
+    "generate": generate,
+    "convert": convert,
+    "bench kernels": bench_kernels,
+    "bench decode": bench_decode,
+    "bench train": bench_train,
+    "bench plot": bench_plot,
+    "doctor": doctor,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 fine, 2 bad input, 130 interrupted, else what the verb says."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Read when torch loads its OpenMP: threads that wait by spinning slow down tenfold as soon as another program wants their core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        print(f"ssa: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader (head, less) is gone; pointing stdout elsewhere keeps the interpreter's own flush at exit quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _dispatch(arguments: list[str]) -> int:
+    verb, *rest = arguments or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if verb == "--version":
+        print(f"ssa {__version__}")
+        return 0
+    if family := [name for name in VERBS if name.startswith(f"{verb} ")]:
+        if rest[:1] in ([], ["-h"], ["--help"]):
+            print(_overview(family))
+            return 0
+        verb, rest = f"{verb} {rest[0]}", rest[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        raise UserError(f"no verb {verb!r}; {hint}")
+    return call_verb(verb, VERBS[verb], rest)
+
+
+def _overview(names: Iterable[str] = ()) -> str:
+    """Of all verbs, or of these."""
+    verbs = {name: function for name, function in VERBS.items() if name in (names or VERBS)}
+    width = max(map(len, verbs))
+    lines = [f"  {name:<{width}}  {inspect.getdoc(function).splitlines()[0]}" for name, function in verbs.items()]  # type: ignore[union-attr]
+    return "\n".join(
+        ["usage: ssa VERB ...", "", "Language models with natively trainable sparse attention.", "", *lines, "",
+         "`ssa VERB --help` explains a verb; `ssa --version` prints the version."]
+    )  # fmt: skip

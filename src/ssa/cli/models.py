@@ -1,0 +1,102 @@
+"""The verbs that use a model, or look at what there is for it. Imports no torch."""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal
+
+from ssa.cli.metavars import BUDGET, DEVICE, DTYPE, FILE, OUT, RUN, SOURCE, TEXT
+from ssa.config import Budget
+
+
+def generate(
+    run: RUN,
+    /,
+    prompt: tuple[TEXT, ...] = (),
+    prompt_file: FILE = "",
+    mode: Literal["", "sparse", "full"] = "",
+    budget: BUDGET = "",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: tuple[TEXT, ...] = (),
+    batch_size: int = 16,
+    stream: bool = True,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Continue prompts, in sparse or full mode.
+
+    Args:
+        run: A run, one of its checkpoints, or a model directory.
+        prompt: Prompts; several are batched.
+        prompt_file: A file whose whole text is a prompt; "-" reads standard input.
+        mode: sparse or full; the model's own if left out.
+        budget: kxs, blocks a token may read; the model's own if left out.
+        max_new_tokens: Most tokens to generate for a prompt.
+        temperature: 0 = greedy.
+        top_k: Sample among so many; 0 = all.
+        top_p: Sample within this probability mass.
+        seed: Seed of the sampling.
+        stop: Texts that end a continuation.
+        batch_size: Prompts at a time.
+        stream: Print while generating.
+        device: auto, cpu, cuda, cuda:1, ...
+        dtype: auto, float32 or bfloat16.
+    """
+    if budget and budget != "full":
+        Budget.parse(budget)
+    from ssa.infer.engine import generate as complete
+    from ssa.infer.engine import read_prompts
+
+    texts = read_prompts(list(prompt), prompt_file or None, None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
+    complete(
+        run, texts, mode=mode or None, budget=budget or None, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, seed=seed, stop=stop, batch_size=batch_size, stream=stream, device=device, dtype=dtype, out=sys.stdout,
+        err=sys.stderr,
+    )  # fmt: skip
+
+
+def convert(
+    source: SOURCE,
+    out: OUT,
+    /,
+    to: Literal["ssa", "llama", "llama-nsa"] = "ssa",
+    method: Literal["", "full", "moba", "nsa", "ssa"] = "",
+    block_size: int = 0,
+    num_selected_blocks: int = 0,
+    selection_rule: Literal["", "exact", "released"] = "",
+    gate: bool = True,
+    dtype: Literal["", "float32", "bfloat16", "float16"] = "",
+    overwrite: bool = False,
+) -> None:
+    """Turn a Llama or released SSA checkpoint into ours, or ours into theirs.
+
+    Args:
+        source: A run, a model directory, a .gguf file, or the name of a model on the hub.
+        out: Directory for the result.
+        to: The layout to write.
+        method: How the result attends; a Llama becomes ssa, a released checkpoint keeps its own.
+        block_size: Tokens of a block; the source's if 0.
+        num_selected_blocks: Blocks a query may read; the source's if 0.
+        selection_rule: exact, or released as the authors' kernel selects; released checkpoints keep released.
+        gate: Give the result a gate; it starts constant, so that the function is preserved.
+        dtype: Precision of the weights; the source's if left out.
+        overwrite: Replace the model that is in OUT.
+    """
+    from ssa.model.convert import convert as convert_model
+
+    report = convert_model(
+        source, out, to=to, method=method or None, block_size=block_size or None, num_selected_blocks=num_selected_blocks or None,
+        selection_rule=selection_rule or None, gate=gate, dtype=dtype or None, overwrite=overwrite,
+    )  # fmt: skip
+    print(report)
+
+
+def doctor() -> int:
+    """Say what is installed, which devices and implementations will be used, and try a tiny model."""
+    from ssa.doctor import examine
+
+    return examine()

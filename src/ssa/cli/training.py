@@ -1,0 +1,118 @@
+"""The verbs that make data and models. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from ssa.cli.metavars import DIRECTORY, INPUT, NAME, RECIPE, TOKENIZER
+from ssa.config import Recipe, load_recipe
+from ssa.errors import UserError
+
+
+def prepare(
+    inputs: tuple[INPUT, ...],
+    /,
+    out: DIRECTORY,
+    tokenizer: TOKENIZER = "",
+    train_bpe: int = 0,
+    valid_fraction: float = 0.01,
+    document_bytes: int = 256 << 10,
+    text_field: NAME = "text",
+    split: NAME = "",
+    workers: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Turn text into memory-mapped token shards.
+
+    Args:
+        inputs: Files, directories or globs of .txt .md .jsonl(.gz .xz .zst) .parquet; or builtin:python; or hf:NAME[:CONFIG][:SPLIT].
+        out: Directory for the shards. A killed run goes on where it was.
+        tokenizer: byte, a tokenizer.json or a tokenizer directory; byte if left out.
+        train_bpe: Train a byte-level BPE of this many tokens on the text instead (0 = do not).
+        valid_fraction: Share of the documents set apart for validation.
+        document_bytes: Text files of more bytes are cut into documents at line ends.
+        text_field: Field or column of .jsonl and .parquet that holds the text.
+        split: Put everything into this one split, beside those that the directory has; e.g. valid.
+        workers: Processes; 0 = one a CPU core.
+        overwrite: Replace what is in the directory.
+    """
+    from ssa.data.prepare import prepare as prepare_data
+
+    summary = prepare_data(
+        list(inputs), out, tokenizer=tokenizer or None, train_bpe=train_bpe, valid_fraction=valid_fraction,
+        document_bytes=document_bytes, text_field=text_field, split=split or None, workers=workers, overwrite=overwrite,
+    )  # fmt: skip
+    print(summary)
+
+
+def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrite: bool = False, *, overrides: list[str]) -> int:
+    """Train a model; on several devices with torchrun --nproc-per-node N -m ssa train CONFIG.
+
+    Args:
+        config: A recipe file, or a preset: tiny, 33m, 60m, 300m, 1b, servable-1b.
+        out: Run directory; runs/CONFIG-METHOD if left out.
+        resume: Go on from the run's newest checkpoint.
+        overwrite: Delete the run that is there and start again.
+    """
+    rank = int(os.environ.get("RANK", 0))  # torchrun's
+    try:
+        recipe = load_recipe(config, overrides)
+    except UserError:
+        if rank:  # all ranks read the same words: one of them complains
+            return 2
+        raise
+    _check_started(overrides, recipe)
+    if rank == 0 and (warning := _covered(recipe)):
+        print(f"ssa: warning: {warning}", file=sys.stderr)
+    from ssa.train.distributed import SharedError
+    from ssa.train.trainer import train as train_model
+
+    run = Path(out) if out else Path("runs") / f"{Path(config).stem}-{recipe.model.method}"
+    try:
+        result = train_model(recipe, run, resume=resume, overwrite=overwrite)
+    except SharedError:
+        if rank:
+            return 2
+        raise
+    if result.validation is not None and rank == 0:
+        losses = ", ".join(f"{mode} {loss:.4f}" for mode, loss in result.validation.items())
+        print(f"done: step {result.step}, validation loss {losses} nats a token; model in {result.checkpoint}")
+    return 128 + signal.SIGINT if result.stopped_by == "SIGINT" else 0
+
+
+def demo(out: DIRECTORY = "runs/demo", steps: int = 0, seed: int = 1, overwrite: bool = False) -> None:
+    """Train full, moba and ssa models on this machine, compare them, and write a report.
+
+    Args:
+        out: Directory for data, runs and report. A demo that was interrupted goes on.
+        steps: Training steps for each model; 0 = the preset's.
+        seed: Seed of weights and data order.
+        overwrite: Start again.
+    """
+    from ssa.demo import run_demo
+
+    run_demo(Path(out), steps=steps or None, seed=seed, overwrite=overwrite)
+
+
+def _check_started(overrides: list[str], recipe: Recipe) -> None:
+    """A way to share the model that was asked for here and now must not be ignored; in a recipe file it waits for more processes."""
+    asked = any(word.partition("=")[0] == "--train.parallel" for word in overrides)
+    if asked and recipe.train.parallel != "auto" and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"--train.parallel {recipe.train.parallel} needs several processes and this is one: start it with "
+            "torchrun --nproc-per-node N -m ssa train ..., or leave it out"
+        )
+
+
+def _covered(recipe: Recipe) -> str:
+    """Where the budget holds the whole context, selection selects nothing."""
+    m, context = recipe.model, recipe.data.context
+    if m.method == "full" or m.num_selected_blocks * m.block_size < context:
+        return ""
+    return (
+        f"{m.num_selected_blocks} blocks of {m.block_size} keys hold the whole context of {context}: nothing is left out, sparse attention is full "
+        "attention; lower model.num_selected_blocks or raise data.context"
+    )

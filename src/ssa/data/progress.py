@@ -1,0 +1,106 @@
+"""How far `prepare` is: `.progress.json`, from which a killed run goes on, and what is removed where one begins anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssa.data.shards import INDEX, PROGRESS, TOKENIZER, read_index
+from ssa.errors import UserError
+from ssa.files import LOCK, sync
+
+_OURS = re.compile(r"[a-z][a-z0-9_]*-\d{5,}\.(tokens|docs)\.npy(\.partial)?")
+
+
+@dataclass
+class Progress:
+    """`.progress.json`: what is being done and how far it is."""
+
+    plan: dict[str, Any]
+    modified: str
+    """Hash of the input files' sizes and times; not in the index, which is to be the same on every machine."""
+    tokenizer: dict[str, Any] | None = None
+    valid_below: int = 0
+    position: tuple[int, int] = (0, 0)
+    writers: dict[str, Any] = field(default_factory=dict)
+    skipped: int = 0
+    hashes: tuple[int, int] | None = None
+    """Lowest and highest document hash so far."""
+
+
+def begin(out: Path, fresh: Progress, splits: tuple[str, ...], overwrite: bool) -> Progress | None:
+    """Where to go on from: ``fresh``, an interrupted run's progress, or None where all is done. Refuses what it must not touch."""
+    names = {path.name for path in out.iterdir()} - {f"{INDEX}.partial", f"{PROGRESS}.partial", LOCK}
+    if names and not names & {INDEX, PROGRESS}:
+        raise UserError(f"{out} holds something else than a prepared corpus: choose an empty or new directory")
+    index = read_index(out) if INDEX in names else None
+    others = {name: split for name, split in index["splits"].items() if name not in splits} if index else {}
+    if index and len(others) < len(index["splits"]) and not overwrite:
+        if all(index["splits"].get(name, {}).get("source", {}).get("plan") == fresh.plan for name in splits):
+            (out / PROGRESS).unlink(missing_ok=True)
+            return None
+        raise UserError(f"{out} is already prepared from other inputs or options: choose another directory, or pass --overwrite")
+    if PROGRESS in names and not overwrite:
+        return _resume(out, fresh)
+    if index and others:
+        if index["tokenizer"]["fingerprint"] != fresh.plan["tokenizer"]:
+            raise UserError(f"{out} holds {', '.join(others)} in another tokenizer: pass --tokenizer {out} to use the same")
+        fresh.tokenizer = index["tokenizer"]
+    save(out, fresh)  # first, so that an interrupted removal is known as ours
+    remove(out, splits)
+    return fresh
+
+
+def _resume(out: Path, fresh: Progress) -> Progress:
+    try:
+        saved = Progress(**json.loads((out / PROGRESS).read_bytes()))
+        different = [name for name in {**saved.plan, **fresh.plan} if saved.plan.get(name) != fresh.plan.get(name)]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{out / PROGRESS} is damaged: pass --overwrite to start anew") from error
+    if different or saved.modified != fresh.modified:
+        changed = ", ".join(different) or "the times of the input files"
+        raise UserError(
+            f"{out} holds an interrupted run that differs in {changed}: repeat its call to finish it, or pass --overwrite"
+        )
+    saved.position = saved.position[0], saved.position[1]  # JSON made it a list
+    return saved
+
+
+def remove(out: Path, splits: tuple[str, ...]) -> None:
+    """Remove ``splits``, finished or not; with the last split, all that `prepare` ever wrote except its progress."""
+    index = read_index(out) if (out / INDEX).is_file() else None
+    kept = {name: value for name, value in (index["splits"] if index else {}).items() if name not in splits}
+    if index and kept:
+        write_json(out / INDEX, index | {"splits": kept})
+    else:
+        (out / INDEX).unlink(missing_ok=True)
+        for leftover in (out / TOKENIZER, out / f"{TOKENIZER}.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    for path in out.iterdir():
+        if _OURS.fullmatch(path.name) and path.name.rsplit("-", 1)[0] not in kept:
+            path.unlink()
+
+
+def save(out: Path, progress: Progress) -> None:
+    write_json(out / PROGRESS, asdict(progress))
+
+
+def write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
