@@ -32,7 +32,7 @@ def test_every_pair_is_in_the_list_of_its_block(case):
     q, k, _ = random_qkv(batch, queries, keys, heads, heads, 16, dtype=torch.float32)
     index, _ = select_blocks(q, k, block_size=block_size, num_selected_blocks=count, positions=positions, impl="reference")
     on_device = None if positions is None else positions.contiguous().to(device)
-    lists = reader_lists(index.to(device), on_device, keys, block_size, span, segment)
+    lists = reader_lists(None, index.to(device), on_device, keys, block_size, span, segment)
     table, counts, items = lists.table.cpu(), lists.counts.cpu(), lists.item_list.cpu()
     order = lists.pair_order.cpu()
 

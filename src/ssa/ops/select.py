@@ -22,6 +22,8 @@ def block_means(k: Tensor, block_size: int) -> Tensor:
     batch, keys, heads, size = k.shape
     blocks = keys // block_size
     x = k[:, : blocks * block_size].reshape(batch, blocks, block_size, heads, size)
+    if k.is_cuda:  # sums in fp32 as it is, and rounds in the same kernel
+        return x.mean(2)
     return x.mean(2, dtype=torch.promote_types(k.dtype, torch.float32)).to(k.dtype)
 
 

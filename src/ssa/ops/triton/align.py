@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import contiguous_rows, launch, operation, power_of_two
+from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, operation, plan_of, power_of_two
 
 TILE_ELEMENTS = 2048
 
@@ -125,7 +125,7 @@ def _tiles(x_BTHD: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     batch, queries, heads, size = x_BTHD.shape
     padded = power_of_two(size)
     rows = max(1, TILE_ELEMENTS // padded)
-    return (triton.cdiv(queries * heads, rows), batch), dict(H=heads, D=size, DP=padded, ROWS=rows)
+    return (ceil_div(queries * heads, rows), batch), dict(H=heads, D=size, DP=padded, ROWS=rows)
 
 
 def _per_element(x_BTHD: Tensor, padding_BT: Tensor | None) -> float | Tensor:
@@ -145,10 +145,11 @@ def _align(
     out = full.new_empty(full.shape if gates is not None else 0)
     grid, shape = _tiles(full)
     partial = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=full.device)
+    padding = None if padding is None else padding.contiguous()
+    plan = plan_of(full, sparse, gates, padding, main_full, smooth, align_gated, "forward")
     launch(
-        _alignment_kernel, grid,
-        full, sparse, gates, None if padding is None else padding.contiguous(), out, partial, full.shape[1], *full.stride()[:3],
-        *sparse.stride()[:3], *(gates.stride() if gates is not None else (0, 0, 0)), GATED=gates is not None, ALIGN_GATED=align_gated,
+        plan, _alignment_kernel, grid, full, sparse, gates, padding, out, partial, full.shape[1], *full.stride()[:3], *sparse.stride()[:3],
+        *(gates.stride() if gates is not None else (0, 0, 0)), GATED=gates is not None, ALIGN_GATED=align_gated,
         PADDED=padding is not None, MAIN_FULL=main_full, SMOOTH=smooth, num_warps=4, **shape,
     )  # fmt: skip
     return out, (partial.sum() * per_element).repeat(2)
@@ -174,9 +175,11 @@ def _align_backward(
     d_full, d_sparse = torch.empty_like(full), torch.empty_like(sparse)
     d_gates = full.new_empty(0) if gates is None else torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
     grid, shape = _tiles(full)
+    padding = None if padding is None else padding.contiguous()
+    d_out = None if d_out is None else d_out.contiguous()
+    plan = plan_of(full, sparse, gates, padding, d_out, weights, main_full, smooth, align_gated, "backward")
     launch(
-        _alignment_gradient_kernel, grid,
-        full, sparse, gates, None if padding is None else padding.contiguous(), None if d_out is None else d_out.contiguous(), weights,
+        plan, _alignment_gradient_kernel, grid, full, sparse, gates, padding, d_out, weights,
         d_full, d_sparse, d_gates, full.shape[1], *full.stride()[:3], *sparse.stride()[:3],
         *(gates.stride() if gates is not None else (0, 0, 0)), *d_full.stride()[:3], *d_sparse.stride()[:3], GATED=gates is not None,
         ALIGN_GATED=align_gated, PADDED=padding is not None, MAIN_FULL=main_full, SMOOTH=smooth, ALIGNED=weights is not None,
@@ -302,7 +305,20 @@ def gated_sum_forward(branches: list[Tensor], gates: Tensor) -> Tensor:
     xs, strides = _three([contiguous_rows(x) for x in branches])
     out = branches[0].new_empty(branches[0].shape)
     grid, shape = _tiles(out)
-    launch(_gated_sum_kernel, grid, *xs, gates.contiguous(), out, out.shape[1], *strides, NUM=len(branches), num_warps=4, **shape)
+    gates = gates.contiguous()
+    launch(
+        plan_of(*xs, gates, "sum"),
+        _gated_sum_kernel,
+        grid,
+        *xs,
+        gates,
+        out,
+        out.shape[1],
+        *strides,
+        NUM=len(branches),
+        num_warps=4,
+        **shape,
+    )
     return out
 
 
@@ -319,9 +335,10 @@ def gated_sum_backward(branches: list[Tensor], gates: Tensor, d_out: Tensor) -> 
     d_gates = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
     (xs, strides), (d_xs, d_strides) = _three(branches), _three(d_branches)
     grid, shape = _tiles(d_out)
+    gates, d_out = gates.contiguous(), d_out.contiguous()
     launch(
-        _gated_sum_gradient_kernel, grid,
-        *xs, gates.contiguous(), d_out.contiguous(), *d_xs, d_gates, d_out.shape[1], *strides, *d_strides, NUM=len(branches),
+        plan_of(*xs, gates, d_out, "sum, backward"), _gated_sum_gradient_kernel, grid,
+        *xs, gates, d_out, *d_xs, d_gates, d_out.shape[1], *strides, *d_strides, NUM=len(branches),
         num_warps=4, **shape,
     )  # fmt: skip
     return [*d_branches, d_gates]

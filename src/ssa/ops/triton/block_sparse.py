@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton import key_side
-from ssa.ops.triton.launch import contiguous_rows, launch, operation, power_of_two
+from ssa.ops.triton.launch import contiguous_rows, launch, operation, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.reader_lists import reader_lists
 
 SEGMENT = 256
 """Pairs of a work item."""
-PART_BYTES = 1 << 27
+PART_BYTES = 1 << 26
 """Partial sums of keys' gradients, and of values', held at once."""
 
 
@@ -195,14 +195,15 @@ def _run_forward(
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
     shape = _geometry(q, k, block_indices)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_bias_strides(bias))
+    plan = plan_of(q, k, v, block_indices, positions, bias, block_size, "forward", SEGMENT, key_side.SPAN_BYTES)
     if _from_the_key_side(q, shape, block_size, k.shape[1]):
         span = key_side.span_length(batch, queries, shape, q.element_size())
-        lists = reader_lists(block_indices, positions, k.shape[1], block_size, span, SEGMENT)
-        key_side.forward(q, k, v, block_indices, bias, lists, out, lse, scale, strides, shape, block_size)
+        lists = reader_lists(plan, block_indices, positions, k.shape[1], block_size, span, SEGMENT)
+        key_side.forward(plan, q, k, v, block_indices, bias, lists, out, lse, scale, strides, shape, block_size)
         return out, lse
     columns = _columns(shape, block_size)
     launch(
-        _forward_kernel, (queries, batch * shape["R"]),
+        plan, _forward_kernel, (queries, batch * shape["R"]),
         q, k, v, block_indices, positions, bias, out, lse, scale, queries, k.shape[1], *strides, BS=block_size, BN=columns,
         PLAIN=positions is None, BIAS=bias is not None, num_warps=1, num_stages=3, **shape,
     )  # fmt: skip
@@ -249,14 +250,31 @@ def _run_backward(
     shape = _geometry(q, k, block_indices)
     selectors = shape["R"]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_bias_strides(bias))
+    plan = plan_of(
+        q,
+        k,
+        v,
+        block_indices,
+        positions,
+        bias,
+        out,
+        lse,
+        d_out,
+        d_lse,
+        block_size,
+        "backward",
+        SEGMENT,
+        PART_BYTES,
+        key_side.SPAN_BYTES,
+    )
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     all_from_keys = _from_the_key_side(q, shape, block_size, keys)
     if all_from_keys:
-        shift, span = key_side.shifts(out, d_out, d_lse), key_side.span_length(batch, queries, shape, q.element_size())
+        shift, span = key_side.shifts(plan, out, d_out, d_lse), key_side.span_length(batch, queries, shape, q.element_size())
     else:
         shift, span = torch.empty_like(lse), queries
         launch(
-            _dq_kernel, (queries, batch * selectors),
+            plan, _dq_kernel, (queries, batch * selectors),
             q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse, shift, d_q, scale, queries, keys, *strides, BS=block_size,
             BN=_columns(shape, block_size), PLAIN=positions is None, BIAS=bias is not None, D_LSE=d_lse is not None, num_warps=1,
             num_stages=3, **shape,
@@ -265,14 +283,14 @@ def _run_backward(
     segment = min(64, SEGMENT) if q.dtype == torch.float32 else SEGMENT
     while 2 * batch * selectors * min(span, queries) * shape["M"] // segment * block_size * size * 4 > PART_BYTES:
         segment *= 2
-    lists = reader_lists(block_indices, positions, keys, block_size, span, segment)
+    lists = reader_lists(plan, block_indices, positions, keys, block_size, span, segment)
     # query heads that choose for themselves share a kv head, and spans follow each other: their gradients add up in fp32
     own = selectors == k.shape[2]
     wide = k.dtype if own and lists.spans == 1 else torch.float32
     d_k, d_v = (torch.zeros(batch, keys, selectors, size, dtype=wide, device=q.device) for _ in range(2))
     d_b = None if bias is None else torch.zeros(batch, keys, selectors, dtype=torch.float32, device=q.device)
     key_side.backward(
-        q, k, v, block_indices, bias, lists, d_out, lse, shift, d_q if all_from_keys else None, d_k, d_v, d_b, scale, strides,
+        plan, q, k, v, block_indices, bias, lists, d_out, lse, shift, d_q if all_from_keys else None, d_k, d_v, d_b, scale, strides,
         shape, block_size,
     )  # fmt: skip
     if not own:

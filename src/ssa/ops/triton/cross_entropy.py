@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import launch
+from ssa.ops.triton.launch import launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E
 
 
@@ -44,8 +44,9 @@ def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(losses fp32 [N], their gradient in the memory of `logits` [N, V]); both 0 where the target is negative."""
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    block = min(4096, power_of_two(vocabulary))
     launch(
-        _cross_entropy_kernel, (rows,), logits, targets, losses, vocabulary, logits.stride(0), BV=min(4096,
-        triton.next_power_of_2(vocabulary)), num_warps=8,
+        plan_of(logits, targets), _cross_entropy_kernel, (rows,), logits, targets, losses, vocabulary, logits.stride(0), BV=block,
+        num_warps=8,
     )  # fmt: skip
     return losses, logits

@@ -22,12 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton.largest import NOTHING, ordered, take_largest
-from ssa.ops.triton.launch import contiguous_rows, launch, operation, power_of_two
+from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, operation, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
 
-SEGMENT = 512
+SEGMENT = 256
 """Blocks that one program ranks."""
-RANKING_WARPS = 4
+RANKING_WARPS = 1  # reductions stay within a warp
 PART_KEYS = 1024
 """Keys that one program attends to."""
 
@@ -77,8 +77,8 @@ def _span_kernel(
 
 
 @triton.jit
-def _best(rank, block, own, M: tl.constexpr, BS: tl.constexpr, RELEASED: tl.constexpr):
-    """Flags the best M - 1 of the blocks before `own`."""
+def _best(rank, block, own, hint, M: tl.constexpr, BS: tl.constexpr, RELEASED: tl.constexpr):
+    """Flags the best M - 1 of the blocks before `own`. `hint`: a rank that so many of all reach, or NOTHING."""
     if RELEASED:
         # the best half of all earlier chunks of BS blocks and the best half, less the own block, of the query's chunk
         split = own // BS * BS
@@ -86,7 +86,7 @@ def _best(rank, block, own, M: tl.constexpr, BS: tl.constexpr, RELEASED: tl.cons
         late, _, _ = take_largest(tl.where(block < split, NOTHING, rank), tl.where(split > 0, M // 2, M) - 1, NOTHING)
         chosen = early | late
     else:
-        chosen, _, _ = take_largest(rank, M - 1, NOTHING)
+        chosen, _, _ = take_largest(rank, M - 1, hint)
     return chosen
 
 
@@ -125,7 +125,7 @@ def _candidate_kernel(
         term *= tl.where(mask, weight, 0.0)[:, :, None]
     score = tl.reshape(tl.sum(term, 0), [J * SPAN])
     n = tl.reshape(n, [J * SPAN])
-    chosen = _best(tl.where(n < own, ordered(score), NOTHING), n, own, M, BS, RELEASED)
+    chosen = _best(tl.where(n < own, ordered(score), NOTHING), n, own, NOTHING, M, BS, RELEASED)
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     out = (query.to(tl.int64) * segments + segment) * MP
     tl.store(ranks + out + place, ordered(score), mask=chosen)
@@ -160,7 +160,9 @@ def _attend_kernel(
         at = query.to(tl.int64) * segments * MP + c
         rank = tl.load(ranks + at, mask=live, other=NOTHING)
         candidate = tl.load(blocks + at, mask=live, other=0)
-        chosen = _best(rank, candidate, own, M, BS, RELEASED)
+        # the weakest of a segment's M - 1 candidates
+        weakest = tl.min(tl.where(tl.arange(0, MP)[None, :] < M - 1, tl.reshape(rank, [CP // MP, MP]), 2147483647), 1)
+        chosen = _best(rank, candidate, own, tl.max(weakest, 0), M, BS, RELEASED)
         place = tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(to + place, candidate, mask=chosen)  # every part writes the same
         count = tl.sum(chosen.to(tl.int32), 0)
@@ -241,6 +243,23 @@ def _run(
     padded_size = max(16, power_of_two(size))
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     rows = batch * selectors * queries
+    plan = plan_of(
+        q,
+        k,
+        v,
+        block_means,
+        lengths,
+        starts,
+        bias,
+        block_size,
+        num_selected,
+        scope,
+        scoring,
+        rule,
+        SEGMENT,
+        PART_KEYS,
+        RANKING_WARPS,
+    )
 
     def workspace(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -256,16 +275,16 @@ def _run(
     if select:
         num_blocks = max(num_blocks, k.shape[1] // block_size)
         span = _tile(size, q.dtype)
-        spans = triton.cdiv(num_blocks, span)
+        spans = ceil_div(num_blocks, span)
         per_segment = max(1, SEGMENT // span)
-        segments = triton.cdiv(spans, per_segment)
+        segments = ceil_div(spans, per_segment)
         softmax = scoring == "softmax"
         peaks, totals = (workspace(batch, queries, heads, spans) if softmax else None for _ in range(2))
         terms = workspace(batch, queries, heads, spans * span)
         per_kv = heads // kv_heads
         tile = min(64, max(16, power_of_two(queries * per_kv)))
         launch(
-            _span_kernel, (batch * kv_heads * triton.cdiv(queries * per_kv, tile), spans),
+            plan, _span_kernel, (batch * kv_heads * ceil_div(queries * per_kv, tile), spans),
             q, block_means, lengths, peaks, totals, terms, scale * (LOG2E.value if softmax else 1.0), block_means.shape[1], spans,
             *q.stride()[:3], *block_means.stride()[:3], T=queries, K=kv_heads, G=per_kv, RT=tile, D=size, DP=padded_size,
             BS=block_size, SPAN=span, SOFTMAX=softmax, PRECISION=precision, num_warps=4 if tile * span <= 8192 else 8,
@@ -273,22 +292,22 @@ def _run(
         ranks, blocks = (workspace(rows, segments, places, dtype=torch.int32) for _ in range(2))
         wide = power_of_two(group)
         launch(
-            _candidate_kernel, (rows, segments),
+            plan, _candidate_kernel, (rows, segments),
             terms, peaks, totals, lengths, ranks, blocks, spans, segments, T=queries, R=selectors, G=group, GP=wide, BS=block_size,
             M=num_selected, MP=places, SPANS=power_of_two(spans), SPAN=span, J=per_segment, SOFTMAX=softmax,
             RELEASED=released, num_warps=RANKING_WARPS if wide <= 16 else 2 * RANKING_WARPS,
         )  # fmt: skip
 
     columns = max(16, min(_tile(size, q.dtype), power_of_two(budget)))
-    part = min(triton.cdiv(budget, columns) * columns, PART_KEYS)
-    parts = triton.cdiv(budget, part)
+    part = min(ceil_div(budget, columns) * columns, PART_KEYS)
+    parts = ceil_div(budget, part)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = workspace(batch, queries, heads)
     part_out, part_lse = out, lse
     if parts > 1:
         part_out, part_lse = workspace(batch, queries, heads, parts, size), workspace(batch, queries, heads, parts)
     launch(
-        _attend_kernel, (rows, parts),
+        plan, _attend_kernel, (rows, parts),
         q, k, v, lengths, starts, bias, ranks, blocks, indices, part_out, part_lse, scale, segments, *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if bias is None else bias.stride()), T=queries, R=selectors, K=kv_heads,
         G=group, GP=max(16, power_of_two(group)), D=size, DP=padded_size, BS=block_size, M=num_selected, MP=places,
@@ -298,7 +317,7 @@ def _run(
     )  # fmt: skip
     if parts > 1:
         launch(
-            _combine_kernel, (batch * queries * heads,), part_out, part_lse, out, lse, PARTS=parts, PP=power_of_two(parts),
+            plan, _combine_kernel, (batch * queries * heads,), part_out, part_lse, out, lse, PARTS=parts, PP=power_of_two(parts),
             D=size, DP=padded_size, num_warps=1,
         )  # fmt: skip
     return out, lse, indices

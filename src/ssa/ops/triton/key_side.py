@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import launch, power_of_two
+from ssa.ops.triton.launch import Plan, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.reader_lists import ReaderLists
 
@@ -332,7 +332,7 @@ def narrow(shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, out: Tensor, lse: Tensor,
+    plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, out: Tensor, lse: Tensor,
     scale: float, strides: tuple[int, ...], shape: dict[str, Any], block_size: int,
 ) -> None:  # fmt: skip
     batch, queries = q.shape[:2]
@@ -345,20 +345,20 @@ def forward(
     small = {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
     for span in range(lists.spans):
         launch(
-            _partial_kernel, (lists.span_items,),
+            plan, _partial_kernel, (lists.span_items,),
             q, k, v, bias, lists.pair_order, lists.table, lists.counts, lists.item_list, part_o, part_lse, scale, queries,
             k.shape[1], *strides, span, lists.span, lists.num_blocks, lists.row_blocks, lists.unit, lists.span_items, BS=block_size,
             BSP=max(16, power_of_two(block_size)), BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
             WIDE=lists.pair_order.numel() >= 2**31, BIAS=bias is not None, num_warps=warps, num_stages=stages, **shape,
         )  # fmt: skip
         launch(
-            _combine_kernel, (triton.cdiv(lists.span, few), batch * shape["R"]), block_indices, part_o, part_lse, out, lse,
+            plan, _combine_kernel, (ceil_div(lists.span, few), batch * shape["R"]), block_indices, part_o, part_lse, out, lse,
             queries, span, lists.span, BT=few, num_warps=4, num_stages=3, **small,
         )  # fmt: skip
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, d_out: Tensor, lse: Tensor,
+    plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, d_out: Tensor, lse: Tensor,
     shift: Tensor, d_q: Tensor | None, d_k: Tensor, d_v: Tensor, d_b: Tensor | None, scale: float, strides: tuple[int, ...],
     shape: dict[str, Any], block_size: int,
 ) -> None:  # fmt: skip
@@ -383,31 +383,31 @@ def backward(
     small = {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
     for span in range(lists.spans):
         launch(
-            _dkv_kernel, (lists.span_items, padded // tile),
+            plan, _dkv_kernel, (lists.span_items, padded // tile),
             q, k, v, d_out, lse, shift, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
             d_k, d_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, lists.span, lists.num_blocks,
             lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
             WIDE=lists.pair_order.numel() >= 2**31, BIAS=bias is not None, DQ=part_q is not None, ADD=lists.spans > 1, num_warps=warps, num_stages=stages, **shape,
         )  # fmt: skip
         launch(
-            _add_parts_kernel, (lists.num_blocks,),
+            plan, _add_parts_kernel, (lists.num_blocks,),
             lists.pair_order, lists.table, d_k, d_v, d_b, part_k, part_v, part_b, queries, keys, span,
             lists.num_blocks, lists.row_blocks, lists.unit, R=shape["R"], D=size, DP=shape["DP"], M=shape["M"], BS=block_size,
             BSP=padded, SEGMENT=lists.segment, BIAS=bias is not None, ADD=lists.spans > 1, num_warps=4,
         )  # fmt: skip
         if part_q is not None:
             launch(
-                _add_dq_kernel, (triton.cdiv(lists.span, few), batch * shape["R"]), block_indices, part_q, d_q, scale,
+                plan, _add_dq_kernel, (ceil_div(lists.span, few), batch * shape["R"]), block_indices, part_q, d_q, scale,
                 queries, span, lists.span, BT=few, num_warps=4, num_stages=3, **small,
             )  # fmt: skip
 
 
-def shifts(out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
+def shifts(plan: Plan | None, out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
     """fp32 [B, T, H], see `_shift_kernel`."""
     shift = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
     heads, size = shift.numel(), out.shape[3]
     launch(
-        _shift_kernel, (triton.cdiv(heads, 16),), out, d_out, d_lse, shift, heads, D=size, DP=power_of_two(size), BH=16,
+        plan, _shift_kernel, (ceil_div(heads, 16),), out, d_out, d_lse, shift, heads, D=size, DP=power_of_two(size), BH=16,
         D_LSE=d_lse is not None, num_warps=2,
     )  # fmt: skip
     return shift

@@ -2,7 +2,7 @@
 
 At 8k tokens the host, not the GPU, sets the time of a call. PyTorch's dispatcher takes as long as a short kernel (its Python parts,
 twice with autograd), so plain eager calls go past it; and Triton works out anew at each launch which binary its arguments need, so
-launches alike go straight to the binary of the first.
+an operation remembers that for arguments of one layout.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-_MOST_BINARIES = 4096
-_binaries: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
+Plan = dict[int, tuple[CompiledKernel, dict[str, Any], tuple[Any, ...]]]
+"""The binaries that an operation launches for arguments of one layout by the ids of their kernels, each with
+its options and constants."""
+_MOST_PLANS = 4096
+_plans: dict[tuple[Any, ...], Plan] = {}
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -85,28 +88,39 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """`kernel[grid](*args, **options)`; `args` are what the kernel takes at run time, in order, the first a
-    tensor on the current device.
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
-    A binary depends on types, on which pointers are multiples of 16, on integers (which are 1, multiples of 16, or long), and on
-    `options`: here on integers themselves, which is simpler and as good, since calls repeat their shapes.
+
+def plan_of(*what: Any) -> Plan | None:
+    """The plan for these tensors (by device, type, shape and strides), Nones and other values that decide an operation's launches; None
+    where a pointer is not a multiple of 16, which binaries may count on: such calls are rare.
+
+    The first is a tensor on the current device. Everything that a kernel takes as an integer or constant must follow from `what`.
     """
-    key = (id(kernel), args[0].get_device(), *[_trait(x) for x in args], *options, *options.values())
-    found = _binaries.get(key)
-    if found is not None:
-        binary, constants = found
-        binary[(*grid, 1, 1)[:3]](*args, *constants)
-        return
+    key = [what[0].get_device()]
+    for x in what:
+        if isinstance(x, Tensor):
+            if x.data_ptr() % 16:
+                return None
+            key += x.dtype, x.shape, x.stride()
+        else:
+            key.append(x)
+    found = _plans.get(tuple(key))
+    if found is None:
+        if len(_plans) == _MOST_PLANS:  # of a program whose shapes never repeat
+            _plans.clear()
+        found = _plans[tuple(key)] = {}
+    return found
+
+
+def launch(plan: Plan | None, kernel: JITFunction, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """`kernel[grid](*args, **options)`, by the plan's binary once it has one. `args` are what the kernel takes at run time, in order."""
+    if plan is not None:
+        found = plan.get(id(kernel))
+        if found is not None and found[1] == options:
+            found[0][(*grid, 1, 1)[:3]](*args, *found[2])
+            return
     binary = kernel[grid](*args, **options)
-    if isinstance(binary, CompiledKernel):  # the interpreter has none
-        if len(_binaries) == _MOST_BINARIES:  # of a program whose shapes never repeat
-            _binaries.clear()
-        _binaries[key] = binary, tuple(options[parameter.name] for parameter in kernel.params[len(args) :])
-
-
-def _trait(x: Any) -> Any:
-    kind = type(x)
-    if kind is int or x is None:
-        return x
-    return float if kind is float else (x.dtype, x.data_ptr() % 16)
+    if plan is not None and isinstance(binary, CompiledKernel):  # the interpreter has none
+        plan[id(kernel)] = binary, options, tuple(options[parameter.name] for parameter in kernel.params[len(args) :])

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import launch
+from ssa.ops.triton.launch import Plan, ceil_div, launch
 
 _NAMES = 1024
 _LISTS = 128
@@ -48,7 +48,7 @@ class ReaderLists(NamedTuple):
 
 
 def reader_lists(
-    block_indices: Tensor, positions: Tensor | None, keys: int, block_size: int, span: int, segment: int
+    plan: Plan | None, block_indices: Tensor, positions: Tensor | None, keys: int, block_size: int, span: int, segment: int
 ) -> ReaderLists:
     """`block_indices` int32 [B, R, T, M] contiguous; `positions` int64 [B, T] contiguous, None = plain rows."""
     batch, selectors, queries, selected = block_indices.shape
@@ -64,7 +64,7 @@ def reader_lists(
     span_items = min(num_blocks, span_pairs) + span_pairs // segment
     counts = torch.empty(spans, 2, dtype=torch.int32, device=device)
     launch(
-        _name_kernel, (triton.cdiv(max(pairs, 2 * spans), _NAMES),),
+        plan, _name_kernel, (ceil_div(max(pairs, 2 * spans), _NAMES),),
         block_indices, positions, name, counts, pairs, spans, queries, keys, row_blocks, num_blocks, lists, span,
         R=selectors, M=selected, BS=block_size, PLAIN=positions is None, X=_NAMES, num_warps=4,
     )  # fmt: skip
@@ -72,7 +72,7 @@ def reader_lists(
     table = torch.empty(lists + 1, 3, dtype=torch.int32, device=device)
     item_list = torch.empty(spans, span_items, dtype=torch.int32, device=device)
     launch(
-        _list_kernel, (triton.cdiv(num_blocks, _LISTS), spans),
+        plan, _list_kernel, (ceil_div(num_blocks, _LISTS), spans),
         name, table, counts, item_list, pairs, num_blocks, span_items,
         pairs.bit_length(), SEGMENT=segment, X=_LISTS, num_warps=4,
     )  # fmt: skip

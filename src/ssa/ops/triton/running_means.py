@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import launch, operation, power_of_two
+from ssa.ops.triton.launch import launch, operation, plan_of, power_of_two
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _run(
     """See `ssa.ops.running_means.extend_block_means`."""
     batch, _, heads, size = k.shape
     launch(
-        _add_token_kernel, (batch * heads,),
+        plan_of(k, v, k_means, v_means, k_sums, v_sums, end, starts, block_size), _add_token_kernel, (batch * heads,),
         k, v, k_means, v_means, k_sums, v_sums, end, starts, *k.stride()[:3], *v.stride()[:3], *k_means.stride()[:3],
         *v_means.stride()[:3], K=heads, D=size, DP=power_of_two(size), BS=block_size, num_warps=1,
     )  # fmt: skip

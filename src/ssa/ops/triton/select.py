@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton.largest import NOTHING, ordered, take_largest
-from ssa.ops.triton.launch import contiguous_rows, launch, operation, power_of_two
+from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, operation, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E
 
 _SAFE_BOUND = tl.constexpr(110.0)
@@ -280,7 +280,7 @@ def _run(
     row_length = num_chunks + padded * chunk if released else max(num_chunks, padded * chunk)
     chunk_max = torch.empty(batch, selectors, queries, row_length, dtype=torch.float32, device=device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=device)
-    tiles = triton.cdiv(blocks, BOUND_TILE.value)
+    tiles = ceil_div(blocks, BOUND_TILE.value)
     key_bounds = torch.empty(batch * kv_heads, tiles, dtype=torch.float32, device=device)
     chosen = torch.empty(batch, selectors, queries, padded, dtype=torch.int32, device=device)
     wide, padded_size = power_of_two(group), max(16, power_of_two(size))
@@ -289,22 +289,23 @@ def _run(
         PLAIN=positions_BT is None, SOFTMAX=scoring == "softmax", PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     strides = q.stride()[:3]
+    plan = plan_of(q, block_keys, positions_BT, first_block_BT, num_keys, block_size, num_selected, scope, scoring, rule)
     scale2 = scale * LOG2E.value
     if scoring == "softmax":
         launch(
-            _bound_kernel, (tiles, batch * kv_heads), block_keys, key_bounds, blocks, K=kv_heads, D=size, DP=padded_size,
+            plan, _bound_kernel, (tiles, batch * kv_heads), block_keys, key_bounds, blocks, K=kv_heads, D=size, DP=padded_size,
             num_warps=4,
         )  # fmt: skip
     columns = SCORE_TILE["columns"] * 256 // max(256, padded_size * q.element_size())  # wide heads leave less shared memory
     per_tile = max(1, columns // wide)
     launch(
-        _score_kernel, (triton.cdiv(queries, per_tile), batch * selectors),
+        plan, _score_kernel, (ceil_div(queries, per_tile), batch * selectors),
         q, block_keys, positions_BT, first_block_BT, key_bounds, lse, chunk_max, scale2, queries, num_keys, blocks, row_length,
         num_chunks, *strides, GP=wide, BT=per_tile, BC=SCORE_TILE["blocks"], TP=power_of_two(tiles), num_warps=SCORE_TILE["warps"],
         num_stages=SCORE_TILE["stages"], maxnreg=SCORE_TILE["registers"] if columns == SCORE_TILE["columns"] else None, **common,
     )  # fmt: skip
     launch(
-        _pick_kernel, (queries, batch * selectors),
+        plan, _pick_kernel, (queries, batch * selectors),
         q, block_keys, positions_BT, first_block_BT, lse, chunk_max, chosen, indices, scores, scale2, queries, num_keys, blocks,
         row_length, *strides, GP=max(16, wide), M=num_selected, MP=padded, CP=power_of_two(num_chunks),
         KS=min(PICK_TILE["keys"], padded * chunk), RELEASED=released, num_warps=PICK_TILE["warps"] if num_chunks <= 1024 else 4,

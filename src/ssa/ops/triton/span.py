@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import contiguous_rows, launch, operation, power_of_two
+from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, operation, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
 
 PROGRAMS = 512  # of the key side, where splitting the readers helps: a few for every multiprocessor
@@ -195,8 +195,9 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, sca
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
     shape = _geometry(q, k, True)
+    plan = plan_of(q, k, v, low, high, "forward")
     launch(
-        _forward_kernel, (triton.cdiv(queries, shape["BT"]), batch * shape["K"]), q, k, v, low, high, out, lse, scale,
+        plan, _forward_kernel, (ceil_div(queries, shape["BT"]), batch * shape["K"]), q, k, v, low, high, out, lse, scale,
         queries, k.shape[1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **shape,
     )  # fmt: skip
     return out, lse
@@ -225,18 +226,20 @@ def _run_backward(
         high.contiguous(),
         d_out.contiguous(),
     )
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    plan = plan_of(q, k, v, low, high, out, lse, d_out, d_lse, "backward")
     shape = _geometry(q, k, True)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     shift = torch.empty_like(lse)
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(
-        _dq_kernel, (triton.cdiv(queries, shape["BT"]), batch * shape["K"]),
-        q, k, v, low, high, out, lse, d_out, None if d_lse is None else d_lse.contiguous(), shift, d_q, scale, queries, keys,
+        plan, _dq_kernel, (ceil_div(queries, shape["BT"]), batch * shape["K"]),
+        q, k, v, low, high, out, lse, d_out, d_lse, shift, d_q, scale, queries, keys,
         *strides, D_LSE=d_lse is not None, **shape,
     )  # fmt: skip
 
     shape = _geometry(q, k, False)
-    tiles = triton.cdiv(keys, shape["BN"])
+    tiles = ceil_div(keys, shape["BN"])
     first_key = torch.arange(0, keys, shape["BN"], dtype=torch.int32, device=q.device).expand(batch, tiles).contiguous()
     # spans move forward, so the readers of a tile are neighbours
     first_reader = torch.searchsorted(high, first_key, right=True, out_int32=True)
@@ -244,7 +247,7 @@ def _run_backward(
     parts = max(1, min(MOST_PARTS, PROGRAMS // (tiles * batch * shape["K"])))
     d_k, d_v = (torch.empty(parts, *k.shape, dtype=k.dtype if parts == 1 else torch.float32, device=q.device) for _ in range(2))
     launch(
-        _dkv_kernel, (tiles, parts, batch * shape["K"]), q, k, v, low, high, lse, shift, d_out, first_reader, last_reader,
+        plan, _dkv_kernel, (tiles, parts, batch * shape["K"]), q, k, v, low, high, lse, shift, d_out, first_reader, last_reader,
         d_k, d_v, scale, queries, keys, *strides, **shape,
     )  # fmt: skip
     if parts == 1:
