@@ -280,7 +280,7 @@ def _run_backward(
             num_stages=3, **shape,
         )  # fmt: skip
     # sums of fp32 inputs keep their precision in short segments; long ones leave fewer partial sums in memory
-    segment = min(64, SEGMENT) if q.dtype == torch.float32 else SEGMENT
+    segment = min(max(1, 256 // shape["G"]), SEGMENT) if q.dtype == torch.float32 else SEGMENT
     while 2 * batch * selectors * min(span, queries) * shape["M"] // segment * block_size * size * 4 > PART_BYTES:
         segment *= 2
     lists = reader_lists(plan, block_indices, positions, keys, block_size, span, segment)
