@@ -73,7 +73,8 @@ class Prefetcher:
             if self._pinned_for is not None:
                 import torch
 
-                torch.cuda.set_device(self._pinned_for)  # of this thread; pinning would otherwise open a context on the first one
+                if self._pinned_for.index is not None:  # of this thread; pinning would otherwise open a context on the first one
+                    torch.cuda.set_device(self._pinned_for)
             while step < self._last and not self._stopped.is_set():
                 batch = self._batch(step)
                 if self._pinned_for is not None:
