@@ -5,6 +5,7 @@ import torch
 
 from ssa.errors import UserError
 from ssa.ops import dense, dense_attention
+from ssa.ops.documents import cu_seqlens_from_positions
 from ssa.testing import attention_oracle, document_positions, random_qkv
 
 LAYOUTS = {
@@ -15,6 +16,75 @@ LAYOUTS = {
     "left padded": (40, 40, torch.cat([torch.zeros(2, 7, dtype=torch.int64), torch.arange(33).expand(2, 33)], 1)),
     "left padded decode": (1, 40, torch.tensor([[39], [32]])),
 }
+
+
+PARTS = {
+    "goes on, ends, begins": torch.tensor([[*range(20, 29), 0, *range(3)], [*range(13)]]),
+    "begins, one of one token at the end": torch.tensor([[*range(12), 0], [*range(27, 40)]]),
+    "more documents than 16": torch.zeros(2, 13, dtype=torch.int64),
+}
+"""The last 13 of 40 tokens."""
+
+
+def varlen_reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """What PyTorch's kernel does on a GPU, document by document; in every one the last query reads the last key."""
+    assert q.ndim == k.ndim == 3 and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q.shape == cu_seq_k.shape
+    assert (cu_seq_q[0], cu_seq_k[0], cu_seq_q[-1], cu_seq_k[-1]) == (0, 0, len(q), len(k)) and window_size[1] == 0
+    outs = []
+    for a, b, c, d in zip(cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], cu_seq_k[1:], strict=True):
+        queries, keys = int(b - a), int(d - c)
+        assert 0 <= queries <= max_q and queries <= keys <= max_k
+        ahead = torch.arange(keys) - (torch.arange(queries)[:, None] + keys - queries)
+        mask = (ahead <= 0) & ((ahead >= -window_size[0]) if window_size[0] >= 0 else True)
+        x, y, z = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        out = torch.nn.functional.scaled_dot_product_attention(x, y, z, attn_mask=mask, scale=scale, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The way of a GPU, with the kernel in plain PyTorch; returns how often it was called."""
+    calls = []
+    monkeypatch.setattr(dense, "_has_varlen", lambda q: True)
+    monkeypatch.setattr(dense.varlen, "varlen_attn", lambda *a, **kw: calls.append(a) or varlen_reference(*a, **kw))
+    return calls
+
+
+@pytest.mark.parametrize("layout", ["chunk", "packed", "left padded", *PARTS])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("given", [False, True])
+def test_variable_length_attention_is_masked_attention(on_a_gpu, monkeypatch, layout, window, given):
+    queries, keys, positions = LAYOUTS.get(layout) or (13, 40, PARTS[layout])
+    q, k, v = random_qkv(2, queries, keys, 4, 2, 8)
+    cu_seqlens = cu_seqlens_from_positions(positions, keys) if given and positions is not None else None
+    out = dense_attention(q, k, v, positions=positions, cu_seqlens=cu_seqlens, window=window)
+    assert len(on_a_gpu) == 1
+    monkeypatch.setattr(dense, "_has_varlen", lambda q: False)
+    expected = dense_attention(q, k, v, positions=positions, cu_seqlens=cu_seqlens, window=window)
+    assert len(on_a_gpu) == 1
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b)
+
+
+def test_one_query_and_plain_rows_need_no_variable_length(on_a_gpu):
+    dense_attention(*random_qkv(2, 1, 40, 4, 2, 8), positions=torch.tensor([[39], [32]]))
+    dense_attention(*random_qkv(2, 40, 40, 4, 2, 8))
+    assert not on_a_gpu
+
+
+def test_bounds_of_queries_and_keys():
+    """Row 0 goes on with a document that began 2 keys before it, row 1 begins one; each has earlier keys that nobody reads."""
+    bounds = cu_seqlens_from_positions(torch.tensor([[2, 3, 0], [0, 1, 2]]), 7)
+    assert bounds.dtype == torch.int32 and bounds.shape == (2, 17)
+    assert bounds[:, :6].tolist() == [[0, 0, 2, 3, 3, 6], [0, 2, 6, 7, 11, 14]]
+    assert bounds[:, 6:].unique(dim=1).tolist() == [[6], [14]]
+
+
+def test_positions_that_lie_stay_within_their_row():
+    bounds = cu_seqlens_from_positions(torch.tensor([[0, 1, 2], [9, 10, 11]]), 7)
+    assert bounds[:, :5].tolist() == [[0, 0, 3, 3, 6], [0, 4, 7, 7, 14]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -50,3 +120,11 @@ def test_window_is_cut_in_chunks_of_keys(monkeypatch):
 def test_wrong_window_is_one_line():
     with pytest.raises(UserError, match="window = 0"):
         dense_attention(*random_qkv(1, 4, 4, 2, 1, 4), window=0)
+
+
+def test_bounds_that_do_not_fit_are_one_line():
+    bounds = cu_seqlens_from_positions(torch.arange(3)[None], 4)
+    with pytest.raises(UserError, match="two go beside positions"):
+        dense_attention(*random_qkv(1, 3, 4, 2, 1, 4), cu_seqlens=bounds)
+    with pytest.raises(UserError, match="one dimension is for T = S"):
+        dense_attention(*random_qkv(1, 3, 4, 2, 1, 4), cu_seqlens=bounds[0], positions=torch.arange(3)[None])

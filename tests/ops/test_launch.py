@@ -64,3 +64,47 @@ def test_gradients_of_gradients_are_refused():
     (first,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(first.sum(), q)
+
+
+class Binary:
+    def __init__(self, log):
+        self.log = log
+
+    def __getitem__(self, grid):
+        return lambda *args: self.log.append(("binary", grid, args))
+
+
+class Kernel:
+    """What `launch` uses of a Triton kernel: how it is called, and its parameters' names."""
+
+    def __init__(self, *names):
+        self.log, self.params = [], [type("Parameter", (), {"name": name}) for name in names]
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: (self.log.append(("compiled", grid, args, options)), Binary(self.log))[1]
+
+
+def test_a_launch_that_repeats_goes_to_its_binary(monkeypatch):
+    from ssa.ops.triton import launch as module
+
+    monkeypatch.setattr(module, "CompiledKernel", Binary)
+    kernel, plan, x = Kernel("x", "n", "A", "B"), {}, torch.zeros(4)
+    module.launch(plan, kernel, (2,), x, 3, B=2, A=1, num_warps=4)
+    module.launch(plan, kernel, (5, 6), x, 3, B=2, A=1, num_warps=4)
+    module.launch(plan, kernel, (2,), x, 3, B=2, A=7, num_warps=4)
+    module.launch(None, kernel, (2,), x, 3, B=2, A=7, num_warps=4)
+    ways = [entry[0] for entry in kernel.log]
+    assert ways == ["compiled", "binary", "compiled", "compiled"]
+    assert kernel.log[1][1:] == ((5, 6, 1), (x, 3, 1, 2))  # constants in the order of the kernel's parameters
+
+
+def test_plans_are_for_one_layout():
+    from ssa.ops.triton.launch import plan_of
+
+    x = torch.zeros(6, 8)
+    plan = plan_of(x, None, "forward")
+    assert plan is plan_of(torch.ones(6, 8), None, "forward")
+    others = [(x.T, None), (x.half(), None), (x[:, :4], None), (torch.zeros(6, 16)[:, :8], None), (x, x)]
+    assert all(plan_of(*other, "forward") is not plan for other in others)
+    assert plan_of(x, None, "backward") is not plan
+    assert plan_of(x.flatten()[1:], None, "forward") is None  # binaries may count on multiples of 16 bytes

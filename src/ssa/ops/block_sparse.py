@@ -62,7 +62,7 @@ def block_sparse_attention(
     if block_size < 1:
         raise UserError(f"block_size = {block_size} must be at least 1")
     positions = resolve_positions(q, k, positions, cu_seqlens)
-    scale = size**-0.5 if scale is None else scale
+    scale = size**-0.5 if scale is None else float(scale)
     # modules of one implementation are imported when it runs: without triton the reference still does
     if resolve(impl, q) == "triton":
         from ssa.ops.triton.block_sparse import block_sparse_attention as by_triton

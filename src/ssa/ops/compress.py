@@ -68,7 +68,7 @@ def compressed_attention(
         lse = q.new_full((batch, queries, heads), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
         return torch.zeros_like(q), lse
     high_BT = (low_BT + (position_BT + 1) // block_size).clamp(max=blocks)
-    scale = size**-0.5 if scale is None else scale
+    scale = size**-0.5 if scale is None else float(scale)
     # modules of one implementation are imported when it runs: without triton the reference still does
     if resolve(impl, q) == "triton":
         from ssa.ops.triton.span import span_attention as by_triton

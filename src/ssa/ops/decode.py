@@ -89,7 +89,7 @@ def decode_attention(
     _check_rows(lengths, starts, batch, k.shape[1])
     arguments = (
         q, k, v, block_means, lengths, starts, bias, block_size, num_selected_blocks, scope, scoring, rule,
-        size**-0.5 if scale is None else scale,
+        size**-0.5 if scale is None else float(scale),
     )  # fmt: skip
     with torch.no_grad():
         # modules of one implementation are imported when it runs: without triton the reference still does; and by statements,

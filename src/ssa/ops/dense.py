@@ -1,5 +1,5 @@
-"""Dense causal attention, by PyTorch: scaled_dot_product_attention wherever it can say the mask, variable-length attention for packed
-rows on a GPU, query chunks with a mask for the rest.
+"""Dense causal attention, by PyTorch: scaled_dot_product_attention wherever it can say the mask, variable-length attention on a GPU for
+packed rows and for the last queries of rows, query chunks with a mask for the rest.
 
 Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size.
 """
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from ssa.errors import UserError
@@ -41,33 +40,33 @@ def dense_attention(
         q: [B, T, H, D]. k, v: [B, S, K, D], H a multiple of K, T <= S; the queries are the last T tokens.
         positions: int [B, T] document-relative query positions (packed, padded or cached rows); None = plain rows.
         cu_seqlens: int32 [documents + 1], the same for packed rows (T = S) laid end to end, from 0 to B * T; its last value may repeat.
-            Beside `positions` it spares a GPU the search for the documents (`ssa.ops.documents.cu_seqlens_from_positions`).
+            Beside `positions` it spares a GPU the search for the documents (`ssa.ops.documents.cu_seqlens_from_positions`); there
+            it may be int32 [2, documents + 1], of the queries and of the keys, as it must be where T < S.
         window: read only the last `window` keys, own included (NSA's sliding window).
         scale: logit scale, 1/sqrt(D) by default.
 
     Returns:
         out [B, T, H, D] in q's dtype.
+
+    Raises:
+        UserError: a window of less than one key, more queries than keys, or documents that do not fit the rows.
     """
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
     if window is not None and window < 1:
         raise UserError(f"window = {window} must be at least 1")
     if window is not None and window >= keys:
         window = None
-    if (
-        queries == keys
-        and q.is_cuda
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and not (positions is None and cu_seqlens is None)
-    ):
-        return _by_documents_on_a_gpu(q, k, v, positions, cu_seqlens, window, scale)
+    if cu_seqlens is not None and (cu_seqlens.ndim == 2 or queries < keys) and (cu_seqlens.ndim == 1 or positions is None):
+        raise UserError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} for T = {queries} queries over S = {keys} keys: one dimension is for T = S, "
+            "two go beside positions (cu_seqlens_from_positions(positions, S))"
+        )
+    packed = positions is not None or cu_seqlens is not None
+    if (packed if queries == keys else 1 < queries < keys) and _has_varlen(q):
+        return _variable_length(q, k, v, _bounds(positions, cu_seqlens, q, keys), window, scale)
     positions = resolve_positions(q, k, positions, None if positions is not None else cu_seqlens)
     grouped = q.shape[2] != k.shape[2]
     position_BT = None if positions is None and window is None and queries in (1, keys) else query_positions(q, k, positions)
-    if positions is None and window is None and q.is_cuda and 1 < queries < keys:
-        bottom_right = causal_lower_right(queries, keys)  # the flash kernel knows it
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = scaled_dot_product_attention(q, k, v, attn_mask=bottom_right, scale=scale, enable_gqa=grouped)
-        return out.transpose(1, 2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads first, as PyTorch has them
     if position_BT is None:
         out = scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scale, enable_gqa=grouped)
@@ -101,19 +100,33 @@ def dense_attention(
     return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)).transpose(1, 2)
 
 
-def _by_documents_on_a_gpu(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, window: int | None, scale: float | None
-) -> Tensor:
-    """Flash attention over the flattened batch; [B, T, H, D] in and out."""
+def _has_varlen(q: Tensor) -> bool:
+    """Whether PyTorch's variable-length attention, which is the flash kernel as it is, takes queries like these."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0 and q.shape[3] <= 256
+
+
+def _bounds(positions: Tensor | None, cu_seqlens: Tensor | None, q: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """Where documents begin among the flattened queries and among the flattened keys."""
+    batch, queries = q.shape[:2]
+    if cu_seqlens is None and positions is None:
+        rows = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+        return rows * queries, rows * keys
     if cu_seqlens is None:
         assert positions is not None
-        cu_seqlens = cu_seqlens_from_positions(positions)
-    shape = q.shape
+        cu_seqlens = cu_seqlens_from_positions(positions, None if queries == keys else keys)
+    return (cu_seqlens, cu_seqlens) if cu_seqlens.ndim == 1 else (cu_seqlens[0], cu_seqlens[1])
+
+
+def _variable_length(
+    q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor], window: int | None, scale: float | None
+) -> Tensor:
+    """Flash attention over the flattened batch; the last query of a document reads its last key. [B, T, H, D] in and out."""
+    shape, keys = q.shape, k.shape[1]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if VARLEN_NAMES_GQA else {}
     reach = -1 if window is None else window - 1
-    length = shape[1]  # no document is longer
-    out = varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, scale=scale, window_size=(reach, 0), **grouped)
+    # no document is longer than a row
+    out = varlen.varlen_attn(q, k, v, *bounds, shape[1], keys, scale=scale, window_size=(reach, 0), **grouped)
     assert isinstance(out, Tensor)  # nothing beside it was asked for
     return out.view(shape)
 

@@ -54,16 +54,36 @@ def positions_from_cu_seqlens(cu_seqlens: Tensor, total: int) -> Tensor:
     return (columns - starts[document])[None]
 
 
-def cu_seqlens_from_positions(positions_BT: Tensor) -> Tensor:
+def cu_seqlens_from_positions(positions_BT: Tensor, num_keys: int | None = None) -> Tensor:
     """Where documents begin in a flattened batch: int32 [n + 1] from 0 to B * T, on the device of `positions_BT`.
 
     n is a power of two, at least 16: the end is repeated, so that few sizes occur (each compiles anew). Waits for a GPU; a
     loader calls it on the CPU.
+
+    With `num_keys` = S the positions are those of the last T tokens of rows of S keys, and the result is int32 [2, n + 1]: where
+    documents begin among the queries, from 0 to B * T, and among the keys, from 0 to B * S. In every row the keys before the first
+    query's document come first, as a document that has no queries (and no keys where that document fills the row).
     """
-    starts = (positions_BT.reshape(-1) == 0).nonzero().flatten()
-    cu_seqlens = starts.new_full((max(16, 1 << (len(starts) - 1).bit_length()) + 1,), positions_BT.numel(), dtype=torch.int32)
-    cu_seqlens[: len(starts)] = starts
-    return cu_seqlens
+    if num_keys is None:
+        return _repeat_the_end((positions_BT.reshape(-1) == 0).nonzero().flatten()[None], [positions_BT.numel()])[0]
+    batch, queries = positions_BT.shape
+    past = num_keys - queries
+    opens = torch.nn.functional.pad(positions_BT[:, 1:] == 0, (2, 0), value=True)
+    # per row: 0 = the keys before the first query's document, 1 = that document, c = one that opens at query c - 1
+    row, c = opens.nonzero().unbind(1)
+    first_B = past - positions_BT[:, 0].clamp(0, past)  # positions are not checked on a GPU, and a kernel must stay in its row
+    key = torch.where(c == 1, first_B[row], torch.where(c == 0, 0, past + c - 1))
+    starts = torch.stack([row * queries + (c - 1).clamp(min=0), row * num_keys + key])
+    return _repeat_the_end(starts, [batch * queries, batch * num_keys])
+
+
+def _repeat_the_end(starts: Tensor, ends: list[int]) -> Tensor:
+    """[sides, documents] -> int32 [sides, n + 1], each side's end in all the rest."""
+    sides, documents = starts.shape
+    length = max(16, 1 << (documents - 1).bit_length()) + 1
+    filled = torch.tensor(ends, dtype=torch.int32).to(starts.device, non_blocking=True)[:, None].repeat(1, length)
+    filled[:, :documents] = starts
+    return filled
 
 
 def query_positions(q: Tensor, k: Tensor, positions: Tensor | None) -> Tensor:

@@ -101,7 +101,7 @@ def select_blocks(
             first_block = grid.first_block_BT.contiguous()
         arguments = (
             q, block_keys, first_block, positions, k.shape[1], block_size, num_selected_blocks, scope, scoring, rule,
-            size**-0.5 if scale is None else scale,
+            size**-0.5 if scale is None else float(scale),
         )  # fmt: skip
         # modules of one implementation are imported when it runs: without triton the reference still does
         if resolve(impl, q) == "triton":

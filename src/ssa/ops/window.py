@@ -48,7 +48,7 @@ def window_attention(
     position_BT = query_positions(q, k, resolve_positions(q, k, positions, cu_seqlens))
     column_T = torch.arange(keys - queries, keys, device=q.device)
     low_BT = torch.maximum(document_starts(position_BT, keys), column_T - (window - 1))
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     from ssa.ops.triton.span import span_attention  # when it runs: without triton the reference still does
 
     return span_attention(q, k, v, low_BT, (column_T + 1).expand_as(low_BT), scale)[0]
