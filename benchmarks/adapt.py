@@ -4,8 +4,9 @@
     ssa prepare TEXT... --tokenizer work/model --out work/data
     python benchmarks/adapt.py work/model work/data --out benchmarks/results/h200/adapt --wikitext wiki.jsonl
 
-One JSON for each run, and one for the model as it was ("before"). On several GPUs, start it once for each with `--part 0/4` ... `--part 3/4`.
-Other arguments change the recipe, `adapt.toml`. `adapt_report.py` makes what docs/results.md shows.
+One JSON for each run, and one for the model as it was ("before"). Started again, it keeps what is finished, measures what was only trained,
+and goes on from checkpoints. On several GPUs, start it once for each with `--part 0/4` ... `--part 3/4`. Other arguments change the recipe,
+`adapt.toml`. `adapt_report.py` makes what docs/results.md shows.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from evidence import curve, lean, part_of
+from evidence import check_texts, lean, part_of, trained
 
 from ssa.analysis.analyze import analyze
 from ssa.config import load_recipe, override
+from ssa.errors import UserError
 from ssa.eval.evaluate import evaluate
 from ssa.files import write_atomically
+from ssa.train.checkpoint import resolve_checkpoint
 from ssa.train.environment import git_state, versions
-from ssa.train.trainer import train
 
 RUNS: dict[str, list[str]] = {
     "ssa": [],
@@ -68,6 +70,8 @@ def main() -> int:
     names = args.runs.split(",")
     if unknown := [name for name in names if name not in RUNS]:
         parser.error(f"--runs {unknown[0]!r} is not one of {', '.join(RUNS)}")
+    check_texts(args.data, args.wikitext)
+    resolve_checkpoint(args.model)
     part, parts = map(int, args.part.split("/"))
     args.out.mkdir(parents=True, exist_ok=True)
     failed = False
@@ -81,23 +85,20 @@ def main() -> int:
             recipe, data=dataclasses.replace(recipe.data, path=args.data), model=dataclasses.replace(recipe.model, init_from=str(args.model))
         )  # fmt: skip
         run = (args.work or args.out / "runs") / name
-        shutil.rmtree(run, ignore_errors=True)
-        started = time.perf_counter()
+        report: dict[str, Any]
         try:
-            report: dict[str, Any] = {"name": name, "command": " ".join(["python", *sys.argv]), "seconds": {}}
             if name == "before":
+                shutil.rmtree(run, ignore_errors=True)
                 shutil.copytree(args.model, run)
-                report["environment"] = {"versions": versions(), "git": git_state()}
-            else:
-                result = train(recipe, run)
-                report["seconds"]["train"] = time.perf_counter() - started
-                report |= {
-                    "recipe": recipe.to_dict(), "validation": result.validation, "curve": curve(run),
-                    "environment": json.loads((run / "environment.json").read_text()),
+                report = {
+                    "name": name, "command": " ".join(["python", *sys.argv]), "seconds": {},
+                    "environment": {"versions": versions(), "git": git_state()},
                 }  # fmt: skip
-                write_atomically(path.with_suffix(".trained.json"), json.dumps(lean(report)) + "\n")  # should a measurement fail
+            else:
+                report = trained(name, recipe, run, path.with_suffix(".trained.json"))
+            started = time.perf_counter()
             report["figures"] = measure(run, args, recipe.data.context)
-            report["seconds"]["all"] = time.perf_counter() - started
+            report["seconds"]["all"] = report["seconds"].get("train", 0.0) + time.perf_counter() - started
         except Exception:  # the runs that follow are worth having all the same
             failed = True
             print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
@@ -109,4 +110,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

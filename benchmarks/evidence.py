@@ -3,8 +3,9 @@
     ssa prepare TEXT... --out data/33m --train-bpe 16384
     python benchmarks/evidence.py data/33m --out benchmarks/results/h200/evidence --wikitext wiki.jsonl --books long_books.jsonl
 
-One JSON for each run, with its recipe, environment, curve and every figure; finished ones are kept. On several GPUs,
-start it once for each with `--part 0/4` ... `--part 3/4`: the runs are dealt out so that all end at about the same time.
+One JSON for each run, with its recipe, environment, curve and every figure; finished ones are kept. Started again, it measures what was
+only trained and goes on from checkpoints. On several GPUs, start it once for each with `--part 0/4` ... `--part 3/4`: the runs are dealt
+out so that all end at about the same time.
 `evidence_plots.py` and `evidence_tables.py` make what docs/results.md shows.
 """
 
@@ -22,8 +23,13 @@ from typing import Any
 
 from ssa.analysis.analyze import analyze
 from ssa.config import Recipe, load_recipe, override
+from ssa.data.shards import TokenShards
+from ssa.data.sources import expand_inputs
+from ssa.errors import UserError
+from ssa.eval.documents import is_prepared
 from ssa.eval.evaluate import evaluate
 from ssa.files import write_atomically
+from ssa.train.checkpoint import checkpoint_path, find_checkpoints
 from ssa.train.trainer import train
 
 RUNS: dict[str, list[str]] = {
@@ -61,6 +67,45 @@ def part_of(names: list[str], part: int, parts: int) -> list[str]:
     for name in sorted(names, key=cost, reverse=True):
         min(shares, key=lambda share: sum(map(cost, share))).append(name)
     return sorted(shares[part], key=names.index)
+
+
+def check_texts(data: str, *texts: str | None) -> None:
+    """Complain before a run is trained about what would be missed after it.
+
+    Raises:
+        UserError: `data` is no prepared directory with both splits, or a text is not there or of no kind that is read.
+    """
+    for split in ("train", "valid"):
+        TokenShards(data, split)
+    for text in filter(None, texts):
+        if not is_prepared(text):
+            expand_inputs([text])
+
+
+def trained(name: str, recipe: Recipe, run: Path, path: Path) -> dict[str, Any]:
+    """The report of a training, kept in `path`. A training that is complete in `run` is not repeated; one that has a checkpoint goes on."""
+    started = time.perf_counter()
+    if path.exists() and find_checkpoints(run)[-1:] == [checkpoint_path(run, recipe.train.steps)]:
+        report = json.loads(path.read_text())
+        if report["recipe"] == lean(recipe.to_dict()):
+            return report
+    resume = (run / "recipe.json").is_file()
+    if not resume:
+        shutil.rmtree(run, ignore_errors=True)
+    result = train(recipe, run, resume=resume)
+    if result.stopped_by:
+        sys.exit(f"{name}: stopped by {result.stopped_by} after step {result.step}; start again to go on")
+    report = {
+        "name": name, "command": " ".join(["python", *sys.argv]), "recipe": recipe.to_dict(),
+        "environment": json.loads((run / "environment.json").read_text()),
+        "seconds": {"train": time.perf_counter() - started}, "validation": result.validation, "curve": curve(run),
+    }  # fmt: skip
+    write_atomically(path, json.dumps(lean(report)) + "\n")  # the training is kept if a measurement fails
+    return report
+
+
+def is_measured(path: Path) -> bool:
+    return path.exists() and "figures" in json.loads(path.read_text())
 
 
 def measure(run: Path, args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
@@ -105,7 +150,7 @@ def lean(value: Any, inside: bool = False) -> Any:
     """What is committed: six digits, and of layers and steps only what the pages use."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [lean(item, True) for item in value]
     if isinstance(value, dict):
         return {key: lean(item, inside) for key, item in value.items() if not (inside and key in HEAVY)}
@@ -129,41 +174,40 @@ def main() -> int:
     names = args.runs.split(",")
     if unknown := [name for name in names if name not in RUNS]:
         parser.error(f"--runs {unknown[0]!r} is not one of {', '.join(RUNS)}")
+    check_texts(args.data, args.wikitext, args.books)
     begin, pace, failed = time.perf_counter(), 0.0, False
     part, parts = map(int, args.part.split("/"))
     args.out.mkdir(parents=True, exist_ok=True)
     for name in part_of(names, part, parts):
         path = args.out / f"{name}.json"
         started = time.perf_counter()
-        if path.exists() or started - begin + pace * cost(name) > args.seconds:
-            print(f"{name}: {'kept' if path.exists() else 'no time left'}", flush=True)
+        kept = is_measured(path)
+        if kept or started - begin + pace * cost(name) > args.seconds:
+            print(f"{name}: {'kept' if kept else 'no time left'}", flush=True)
             continue
         recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=args.data))
         if args.steps:
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=args.steps))
         run = (args.work or args.out / "runs") / name
-        shutil.rmtree(run, ignore_errors=True)
         try:
-            result = train(recipe, run)
-            trained = time.perf_counter() - started
-            report = {
-                "name": name, "command": " ".join(["python", *sys.argv]), "recipe": recipe.to_dict(),
-                "environment": json.loads((run / "environment.json").read_text()) if (run / "environment.json").exists() else None,
-                "seconds": {"train": trained}, "validation": result.validation, "curve": curve(run),
-            }  # fmt: skip
-            write_atomically(path, json.dumps(lean(report)) + "\n")  # the training is kept if a measurement fails
+            report = trained(name, recipe, run, path)
+            measuring = time.perf_counter()
             report["figures"] = measure(run, args, recipe)
-            report["seconds"]["all"] = time.perf_counter() - started
+            measuring = time.perf_counter() - measuring
+            report["seconds"]["all"] = report["seconds"]["train"] + measuring
         except Exception:  # the runs that follow are worth having all the same
             failed = True
             print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             continue
         write_atomically(path, json.dumps(lean(report)) + "\n")
         pace = max(pace, report["seconds"]["all"] / cost(name))
-        print(f"{name}: trained in {trained:.0f} s, measured in {report['seconds']['all'] - trained:.0f} s", flush=True)
+        print(f"{name}: trained in {report['seconds']['train']:.0f} s, measured in {measuring:.0f} s", flush=True)
     return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

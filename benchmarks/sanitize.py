@@ -36,6 +36,7 @@ from ssa.ops import (
     select_blocks,
     window_attention,
 )
+from ssa.ops.cross_entropy import linear_cross_entropy
 from ssa.ops.running_means import extend_block_means
 from ssa.testing import document_positions, random_qkv
 
@@ -94,6 +95,16 @@ def alignment(heads: int, size: int, dtype: torch.dtype) -> None:
     _backward(out.float().sum() + losses.sum(), [full, other, gates])
 
 
+def vocabulary(tokens: int, size: int, words: int, dtype: torch.dtype) -> None:
+    """The language model's loss; some tokens have no target."""
+    hidden = torch.randn(tokens, size, dtype=dtype, requires_grad=True)
+    weight = torch.randn(words, size, requires_grad=True)
+    targets = torch.arange(tokens) % words
+    targets[::5] = -100
+    loss = linear_cross_entropy(hidden, weight, targets, impl="triton")
+    _backward(loss, [hidden, weight])
+
+
 def cases(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     return {
         "select, attend, many heads a kv head": lambda: sparse(16, 1, 64, 16, 4, 103, dtype),
@@ -107,6 +118,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         "decode, few heads a kv head, a large budget": lambda: decode(4, 2, 64, 128, 16, dtype),
         "compression, window, gates": lambda: branches(8, 2, 64, 16, dtype),
         "alignment": lambda: alignment(4, 64, dtype),
+        "vocabulary": lambda: vocabulary(19, 24, 5003, dtype),
     }
 
 
@@ -119,25 +131,28 @@ def _finite(results: list[Tensor]) -> None:
 
 
 class _Recorded:
-    """A kernel that notes its launches."""
+    """A kernel that notes its launches, and without `run` leaves it at that."""
 
-    def __init__(self, kernel: Any, name: str, seen: set[str]) -> None:
-        self._kernel, self._name, self._seen = kernel, name, seen
+    def __init__(self, kernel: Any, name: str, seen: set[str], run: bool) -> None:
+        self._kernel, self._name, self._seen, self._run = kernel, name, seen, run
 
     def __getitem__(self, grid: Any) -> Any:
         self._seen.add(self._name)
-        return self._kernel[grid]
+        return self._kernel[grid] if self._run else lambda *args, **options: None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernel, name)
 
 
 @contextlib.contextmanager
-def recorded_launches() -> Iterator[tuple[set[str], set[str]]]:
-    """Within it: (names of all kernels of the package, those launched so far)."""
+def recorded_launches(run: bool = True) -> Iterator[tuple[set[str], set[str]]]:
+    """Within it: (names of all kernels of the package, those launched so far). Without `run` nothing is computed, and results are not
+    looked at."""
     known: set[str] = set()
     seen: set[str] = set()
     with contextlib.ExitStack() as stack:
+        if not run:
+            stack.enter_context(mock.patch.dict(globals(), _finite=lambda results: None))
         for info in pkgutil.iter_modules(ssa.ops.triton.__path__):
             module = importlib.import_module(f"ssa.ops.triton.{info.name}")
             for name, kernel in list(vars(module).items()):
@@ -145,13 +160,13 @@ def recorded_launches() -> Iterator[tuple[set[str], set[str]]]:
                 if not name.endswith("_kernel") or getattr(inner, "__module__", module.__name__) != module.__name__:
                     continue
                 known.add(f"{info.name}.{name}")
-                stack.enter_context(mock.patch.object(module, name, _Recorded(kernel, f"{info.name}.{name}", seen)))
+                stack.enter_context(mock.patch.object(module, name, _Recorded(kernel, f"{info.name}.{name}", seen, run)))
         yield known, seen
 
 
-def run_cases(device: str, dtype: torch.dtype) -> set[str]:
-    """Run all; returns the kernels that were not launched."""
-    with recorded_launches() as (known, seen), torch.device(device):
+def run_cases(device: str, dtype: torch.dtype, run: bool = True) -> set[str]:
+    """All cases; returns the kernels that were not launched. Without `run` kernels are not, only what leads to their launches."""
+    with recorded_launches(run) as (known, seen), torch.device(device):
         for name, case in cases(dtype).items():
             case()
             if device != "cpu":

@@ -19,3 +19,30 @@ def one_thread_and_a_seed():
 
 if device := os.environ.get("SSA_TEST_DEVICE"):  # e.g. cuda: runs tests/ops, tests/attention and tests/model there
     torch.set_default_device(device)
+
+
+def varlen_reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """What PyTorch's kernel does on a GPU, document by document; in every one the last query reads the last key."""
+    assert q.ndim == k.ndim == 3 and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q.shape == cu_seq_k.shape
+    assert (cu_seq_q[0], cu_seq_k[0], cu_seq_q[-1], cu_seq_k[-1]) == (0, 0, len(q), len(k)) and window_size[1] == 0
+    outs = []
+    for a, b, c, d in zip(cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], cu_seq_k[1:], strict=True):
+        queries, keys = int(b - a), int(d - c)
+        assert 0 <= queries <= max_q and queries <= keys <= max_k
+        ahead = torch.arange(keys) - (torch.arange(queries)[:, None] + keys - queries)
+        mask = (ahead <= 0) & ((ahead >= -window_size[0]) if window_size[0] >= 0 else True)
+        x, y, z = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        out = torch.nn.functional.scaled_dot_product_attention(x, y, z, attn_mask=mask, scale=scale, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.fixture
+def varlen_calls(monkeypatch):
+    """Dense attention goes the way of a GPU, with the kernel in plain PyTorch; the calls of it."""
+    from ssa.ops import dense
+
+    calls = []
+    monkeypatch.setattr(dense, "_has_varlen", lambda q: True)
+    monkeypatch.setattr(dense.varlen, "varlen_attn", lambda *a, **kw: calls.append(a) or varlen_reference(*a, **kw))
+    return calls

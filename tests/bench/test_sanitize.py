@@ -1,5 +1,6 @@
 """The sanitizer's cases, in Triton's interpreter."""
 
+import ast
 import importlib.util
 from pathlib import Path
 
@@ -23,7 +24,33 @@ def test_launches_are_noted_and_kernels_put_back():
     assert seen == {"align._alignment_kernel", "align._alignment_gradient_kernel"} and align._alignment_kernel is kernel
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_kernel_has_a_case(dtype):
+    """What leads to a launch depends on shapes alone, so that nothing needs to be computed to see it."""
+    assert sanitize.run_cases("cpu", dtype, run=False) == set()
+
+
+def test_a_kernel_without_a_case_is_named(monkeypatch):
+    every = sanitize.cases
+    monkeypatch.setattr(sanitize, "cases", lambda dtype: {"vocabulary": every(dtype)["vocabulary"]})
+    missing = sanitize.run_cases("cpu", torch.float32, run=False)
+    assert "cross_entropy._cross_entropy_kernel" not in missing
+    assert {"select._bound_kernel", "reader_lists._name_kernel", "reader_lists._list_kernel", "span._dq_kernel"} <= missing
+
+
+def test_every_launched_kernel_is_known():
+    """By its name in the sources, so that none escapes by being called otherwise."""
+    launched = {
+        f"{path.stem}.{node.args[1].id}"
+        for path in Path(sanitize.ssa.ops.triton.__path__[0]).glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "launch"
+    }
+    with sanitize.recorded_launches(run=False) as (known, _):
+        assert launched == known
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_kernel_has_a_case():
+def test_the_cases_pass_in_the_interpreter():
     assert sanitize.run_cases("cpu", torch.float32) == set()

@@ -6,19 +6,20 @@ import torch
 from ssa.attention import METHODS
 from ssa.attention.base import AttentionCall
 from ssa.config import Budget
-from ssa.train.context_parallel import _Gathering
+from ssa.ops import dense
+from ssa.train.context_parallel import ContextParallel, _Gathering
 
 
-class Rank:
-    """What `_Gathering` asks of a `ContextParallel`; keys and values of the row are at hand."""
+class Rank(ContextParallel):
+    """One whose keys and values of the whole row are at hand."""
 
-    def __init__(self, rank, ranks, position_BT, plain, row):
-        self.chunks, self.plain, self.row = (rank, 2 * ranks - 1 - rank), plain, row
-        self.position_BT = self.own(position_BT)
+    def __init__(self, rank, ranks, position_BT, plain, row, bounds=False):
+        self.ranks, self.chunks, self.row = ranks, (rank, 2 * ranks - 1 - rank), row
+        self.position_BT, self.plain = self.own(position_BT), plain
+        self.cu_seqlens = self.documents(self.position_BT) if bounds else None
 
     def own(self, x):
-        pieces = x.chunk(4, 1)
-        return torch.cat([pieces[i] for i in self.chunks], 1)
+        return self._own(x)
 
     def gather(self, own):
         assert torch.equal(own, self.own(self.row))
@@ -56,3 +57,37 @@ def test_rows_that_are_called_plain_are_taken_to_be_one_document():
         method = _Gathering(METHODS["full"](), context)
         outs.append(method(*(context.own(x) for x in (q, k, v)), None, AttentionCall("full", Budget(2, 8))).out_BTHD)
     assert not torch.equal(*outs)
+
+
+@pytest.mark.parametrize(("documents", "plain"), [((96,), True), ((96,), False), ((41, 55), False), ((1,) * 20 + (76,), False)])
+def test_full_attention_of_parts_by_variable_length(varlen_calls, monkeypatch, documents, plain):
+    """As on a GPU; bounds of both chunks have one shape, so that both are one compiled graph."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, 96, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    position_BT = torch.cat([torch.arange(n) for n in documents]).expand(2, 96)
+    call = AttentionCall("full", Budget(2, 8), positions_BT=position_BT)
+    method = METHODS["full"]()
+    with monkeypatch.context() as patch:
+        patch.setattr(dense, "_has_varlen", lambda q: False)
+        whole = method(q, k, v, None, call).out_BTHD
+    searches = []
+    monkeypatch.setattr(dense, "cu_seqlens_from_positions", lambda *a: searches.append(a))
+    row = torch.cat([k, v], -1)
+    parts = torch.zeros(())
+    for rank in range(2):
+        context = Rank(rank, 2, position_BT, plain, row, bounds=True)
+        assert context.cu_seqlens.shape == (2, 2, 65 if len(documents) > 16 and rank == 0 else 17)
+        out = _Gathering(method, context)(*(context.own(x) for x in (q, k, v)), None, call).out_BTHD
+        torch.testing.assert_close(out, context.own(whole))
+        parts = parts + out.square().sum()
+    assert len(varlen_calls) == (3 if plain else 4) and not searches  # of plain rows, the first chunk is one causal call
+    for a, b in zip(torch.autograd.grad(parts, (q, k, v)), torch.autograd.grad(whole.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_sharing_holds_bounds_no_longer_than_the_pass():
+    context = Rank(0, 2, torch.arange(32)[None], False, None)
+    bounds = context.documents(context.position_BT)
+    with context.sharing(context.position_BT, bounds):
+        assert context.cu_seqlens is bounds
+    assert context.cu_seqlens is None and context.position_BT is None

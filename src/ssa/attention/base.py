@@ -33,7 +33,7 @@ class AttentionCall:
     padding_BT: Tensor | None = None
     """True where a query is padding, which the alignment loss leaves out."""
     cu_seqlens: Tensor | None = None
-    """int32: where documents begin in the flattened batch of packed rows, beside `positions_BT` (see `ssa.ops.dense_attention`)."""
+    """int32: where documents begin in the flattened batch, beside `positions_BT` (see `ssa.ops.dense_attention`)."""
     impl: str = "auto"
     observer: Callable[[int, AttentionRecord], None] | None = None
 

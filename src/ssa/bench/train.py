@@ -187,11 +187,15 @@ def measure(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ran
     positions = batches[0].get("position_ids", plain_BT).cpu()
     if context is not None:
         batches = [context.part({"position_ids": plain_BT} | rows) for rows in batches]
+        bounds = [context.documents(rows["position_ids"]) for rows in batches]  # which a training loop finds on the CPU
 
     def step(i: int) -> Tensor:
         rows = batches[i % len(batches)]
         stream = stream_of(i, recipe.model.full_ratio) if method == "ssa" else None
-        with contextlib.nullcontext() if context is None else context.sharing(rows["position_ids"], plain=layout == "plain"):
+        shared = None
+        if context is not None:
+            shared = context.sharing(rows["position_ids"], bounds[i % len(bounds)], plain=layout == "plain")
+        with shared or contextlib.nullcontext():
             with autocast:
                 # the other ranks' targets are about as many; what they count exactly does not change what a step costs
                 share, _ = module(rows, stream, _targets(rows) * ranks.world)

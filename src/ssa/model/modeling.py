@@ -162,8 +162,10 @@ class SSAModel(SSAPreTrainedModel):
         positions_BT, padding_BT = _positions(attention_mask, position_ids, x_BTC, past, checked)
         if positions_BT is None or past or padding_BT is not None:
             cu_seqlens = None
-        if positions_BT is not None and not past and cu_seqlens is None and x_BTC.is_cuda:
-            cu_seqlens = cu_seqlens_from_positions(positions_BT)  # once, not in every layer
+        queries = x_BTC.shape[1]
+        if positions_BT is not None and cu_seqlens is None and x_BTC.is_cuda and not (past and queries == 1):
+            # once, not in every layer
+            cu_seqlens = cu_seqlens_from_positions(positions_BT, past + queries if past else None)
         call = self._attention_call(attention_mode, budget, stream, positions_BT, padding_BT, cu_seqlens, observer)
         absolute_BT = positions_BT
         if absolute_BT is None:

@@ -79,7 +79,7 @@ def cu_seqlens_from_positions(positions_BT: Tensor, num_keys: int | None = None)
 
 def _repeat_the_end(starts: Tensor, ends: list[int]) -> Tensor:
     """[sides, documents] -> int32 [sides, n + 1], each side's end in all the rest."""
-    sides, documents = starts.shape
+    documents = starts.shape[1]
     length = max(16, 1 << (documents - 1).bit_length()) + 1
     filled = torch.tensor(ends, dtype=torch.int32).to(starts.device, non_blocking=True)[:, None].repeat(1, length)
     filled[:, :documents] = starts

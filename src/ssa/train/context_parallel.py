@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssa.attention import AttentionCall, MethodOutput
+from ssa.ops.documents import cu_seqlens_from_positions
 
 
 class ContextParallel:
@@ -32,6 +33,7 @@ class ContextParallel:
         self.group, self.ranks = group, ranks
         self.chunks = (rank, 2 * ranks - 1 - rank)
         self.position_BT: Tensor | None = None
+        self.cu_seqlens: Tensor | None = None
         self.plain = False
         for layer in model.model.layers:
             layer.self_attn.method = _Gathering(layer.self_attn.method, self)
@@ -52,17 +54,34 @@ class ContextParallel:
             "targets": self._own(targets),
         }
 
+    def documents(self, position_BT: Tensor) -> Tensor:
+        """Where documents begin in this rank's two chunks, among queries and among keys: int32 [2, 2, n + 1].
+
+        Waits for a GPU: a training loop calls it on the CPU, with the `position_ids` [B, T] of `part`. Both chunks have the same n, of
+        few values, since every pair of sizes compiles anew.
+        """
+        chunk = position_BT.shape[1] // 2
+        bounds = [
+            cu_seqlens_from_positions(own, (number + 1) * chunk)
+            for own, number in zip(position_BT.split(chunk, 1), self.chunks, strict=True)
+        ]
+        length = max(x.shape[1] for x in bounds)
+        return torch.stack([torch.cat([x, x[:, -1:].expand(2, length - x.shape[1])], 1) for x in bounds])
+
     @contextlib.contextmanager
-    def sharing(self, position_BT: Tensor, plain: bool = False) -> Iterator[None]:
+    def sharing(self, position_BT: Tensor, cu_seqlens: Tensor | None = None, plain: bool = False) -> Iterator[None]:
         """The model's inputs are parts of rows, of these positions; around the backward pass, too, which may compute layers again.
 
+        `cu_seqlens`: what `documents` made of the positions, on their device; spares a GPU one wait.
         `plain`: every row is one document, for which attention has faster kernels.
         """
-        self.position_BT, self.plain = position_BT, plain
+        if cu_seqlens is None and not plain and position_BT.is_cuda:
+            cu_seqlens = self.documents(position_BT)  # once, not in every layer
+        self.position_BT, self.cu_seqlens, self.plain = position_BT, cu_seqlens, plain
         try:
             yield
         finally:
-            self.position_BT = None
+            self.position_BT = self.cu_seqlens = None
 
     def gather(self, x_BTKD: Tensor) -> Tensor:
         """[B, T, K, D] of this rank -> [B, S, K, D] of the row, in its order. Differentiable."""
@@ -98,7 +117,8 @@ class _Gathering:
         for i, number in enumerate(context.chunks):
             own, end = slice(i * chunk, (i + 1) * chunk), (number + 1) * chunk
             positions_BT = None if context.plain else context.position_BT[:, own]
-            part = dataclasses.replace(call, positions_BT=positions_BT, cu_seqlens=None)
+            cu_seqlens = None if context.plain or context.cu_seqlens is None else context.cu_seqlens[i]
+            part = dataclasses.replace(call, positions_BT=positions_BT, cu_seqlens=cu_seqlens)
             parts.append(self.method(q[:, own], k[:, :end], v[:, :end], None if gates is None else gates[:, own], part))
         first, second = parts
         indices = None if first.block_indices is None else torch.cat([first.block_indices, second.block_indices], 2)

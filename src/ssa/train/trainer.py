@@ -263,10 +263,12 @@ class _Run:
         from ssa.ops.documents import cu_seqlens_from_positions
 
         pinned = self.device.type == "cuda"
-        if pinned and self.context is None:  # here it costs nothing to find out; on the device the attention layers would wait
-            rows["cu_seqlens"] = cu_seqlens_from_positions(rows["position_ids"])
+        if pinned:  # here it costs nothing to find out; on the device it would have to be waited for
+            find = cu_seqlens_from_positions if self.context is None else self.context.documents
+            rows["cu_seqlens"] = find(rows["position_ids"])
         rows = {name: (x.pin_memory() if pinned else x).to(self.device, non_blocking=True) for name, x in rows.items()}
-        with contextlib.nullcontext() if self.context is None else self.context.sharing(rows["position_ids"]):
+        shared = None if self.context is None else self.context.sharing(rows["position_ids"], rows.get("cu_seqlens"))
+        with shared or contextlib.nullcontext():
             with self.autocast:
                 loss, shares = self.module(rows, stream, targets)
             (loss * self.ranks.world).backward()  # DDP and FSDP average over ranks; shares are to be summed

@@ -27,6 +27,23 @@ def _offsets(b, t, h, stride_b, stride_t, stride_h):
 
 
 @triton.jit
+def _heads(T, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
+    """This program's rows: (batch row, tokens, heads, columns, their places in [B, T, H], which exist, mask of [ROWS, DP])."""
+    b = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t = row // H
+    h = row % H
+    d = tl.arange(0, DP)
+    inside = t < T
+    return b, t, h, d, ((b * T + t) * H + h).to(tl.int64), inside, inside[:, None] & (d < D)[None, :]
+
+
+@triton.jit
+def _read(x, b, t, h, d, x_b, x_t, x_h, mask):
+    return tl.load(x + _offsets(b, t, h, x_b, x_t, x_h)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _difference(full_RD, sparse_RD, gate_R, padding, token_R, inside_R, SCALED: tl.constexpr, PADDED: tl.constexpr):
     """What the losses compare, zero in padded rows whatever is there."""
     difference = full_RD - sparse_RD
@@ -44,21 +61,14 @@ def _alignment_kernel(
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, ALIGN_GATED: tl.constexpr,
     PADDED: tl.constexpr, MAIN_FULL: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t = row // H
-    h = row % H
-    inside = t < T
-    d = tl.arange(0, DP)
-    mask = inside[:, None] & (d < D)[None, :]
-    f = tl.load(full + _offsets(b, t, h, f_b, f_t, f_h)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(sparse + _offsets(b, t, h, s_b, s_t, s_h)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b, t, h, d, own, inside, mask = _heads(T, H, D, DP, ROWS)
+    f = _read(full, b, t, h, d, f_b, f_t, f_h, mask)
+    s = _read(sparse, b, t, h, d, s_b, s_t, s_h, mask)
     gate = tl.zeros([ROWS], tl.float32)
     if GATED:
         gate = tl.load(gates + _offsets(b, t, h, g_b, g_t, g_h), mask=inside, other=0.0).to(tl.float32)
         main = (f if MAIN_FULL else s) * gate[:, None]
-        to = ((b * T + t) * H + h).to(tl.int64) * D
-        tl.store(out + to[:, None] + d[None, :], main.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + own[:, None] * D + d[None, :], main.to(out.dtype.element_ty), mask=mask)
     difference = _difference(f, s, gate, padding, b * T + t, inside, GATED and ALIGN_GATED, PADDED)
     if SMOOTH:
         size = tl.abs(difference)
@@ -75,19 +85,12 @@ def _alignment_gradient_kernel(
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, ALIGN_GATED: tl.constexpr,
     PADDED: tl.constexpr, MAIN_FULL: tl.constexpr, SMOOTH: tl.constexpr, ALIGNED: tl.constexpr, PASSED_ON: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t = row // H
-    h = row % H
-    inside = t < T
-    d = tl.arange(0, DP)
-    mask = inside[:, None] & (d < D)[None, :]
-    f = tl.load(full + _offsets(b, t, h, f_b, f_t, f_h)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(sparse + _offsets(b, t, h, s_b, s_t, s_h)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b, t, h, d, own, inside, mask = _heads(T, H, D, DP, ROWS)
+    f = _read(full, b, t, h, d, f_b, f_t, f_h, mask)
+    s = _read(sparse, b, t, h, d, s_b, s_t, s_h, mask)
     gate = tl.zeros([ROWS], tl.float32)
     if GATED:
         gate = tl.load(gates + _offsets(b, t, h, g_b, g_t, g_h), mask=inside, other=0.0).to(tl.float32)
-    own = ((b * T + t) * H + h).to(tl.int64)
     # gradients of the compared tensors, gated or not, and of the gated main stream
     to_f = tl.zeros([ROWS, DP], tl.float32)
     to_s = tl.zeros([ROWS, DP], tl.float32)
@@ -231,24 +234,17 @@ def _gated_sum_kernel(
     x0, x1, x2, gates, out, T, x0_b, x0_t, x0_h, x1_b, x1_t, x1_h, x2_b, x2_t, x2_h,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t = row // H
-    h = row % H
-    inside = t < T
-    d = tl.arange(0, DP)
-    mask = inside[:, None] & (d < D)[None, :]
-    own = ((b * T + t) * H + h).to(tl.int64)
+    b, t, h, d, own, inside, mask = _heads(T, H, D, DP, ROWS)
     gate = tl.load(gates + own * NUM, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(x0 + _offsets(b, t, h, x0_b, x0_t, x0_h)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = _read(x0, b, t, h, d, x0_b, x0_t, x0_h, mask)
     total = x * gate[:, None]
     if NUM > 1:
         gate = tl.load(gates + own * NUM + 1, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(x1 + _offsets(b, t, h, x1_b, x1_t, x1_h)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = _read(x1, b, t, h, d, x1_b, x1_t, x1_h, mask)
         total += x * gate[:, None]
     if NUM > 2:
         gate = tl.load(gates + own * NUM + 2, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(x2 + _offsets(b, t, h, x2_b, x2_t, x2_h)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = _read(x2, b, t, h, d, x2_b, x2_t, x2_h, mask)
         total += x * gate[:, None]
     tl.store(out + own[:, None] * D + d[None, :], total.to(out.dtype.element_ty), mask=mask)
 
@@ -259,7 +255,7 @@ def _gate_gradient(
     NUM: tl.constexpr,
 ):  # fmt: skip
     gate = tl.load(gates + own * NUM + WHICH, mask=inside, other=0.0).to(tl.float32)
-    x_RD = tl.load(x + _offsets(b, t, h, x_b, x_t, x_h)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    x_RD = _read(x, b, t, h, d, x_b, x_t, x_h, mask)
     to = d_x + _offsets(b, t, h, dx_b, dx_t, dx_h)[:, None] + d[None, :]
     tl.store(to, (d_out_RD * gate[:, None]).to(d_x.dtype.element_ty), mask=mask)
     tl.store(d_gates + own * NUM + WHICH, tl.sum(d_out_RD * x_RD, 1).to(d_gates.dtype.element_ty), mask=inside)
@@ -271,14 +267,7 @@ def _gated_sum_gradient_kernel(
     dx0_b, dx0_t, dx0_h, dx1_b, dx1_t, dx1_h, dx2_b, dx2_t, dx2_h,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t = row // H
-    h = row % H
-    inside = t < T
-    d = tl.arange(0, DP)
-    mask = inside[:, None] & (d < D)[None, :]
-    own = ((b * T + t) * H + h).to(tl.int64)
+    b, t, h, d, own, inside, mask = _heads(T, H, D, DP, ROWS)
     d_out_RD = tl.load(d_out + own[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
     _gate_gradient(
         x0, d_x0, d_out_RD, gates, d_gates, b, t, h, own, d, inside, mask, x0_b, x0_t, x0_h, dx0_b, dx0_t, dx0_h, 0, NUM

@@ -20,13 +20,36 @@ from torch import Tensor
 
 from ssa.ops.triton import key_side
 from ssa.ops.triton.launch import contiguous_rows, launch, operation, plan_of, power_of_two
-from ssa.ops.triton.numerics import LOG2E, natural_log
+from ssa.ops.triton.numerics import LOG2E
+from ssa.ops.triton.online_softmax import softmax_end, softmax_step
 from ssa.ops.triton.reader_lists import reader_lists
 
 SEGMENT = 256
 """Pairs of a work item."""
 PART_BYTES = 1 << 26
 """Partial sums of keys' gradients, and of values', held at once."""
+
+
+@triton.jit
+def _query(
+    q, positions, T, S, q_b, q_t, q_h, R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    PLAIN: tl.constexpr,
+):  # fmt: skip
+    """This program's query: (batch row, who selects, query, heads, columns, their mask, q [GP, DP], position and start of its document)."""
+    t = tl.program_id(0)
+    b = (tl.program_id(1) // R).to(tl.int64)
+    r = tl.program_id(1) % R
+    g = tl.arange(0, GP)
+    d = tl.arange(0, DP)
+    if PLAIN:
+        position = S - T + t
+        start = 0
+    else:
+        position = tl.load(positions + b * T + t).to(tl.int32)
+        start = S - T + t - position
+    mask = (g < G)[:, None] & (d < D)[None, :]
+    rows = q + b * q_b + t.to(tl.int64) * q_t + ((r * G + g).to(tl.int64) * q_h)[:, None]
+    return b, r, t, g, d, mask, tl.load(rows + d[None, :], mask=mask, other=0.0), position, start
 
 
 @triton.jit
@@ -56,23 +79,8 @@ def _forward_kernel(
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     BS: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0)
-    row = tl.program_id(1)
-    b = (row // R).to(tl.int64)
-    r = row % R
+    b, r, t, g, d, tile_mask, q_G, position, start = _query(q, positions, T, S, q_b, q_t, q_h, R, G, GP, D, DP, PLAIN)
     kv = r // (R // K)
-    g = tl.arange(0, GP)
-    d = tl.arange(0, DP)
-    if PLAIN:
-        position = S - T + t
-        start = 0
-    else:
-        position = tl.load(positions + b * T + t).to(tl.int32)
-        start = S - T + t - position
-    tile_mask = (g < G)[:, None] & (d < D)[None, :]
-    q_G = tl.load(
-        q + b * q_b + t.to(tl.int64) * q_t + ((r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=tile_mask, other=0.0
-    )
     query = (b * R + r) * T + t
     peak = tl.full([GP], -1e30, tl.float32)
     total = tl.zeros([GP], tl.float32)
@@ -92,16 +100,9 @@ def _forward_kernel(
         logits = tl.dot(q_G, keys, input_precision=PRECISION) * scale
         if BIAS:
             logits += tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=safe, other=0.0).to(tl.float32)[None, :]
-        logits = tl.where(seen[None, :], logits, -1e30)
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        p = tl.where(seen[None, :], tl.exp2((logits - higher[:, None]) * LOG2E), 0.0)
-        shrink = tl.exp2((peak - higher) * LOG2E)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
-        peak = higher
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, float("-inf"), peak + natural_log(total))
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        peak, total, acc = softmax_step(logits, values, peak, total, acc, PRECISION)
+    acc, lse = softmax_end(peak, total, acc)
     head = (b * T + t) * (R * G) + r * G + g
     tl.store(out + (head * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=tile_mask)
     tl.store(lse_out + head, lse, mask=g < G)
@@ -114,23 +115,8 @@ def _dq_kernel(
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     BS: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, BIAS: tl.constexpr, D_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0)
-    row = tl.program_id(1)
-    b = (row // R).to(tl.int64)
-    r = row % R
+    b, r, t, g, d, tile_mask, q_G, position, start = _query(q, positions, T, S, q_b, q_t, q_h, R, G, GP, D, DP, PLAIN)
     kv = r // (R // K)
-    g = tl.arange(0, GP)
-    d = tl.arange(0, DP)
-    if PLAIN:
-        position = S - T + t
-        start = 0
-    else:
-        position = tl.load(positions + b * T + t).to(tl.int32)
-        start = S - T + t - position
-    tile_mask = (g < G)[:, None] & (d < D)[None, :]
-    q_G = tl.load(
-        q + b * q_b + t.to(tl.int64) * q_t + ((r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=tile_mask, other=0.0
-    )
     head = (b * T + t) * (R * G) + r * G + g
     d_out_G = tl.load(d_out + (head * D)[:, None] + d[None, :], mask=tile_mask, other=0.0)
     out_G = tl.load(out + (head * D)[:, None] + d[None, :], mask=tile_mask, other=0.0)

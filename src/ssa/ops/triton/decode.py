@@ -24,6 +24,7 @@ from torch import Tensor
 from ssa.ops.triton.largest import NOTHING, ordered, take_largest
 from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, operation, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
+from ssa.ops.triton.online_softmax import softmax_end, softmax_step
 
 SEGMENT = 256
 """Blocks that one program ranks."""
@@ -193,16 +194,9 @@ def _attend_kernel(
         logits = tl.dot(q_G, tl.trans(keys), input_precision=PRECISION) * scale
         if BIAS:
             logits += tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=seen, other=0.0).to(tl.float32)[None, :]
-        logits = tl.where(seen[None, :], logits, -1e30)
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        p = tl.where(seen[None, :], tl.exp2((logits - higher[:, None]) * LOG2E), 0.0)
-        shrink = tl.exp2((peak - higher) * LOG2E)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
-        peak = higher
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, float("-inf"), peak + natural_log(total))
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        peak, total, acc = softmax_step(logits, values, peak, total, acc, PRECISION)
+    acc, lse = softmax_end(peak, total, acc)
     # without parts [B, T, H, D], with them [B, T, H, PARTS, D] for `_combine_kernel`
     at = ((b * T + t) * (R * G) + head) * PARTS + part
     tl.store(out + (at * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=tile_mask)

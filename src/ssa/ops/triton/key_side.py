@@ -40,6 +40,13 @@ def _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT: tl.co
 
 
 @triton.jit
+def _place(block, row_blocks, unit, R: tl.constexpr):
+    """(row of block_indices, batch row, who selects, first column) of a block's name."""
+    row = block // row_blocks
+    return row, (row // R).to(tl.int64), row % R, (block % row_blocks) * unit
+
+
+@triton.jit
 def _pair(pair_order, place, mask, WIDE: tl.constexpr):
     """The pair in a place; the kernels divide by it, 64 bits take far longer."""
     pair = tl.load(pair_order + place, mask=mask, other=0)
@@ -63,10 +70,7 @@ def _partial_kernel(
     block, _, _, _, low, high = _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
     if block < 0:
         return
-    row = block // row_blocks
-    first = (block % row_blocks) * unit
-    b = (row // R).to(tl.int64)
-    r = row % R
+    row, b, r, first = _place(block, row_blocks, unit, R)
     kv = (r // (R // K)).to(tl.int64)
     i = tl.arange(0, BSP)
     d = tl.arange(0, DP)
@@ -101,24 +105,31 @@ def _partial_kernel(
         tl.store(part_lse + slot, peak + natural_log(total), mask=real)
 
 
-@triton.jit(do_not_specialize=["span"])
-def _combine_kernel(
-    indices, part_o, part_lse, out, lse_out, T, span, span_length,
-    R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr,
+@triton.jit
+def _queries_of_span(
+    span, span_length, T, R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    BT: tl.constexpr,
 ):  # fmt: skip
-    """A query's partial outputs, weighted by exp(lse of the pair - lse)."""
-    row = tl.program_id(1)
-    b = (row // R).to(tl.int64)
-    r = row % R
+    """This program's rows, each a head of a query: (heads of the group, columns, rows that exist, their mask, their queries' first pair in
+    the span and in all, their places in [B, T, H])."""
+    row = tl.program_id(1).to(tl.int64)
     rows = tl.arange(0, BT * GP)
     g = rows % GP
     d = tl.arange(0, DP)
     local = tl.program_id(0) * BT + rows // GP
     t = span * span_length + local
     real = (local < span_length) & (t < T) & (g < G)
-    mask = real[:, None] & (d < D)[None, :]
-    slot = (row.to(tl.int64) * span_length + local) * M
-    query = (row.to(tl.int64) * T + t) * M
+    head = (row // R * T + t) * (R * G) + row % R * G + g
+    return g, d, real, real[:, None] & (d < D)[None, :], (row * span_length + local) * M, (row * T + t) * M, head
+
+
+@triton.jit(do_not_specialize=["span"])
+def _combine_kernel(
+    indices, part_o, part_lse, out, lse_out, T, span, span_length,
+    R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """A query's partial outputs, weighted by exp(lse of the pair - lse)."""
+    g, d, real, mask, slot, query, head = _queries_of_span(span, span_length, T, R, G, GP, D, DP, M, BT)
     peak = tl.full([BT * GP], -1e30, tl.float32)
     total = tl.zeros([BT * GP], tl.float32)
     acc = tl.zeros([BT * GP, DP], tl.float32)
@@ -135,7 +146,6 @@ def _combine_kernel(
         peak = higher
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    head = (b * T + t) * (R * G) + r * G + g
     tl.store(out + (head * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
     tl.store(lse_out + head, tl.where(empty, float("-inf"), peak + natural_log(total)), mask=real)
 
@@ -153,10 +163,7 @@ def _dkv_kernel(
     block, which, part, segments, low, high = _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
     if block < 0:
         return
-    row = block // row_blocks
-    first = (block % row_blocks) * unit
-    b = (row // R).to(tl.int64)
-    r = row % R
+    row, b, r, first = _place(block, row_blocks, unit, R)
     kv = (r // (R // K)).to(tl.int64)
     i = tl.program_id(1) * BSP + tl.arange(0, BSP)  # keys of a block do not need each other: large ones are cut
     d = tl.arange(0, DP)
@@ -237,10 +244,7 @@ def _add_parts_kernel(
     segments = tl.cdiv(stop - start, SEGMENT)
     if segments < 2:
         return
-    row = block // row_blocks
-    first = (block % row_blocks) * unit
-    b = (row // R).to(tl.int64)
-    r = row % R
+    _, b, r, first = _place(block, row_blocks, unit, R)
     i = tl.arange(0, BSP)
     d = tl.arange(0, DP)
     mask = (i < BS)[:, None] & (d < D)[None, :]
@@ -291,24 +295,13 @@ def _add_dq_kernel(
     indices, part_q, d_q, scale, T, span, span_length,
     R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1)
-    b = (row // R).to(tl.int64)
-    r = row % R
-    rows = tl.arange(0, BT * GP)
-    g = rows % GP
-    d = tl.arange(0, DP)
-    local = tl.program_id(0) * BT + rows // GP
-    t = span * span_length + local
-    real = (local < span_length) & (t < T) & (g < G)
-    slot = (row.to(tl.int64) * span_length + local) * M
-    query = (row.to(tl.int64) * T + t) * M
+    g, d, real, mask, slot, query, head = _queries_of_span(span, span_length, T, R, G, GP, D, DP, M, BT)
     acc = tl.zeros([BT * GP, DP], tl.float32)
     for m in range(M):
         there = real & (tl.load(indices + query + m, mask=real, other=-1) >= 0)
         at = ((slot + m) * G + g) * D
         acc += tl.load(part_q + at[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-    to = ((b * T + t) * (R * G) + r * G + g) * D
-    tl.store(d_q + to[:, None] + d[None, :], (acc * scale).to(d_q.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
+    tl.store(d_q + (head * D)[:, None] + d[None, :], (acc * scale).to(d_q.dtype.element_ty), mask=mask)
 
 
 SPAN_BYTES = 1 << 28  # partial results held at once

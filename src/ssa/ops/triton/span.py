@@ -22,18 +22,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, operation, plan_of, power_of_two
-from ssa.ops.triton.numerics import LOG2E, natural_log
+from ssa.ops.triton.numerics import LOG2E
+from ssa.ops.triton.online_softmax import softmax_end, softmax_step
 
 PROGRAMS = 512  # of the key side, where splitting the readers helps: a few for every multiprocessor
 MOST_PARTS = 32
 
 
 @triton.jit
-def _forward_kernel(
-    q, k, v, low, high, out, lse_out, scale, T, N, q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
-    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _queries(
+    q, low, high, T, N, q_b, q_t, q_h, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BT: tl.constexpr,
 ):  # fmt: skip
+    """This program's tile of queries: (batch row, kv head, columns, rows that exist, their mask, their places in [B, T, H], the spans of
+    keys that they read, q [rows, DP])."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles read the most: start them first
     b = (tl.program_id(1) // K).to(tl.int64)
     kv = tl.program_id(1) % K
@@ -47,9 +49,18 @@ def _forward_kernel(
     stop = tl.load(high + b * T + t, mask=t < T, other=0)
     q_rows = q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h
     q_R = tl.load(q_rows[:, None] + d[None, :], mask=mask, other=0.0)
+    return b, kv, d, real, mask, (b * T + t) * (K * G) + h, start, stop, q_R
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, v, low, high, out, lse_out, scale, T, N, q_b, q_t, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
+    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    b, kv, d, real, mask, own, start, stop, q_R = _queries(q, low, high, T, N, q_b, q_t, q_h, K, G, GP, D, DP, BT)
     k_base = k + b * k_b + kv.to(tl.int64) * k_h
     v_base = v + b * v_b + kv.to(tl.int64) * v_h
-    # below every logit and above the mask: a masked key gets 2^-inf = 0 whether or not the row has seen a key yet
     peak = tl.full([BT * GP], -1e30, tl.float32)
     total = tl.zeros([BT * GP], tl.float32)
     acc = tl.zeros([BT * GP, DP], tl.float32)
@@ -61,16 +72,8 @@ def _forward_kernel(
         seen = (n[None, :] >= start[:, None]) & (n[None, :] < stop[:, None])
         logits = tl.dot(q_R, tl.trans(keys), input_precision=PRECISION) * scale
         logits = tl.where(seen, logits, float("-inf"))
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        p = tl.exp2((logits - higher[:, None]) * LOG2E)
-        shrink = tl.exp2((peak - higher) * LOG2E)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
-        peak = higher
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, float("-inf"), peak + natural_log(total))
-    own = (b * T + t) * (K * G) + h
+        peak, total, acc = softmax_step(logits, values, peak, total, acc, PRECISION)
+    acc, lse = softmax_end(peak, total, acc)
     tl.store(out + (own * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
     tl.store(lse_out + own, lse, mask=real)
 
@@ -81,20 +84,7 @@ def _dq_kernel(
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     D_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = (tl.program_id(1) // K).to(tl.int64)
-    kv = tl.program_id(1) % K
-    row = tl.arange(0, BT * GP)
-    t = tile * BT + row // GP
-    h = kv * G + row % GP
-    real = (t < T) & (row % GP < G)
-    d = tl.arange(0, DP)
-    mask = real[:, None] & (d < D)[None, :]
-    start = tl.load(low + b * T + t, mask=t < T, other=N)
-    stop = tl.load(high + b * T + t, mask=t < T, other=0)
-    q_rows = q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h
-    q_R = tl.load(q_rows[:, None] + d[None, :], mask=mask, other=0.0)
-    own = (b * T + t) * (K * G) + h
+    b, kv, d, real, mask, own, start, stop, q_R = _queries(q, low, high, T, N, q_b, q_t, q_h, K, G, GP, D, DP, BT)
     d_out_R = tl.load(d_out + (own * D)[:, None] + d[None, :], mask=mask, other=0.0)
     out_R = tl.load(out + (own * D)[:, None] + d[None, :], mask=mask, other=0.0)
     # d logits = p * (d_out . v - shift)

@@ -1,0 +1,120 @@
+"""What a run that was interrupted does when it is started again, and what is looked at before one begins."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ssa.config import DataRecipe, ModelRecipe, Recipe, TrainRecipe
+from ssa.errors import UserError
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import evidence
+
+    return evidence
+
+
+@pytest.fixture
+def data(tmp_path):
+    from ssa.data.prepare import prepare
+
+    lines = [json.dumps({"text": "to select is to attend to a few blocks of many" + "." * i}) for i in range(60)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    prepare([tmp_path / "text.jsonl"], tmp_path / "data", workers=1, valid_fraction=0.1, show_progress=False)
+    return tmp_path / "data"
+
+
+def make(data, steps, **changes):
+    model = ModelRecipe(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
+    fields = {"steps": steps, "batch_size": 2, "log_every": 1, "device": "cpu"} | changes
+    return Recipe(model, DataRecipe(str(data), context=16), TrainRecipe(**fields))
+
+
+def test_a_complete_training_is_only_measured(evidence, data, tmp_path, monkeypatch):
+    run, path = tmp_path / "run", tmp_path / "x.json"
+    first = evidence.trained("x", make(data, 2), run, path)
+    assert not evidence.is_measured(path) and [line["step"] for line in first["curve"] if "loss" in line] == [1, 2]
+
+    def fail(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evidence, "train", fail)
+        again = evidence.trained("x", make(data, 2), run, path)
+        assert again == json.loads(path.read_text()) and again["seconds"]["train"] == pytest.approx(
+            first["seconds"]["train"], rel=1e-5
+        )
+        with pytest.raises(AssertionError, match="trained again"):  # the report is of another length
+            evidence.trained("x", make(data, 3), run, path)
+    path.unlink()  # cut off between the last checkpoint and the report
+    assert evidence.trained("x", make(data, 2), run, path)["validation"] == first["validation"]
+
+
+def test_a_checkpoint_is_gone_on_from(evidence, data, tmp_path):
+    run, path = tmp_path / "run", tmp_path / "x.json"
+    whole = evidence.trained("x", make(data, 4, save_every=2), tmp_path / "whole", tmp_path / "whole.json")
+    evidence.trained("x", make(data, 4, save_every=2), run, path)
+    path.unlink()
+    shutil.rmtree(evidence.checkpoint_path(run, 4))
+    report = evidence.trained("x", make(data, 4, save_every=2), run, path)
+    assert report["validation"] == whole["validation"]
+    assert [start["step"] for start in report["environment"]["starts"]] == [0, 2]
+
+
+def test_a_run_of_another_recipe_is_left_alone(evidence, data, tmp_path):
+    run = tmp_path / "run"
+    evidence.trained("x", make(data, 2), run, tmp_path / "x.json")
+    with pytest.raises(UserError, match=r"train\.lr"):
+        evidence.trained("x", make(data, 2, lr=0.5), run, tmp_path / "x.json")
+    assert evidence.find_checkpoints(run) == [evidence.checkpoint_path(run, 2)]
+
+
+def test_a_signal_ends_the_program_before_anything_is_measured(evidence, data, tmp_path, monkeypatch):
+    from ssa.train.trainer import TrainResult
+
+    monkeypatch.setattr(evidence, "train", lambda recipe, run, resume: TrainResult(run, run, 1, None, "SIGTERM"))
+    with pytest.raises(SystemExit, match="stopped by SIGTERM after step 1"):
+        evidence.trained("x", make(data, 2), tmp_path / "run", tmp_path / "x.json")
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "missing"),
+    [("adapt", "model"), ("adapt", "data"), ("adapt", "--wikitext"), ("evidence", "data"), ("evidence", "--wikitext"), ("evidence", "--books")],
+)  # fmt: skip
+def test_files_are_looked_for_before_training(evidence, program, missing, data, tmp_path, monkeypatch):
+    import adapt
+
+    module = {"adapt": adapt, "evidence": evidence}[program]
+    monkeypatch.setattr(module, "trained", lambda *a: pytest.fail("began to train"))
+    there, absent = str(tmp_path / "text.jsonl"), str(tmp_path / "absent.jsonl")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    arguments = [absent if missing == "model" else str(tmp_path / "model")] if program == "adapt" else []
+    arguments += [absent if missing == "data" else str(data), "--out", str(tmp_path / "out"), "--wikitext", there]
+    if missing.startswith("--"):
+        arguments += [missing, absent]
+    monkeypatch.setattr("sys.argv", [program, *arguments])
+    with pytest.raises(UserError, match=r"absent\.jsonl"):
+        module.main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_trained_but_not_measured_is_not_kept(evidence, data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "full.json").write_text(json.dumps({"seconds": {"train": 5.0}}))
+    (tmp_path / "out" / "moba.json").write_text(json.dumps({"seconds": {"train": 5.0}, "figures": {}}))
+    asked = []
+    monkeypatch.setattr(evidence, "trained", lambda name, *a: asked.append(name) or {"seconds": {"train": 5.0}})
+    monkeypatch.setattr(evidence, "measure", lambda *a: {"answer": 42})
+    monkeypatch.setattr(
+        "sys.argv", ["evidence.py", str(data), "--out", str(tmp_path / "out"), "--runs", "full,moba", "--recipe", "tiny"]
+    )
+    assert evidence.main() == 0
+    assert asked == ["full"] and "moba: kept" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "full.json").read_text())["figures"] == {"answer": 42}
