@@ -151,7 +151,7 @@ class TrainRecipe:
     """Compile every decoder layer."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How several ranks share the model: ddp = a copy each; fsdp = parts of weights, gradients and optimizer; hsdp = fsdp within groups of
-    `shard_ranks`, copies across them; auto = ddp where a copy takes less than half of a device, else fsdp."""
+    `shard_ranks`, copies across them; auto = ddp where a copy takes less than a tenth of a device, else fsdp."""
     shard_ranks: int = 0
     """hsdp: ranks in a group; 0 = those of one node."""
     reshard_after_forward: bool = True

@@ -219,7 +219,7 @@ def test_other_rows_a_step_are_refused(outs, make):
         train(make(batch_size=2, steps=STEPS + 1), base / "ddp", resume=True)
 
 
-def test_ranks_that_do_not_fit():
+def test_ranks_that_do_not_fit(monkeypatch):
     from ssa.config import TrainRecipe
     from ssa.errors import UserError
     from ssa.train.distributed import Ranks, open_ranks
@@ -237,6 +237,9 @@ def test_ranks_that_do_not_fit():
     with pytest.raises(UserError, match="shard_ranks = 3 does not divide"):
         shard_ranks(TrainRecipe(shard_ranks=3), two)
     assert resolve_parallel(TrainRecipe(), two, 10) == "ddp"
+    on_gpu = dataclasses.replace(two, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80_000_000_000))
+    assert [resolve_parallel(TrainRecipe(), on_gpu, n) for n in (60_000_000, 1_300_000_000)] == ["ddp", "fsdp"]
     assert resolve_parallel(TrainRecipe(parallel="fsdp"), Ranks(torch.device("cpu")), 10) == "none"
 
 

@@ -17,9 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from ssa.errors import UserError
 from ssa.ops.documents import cu_seqlens_from_positions, document_starts, query_positions, resolve_positions
 
-VARLEN_NAMES_GQA = (
-    "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
-)  # older PyTorch groups heads without being told
+# older PyTorch groups heads without being told
+VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 MASK_ELEMENTS = 1 << 24  # booleans of an explicit mask held at once
 DOCUMENTS_PER_ROW = 4  # up to so many on average, a causal call for each document beats one call with a mask
 

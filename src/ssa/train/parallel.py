@@ -28,7 +28,8 @@ BYTES_A_PARAMETER = 16
 
 
 def resolve_parallel(recipe: TrainRecipe, ranks: Ranks, num_parameters: int) -> str:
-    """ "none" for one rank, else what `recipe.parallel` says; "auto" is "ddp" where a copy takes less than half of a device, else "fsdp"."""
+    """ "none" for one rank, else what `recipe.parallel` says; "auto" is "ddp" where a copy takes less than a tenth of a device, else
+    "fsdp", which takes less memory and is faster with large models (measured at 1.3B parameters)."""
     if ranks.world == 1:
         return "none"
     if recipe.parallel != "auto":
@@ -37,7 +38,7 @@ def resolve_parallel(recipe: TrainRecipe, ranks: Ranks, num_parameters: int) -> 
         return "ddp"
     import torch
 
-    return "ddp" if num_parameters * BYTES_A_PARAMETER < torch.cuda.mem_get_info(ranks.device)[1] / 2 else "fsdp"
+    return "ddp" if num_parameters * BYTES_A_PARAMETER < torch.cuda.mem_get_info(ranks.device)[1] / 10 else "fsdp"
 
 
 def shard_ranks(recipe: TrainRecipe, ranks: Ranks) -> int:
