@@ -82,15 +82,19 @@ def sole_writer(directory: Path, busy: str) -> Iterator[None]:
         OSError: the directory cannot be written.
     """
     path = directory / LOCK
-    with path.open("a") as file:
-        # Its last holder may have removed the file in between: then the lock on it is worth nothing.
-        if not _locked(file) or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise UserError(busy)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                path.unlink()
+    while True:
+        with path.open("a") as file:
+            if not _locked(file):
+                raise UserError(busy)
+            # Its last holder may have removed the file in between: then the lock on it is worth nothing.
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows removes no open file
+                    path.unlink()
+            return
 
 
 def _locked(file: IO[str]) -> bool:

@@ -118,6 +118,7 @@ def ranks_bench(tmp_path, *arguments):
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_model_in_every_way_asked_for(tmp_path):
     data = ranks_bench(tmp_path, "--variants", "ssa", "--sharing", "fsdp-kept,fsdp,ddp")
     assert [(r["variant"], r["ranks"], r["parallel"], r["reshard_after_forward"]) for r in data["rows"]] == [
@@ -132,6 +133,7 @@ def test_two_ranks_share_the_model_in_every_way_asked_for(tmp_path):
     assert data["command"].startswith("torchrun --nproc-per-node 2 -m ssa bench train tiny")
 
 
+@pytest.mark.slow
 def test_two_ranks_share_each_row(tmp_path):
     data = ranks_bench(
         tmp_path, "--variants", "ssa", "--rows", "plain,packed", "--train.context-parallel", "2", "--sharing", "ddp"

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +28,11 @@ def test_the_text_of_a_run_is_what_its_recipe_names_else_what_it_prepared_itself
     assert run_data(run) == own
     prepared(corpus)
     assert run_data(checkpoint) == corpus  # a run started from another one's directory may hold old shards beside it
+
+
+def test_a_checkpoint_is_recognised_from_inside(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    monkeypatch.chdir(checkpoint)
+    assert run_home(".").resolve() == (tmp_path / "run").resolve()
+    assert run_home("elsewhere") == Path("elsewhere")

@@ -32,7 +32,9 @@ def compiled(capability: int, *words: str) -> dict:
     return report
 
 
-@pytest.mark.parametrize("capability", [89, 90])  # the least shared memory, and the GPU that is tuned for
+@pytest.mark.parametrize(
+    "capability", [89, pytest.param(90, marks=pytest.mark.slow)]
+)  # the least shared memory, and the GPU that is tuned for
 def test_the_main_kernels_compile(capability):
     kernels = set(compiled(capability)["shared"])
     assert {

@@ -1,5 +1,6 @@
 """Which way operations are called: past PyTorch's dispatcher, unless something looks at them."""
 
+import inspect
 import os
 
 import pytest
@@ -108,3 +109,55 @@ def test_plans_are_for_one_layout():
     assert all(plan_of(*other, "forward") is not plan for other in others)
     assert plan_of(x, None, "backward") is not plan
     assert plan_of(x.flatten()[1:], None, "forward") is None  # binaries may count on multiples of 16 bytes
+
+
+def test_plans_fix_what_binaries_depend_on(monkeypatch):
+    """Calls that share a plan and their options differ in nothing else that Triton compiles for: types, and which integers are 1, multiples
+    of 16 or long. Shapes and everything that decides how work is cut are varied."""
+    import importlib
+
+    modules = {
+        n: importlib.import_module(f"ssa.ops.triton.{n}") for n in ("block_sparse", "key_side", "reader_lists", "select", "decode", "span", "align")
+    }  # fmt: skip
+    seen, calls = {}, []
+
+    def kind(x):
+        if isinstance(x, torch.Tensor):
+            return x.dtype
+        return (x == 1, x % 16 == 0, abs(x) >= 2**31) if isinstance(x, int) else type(x)
+
+    def record(plan, kernel, grid, *args, **options):
+        if plan is None:
+            return
+        calls.append(kernel)
+        names = list(inspect.signature(kernel.fn).parameters)
+        free = (kernel.kwargs["do_not_specialize"] if hasattr(kernel, "kwargs") else kernel.do_not_specialize) or ()
+        kinds = tuple(kind(x) for name, x in zip(names, args, strict=False) if name not in free)
+        plans.append(plan)  # alive, so that its id stays its own
+        key = (id(plan), id(kernel), tuple(sorted(options.items())))
+        assert seen.setdefault(key, kinds) == kinds, f"{kernel}: {seen[key]} and {kinds}"
+
+    plans = []
+    for module in modules.values():
+        monkeypatch.setattr(module, "launch", record, raising=False)
+    tuned = {
+        "block_sparse": {"SEGMENT": 16, "PART_BYTES": 1}, "key_side": {"SPAN_BYTES": 1, "BLOCK_BYTES": 0},
+        "decode": {"SEGMENT": 16, "PART_KEYS": 16, "RANKING_WARPS": 2}, "span": {"PROGRAMS": 1, "MOST_PARTS": 1},
+    }  # fmt: skip
+    settings = [(None, None, None), *((m, n, v) for m, names in tuned.items() for n, v in names.items())]
+    for tokens, block in ((160, 4), (160, 16), (96, 16)):
+        q, k, v = random_qkv(1, tokens, tokens, 2, 2, 16, dtype=torch.float16)
+        for module, name, value in settings:
+            with monkeypatch.context() as patch:
+                if module:
+                    patch.setattr(modules[module], name, value)
+                index = torch.zeros(1, 2, tokens, 2, dtype=torch.int32)
+                modules["select"].select_blocks(q.detach(), k.detach()[:, ::block].contiguous(), None, None, tokens, block, 2, "group", "softmax", "exact", 0.25)  # fmt: skip
+                out, _ = modules["block_sparse"].block_sparse_attention(q, k, v, index, None, None, block, 0.25)
+                torch.autograd.grad(out.sum(), (q, k, v))
+                low = torch.zeros(1, tokens, dtype=torch.int32)
+                out, _ = modules["span"].span_attention(q, k, v, low, low + 1, 0.25)
+                torch.autograd.grad(out.sum(), (q, k, v))
+                lengths = torch.tensor([tokens])
+                modules["decode"].decode_attention(q.detach()[:, :1], k.detach(), v.detach(), k.detach()[:, ::block].contiguous(), lengths, None, None, block, 2, "group", "softmax", "exact", 0.25)  # fmt: skip
+    assert len(set(map(id, calls))) >= 12

@@ -255,6 +255,10 @@ def test_directories_that_are_not_free(recipe, tmp_path):
         train(recipe(steps=1), out, resume=True)
     assert train(recipe(steps=1, lr=0.5), out, overwrite=True).step == 1
     assert [p.name for p in find_checkpoints(out)] == ["step-00000001"]
+    for change in ({"init_from": str(out)}, {"init_from": str(out / "checkpoints" / "step-00000001")}):
+        with pytest.raises(UserError, match="which --overwrite would empty"):
+            train(dataclasses.replace(recipe(), model=dataclasses.replace(recipe().model, **change)), out, overwrite=True)
+    assert [p.name for p in find_checkpoints(out)] == ["step-00000001"]
     foreign = tmp_path / "home"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")

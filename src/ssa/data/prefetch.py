@@ -26,7 +26,7 @@ class Prefetcher:
     ) -> None:
         """`device`: a CUDA device for which batches are to be in pinned memory, so that copies to it run beside its work."""
         self._batch, self._next, self._last = batch, first, last
-        self._pinned_for = device if device is not None and device.type == "cuda" else None
+        self._pinned_for = _with_index(device) if device is not None and device.type == "cuda" else None
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(max(1, depth))
         self._stopped = threading.Event()
         self._waited = 0.0
@@ -73,8 +73,7 @@ class Prefetcher:
             if self._pinned_for is not None:
                 import torch
 
-                if self._pinned_for.index is not None:  # of this thread; pinning would otherwise open a context on the first one
-                    torch.cuda.set_device(self._pinned_for)
+                torch.cuda.set_device(self._pinned_for)  # of this thread; pinning would otherwise open a context on the first one
             while step < self._last and not self._stopped.is_set():
                 batch = self._batch(step)
                 if self._pinned_for is not None:
@@ -83,3 +82,10 @@ class Prefetcher:
                 step += 1
         except BaseException as error:
             self._queue.put(error)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """The caller's current device where `device` names none: another thread has another."""
+    import torch
+
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,5 +72,11 @@ def _alone(path: Path) -> Iterator[None]:
         with contextlib.suppress(ImportError):  # a system without it has no torchrun of several ranks to wait for either
             import fcntl
 
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:  # a file system without locks: what is measured is worth more than the risk
+                print(
+                    f"ssa: warning: {lock.name} cannot be locked ({error.strerror}): let one process at a time write there",
+                    file=sys.stderr,
+                )
         yield

@@ -15,9 +15,9 @@ DEFAULT_CONTEXT = 2048
 
 def run_home(run: Path | str) -> Path:
     """The run directory that a checkpoint in it belongs to; any other directory is its own."""
-    path = Path(run)
+    path = Path(run).absolute()
     inside = path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name)
-    return path.parent.parent if inside else path
+    return path.parent.parent if inside else Path(run)
 
 
 def run_recipe(run: Path | str) -> Recipe | None:

@@ -33,15 +33,29 @@ def check_inputs(recipe: Recipe, out: Path, overwrite: bool) -> None:
     """Complain about input that is not there, or cannot be sent where it should go, before a run has deleted or written anything.
 
     Raises:
-        UserError: `data.path`, `data.tokenizer`, `model.init_from` or the package of `train.track` is not there.
+        UserError: `data.path`, `data.tokenizer`, `model.init_from` or the package of `train.track` is not there, or `overwrite` would
+            delete what the recipe reads.
     """
     from ssa.data.shards import INDEX
     from ssa.data.sources import expand_inputs
     from ssa.data.tokenizer import load_tokenizer
     from ssa.train.checkpoint import resolve_checkpoint
+    from ssa.train.run_directory import is_own
     from ssa.train.sinks import check_sink
 
     check_sink(recipe.train.track)
+    if overwrite:
+        sources = {
+            "data.path": recipe.data.path,
+            "data.tokenizer": recipe.data.tokenizer,
+            "model.init_from": recipe.model.init_from,
+        }
+        sources |= {f"data.mixture, {path}": path for path in recipe.data.mixture}
+        for name, source in sources.items():
+            if source and Path(source).exists() and is_own(out, Path(source)):
+                raise UserError(
+                    f"{name} = {source!r} lies in {out}, which --overwrite would empty; name another directory with --out"
+                )
     if recipe.model.init_from:
         resolve_checkpoint(recipe.model.init_from)
     if not _is_prepared(Path(recipe.data.path)) and (overwrite or not (out / "data" / INDEX).is_file()):

@@ -74,6 +74,12 @@ def open_run(out: Path, recipe: Recipe, resume: bool = False, overwrite: bool = 
         yield
 
 
+def is_own(out: Path, path: Path) -> bool:
+    """Whether `path` is the run directory `out` or lies in what `overwrite` deletes of it."""
+    path, home = path.resolve(), out.resolve()
+    return path == home or any(path.is_relative_to(home / name) for name in _OWN)
+
+
 def check_resumable(old: Recipe, new: Recipe) -> None:
     """Refuse, naming the field, a recipe that differs from the run's in more than the `RESUMABLE` fields."""
     before, after = old.to_dict(), new.to_dict()

@@ -354,4 +354,7 @@ gated_sum_forward.register_autograd(_sum_gradients, setup_context=_sum_context)
 
 def gated_sum(branches_BTHD: list[Tensor], gates_BTHn: Tensor) -> Tensor:
     """See `ssa.ops.gated_sum`."""
-    return gated_sum_forward(branches_BTHD, gates_BTHn)
+    if torch.compiler.is_compiling():
+        return gated_sum_forward(branches_BTHD, gates_BTHn)
+    with torch.cuda.device_of(gates_BTHn):  # where Triton launches
+        return gated_sum_forward(branches_BTHD, gates_BTHn)

@@ -181,7 +181,7 @@ def _run_forward(
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
     shape = _geometry(q, k, block_indices)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_bias_strides(bias))
-    plan = plan_of(q, k, v, block_indices, positions, bias, block_size, "forward", SEGMENT, key_side.SPAN_BYTES)
+    plan = plan_of(q, k, v, block_indices, positions, bias, block_size, "forward", SEGMENT, *key_side.limits())
     if _from_the_key_side(q, shape, block_size, k.shape[1]):
         span = key_side.span_length(batch, queries, shape, q.element_size())
         lists = reader_lists(plan, block_indices, positions, k.shape[1], block_size, span, SEGMENT)
@@ -251,7 +251,7 @@ def _run_backward(
         "backward",
         SEGMENT,
         PART_BYTES,
-        key_side.SPAN_BYTES,
+        *key_side.limits(),
     )
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     all_from_keys = _from_the_key_side(q, shape, block_size, keys)

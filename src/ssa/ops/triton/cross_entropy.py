@@ -45,8 +45,9 @@ def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(4096, power_of_two(vocabulary))
-    launch(
-        plan_of(logits, targets), _cross_entropy_kernel, (rows,), logits, targets, losses, vocabulary, logits.stride(0), BV=block,
-        num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):  # where Triton launches
+        launch(
+            plan_of(logits, targets), _cross_entropy_kernel, (rows,), logits, targets, losses, vocabulary, logits.stride(0), BV=block,
+            num_warps=8,
+        )  # fmt: skip
     return losses, logits

@@ -47,13 +47,6 @@ def _place(block, row_blocks, unit, R: tl.constexpr):
 
 
 @triton.jit
-def _pair(pair_order, place, mask, WIDE: tl.constexpr):
-    """The pair in a place; the kernels divide by it, 64 bits take far longer."""
-    pair = tl.load(pair_order + place, mask=mask, other=0)
-    return pair if WIDE else pair.to(tl.int32)
-
-
-@triton.jit
 def _last_query(pair_order, stop, M: tl.constexpr, T):
     """The last query of a list; the pairs of a list are in the order of their queries."""
     return (tl.load(pair_order + stop - 1) // M % T).to(tl.int32)
@@ -64,7 +57,7 @@ def _partial_kernel(
     q, k, v, bias, pair_order, table, counts, item_list, part_o, part_lse, scale, T, S,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, span_length, num_blocks, row_blocks, unit, span_items,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Normalised output and lse of every pair of a block, [pairs of the span, G, D] and [pairs of the span, G]."""
     block, _, _, _, low, high = _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
@@ -86,7 +79,7 @@ def _partial_kernel(
     for c in range(low, high, BP):
         e = c + rows // GP
         real = (e < high) & (g < G)
-        pair = _pair(pair_order, e, e < high, WIDE)
+        pair = tl.load(pair_order + e, mask=e < high, other=0).to(tl.int32)  # it is divided: 64 bits take far longer
         t = (pair // M % T).to(tl.int64)
         mask = real[:, None] & (d < D)[None, :]
         q_P = tl.load(q + b * q_b + (t * q_t + (r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
@@ -155,7 +148,7 @@ def _dkv_kernel(
     q, k, v, d_out, lse_in, shift_in, bias, pair_order, table, counts, item_list, d_k, d_v, d_b, part_k, part_v,
     part_b, part_q, scale, T, S, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, span_length, num_blocks, row_blocks, unit, span_items,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr,
+    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block's gradients from one segment of its readers; with DQ also every pair's part of its query's gradient. ADD: onto
@@ -181,7 +174,7 @@ def _dkv_kernel(
     g = rows % GP
     for c in range(low, high, BP):
         e = c + rows // GP
-        pair = _pair(pair_order, e, e < high, WIDE)
+        pair = tl.load(pair_order + e, mask=e < high, other=0).to(tl.int32)  # it is divided: 64 bits take far longer
         t = (pair // M % T).to(tl.int64)
         real = (e < high) & (g < G)
         mask = real[:, None] & (d < D)[None, :]
@@ -313,6 +306,11 @@ TILES = {  # rows of a tile, warps, stages
 }
 
 
+def limits() -> tuple[int, ...]:
+    """What decides, beside the arguments, how the work is cut."""
+    return SPAN_BYTES, BLOCK_BYTES
+
+
 def span_length(batch: int, queries: int, shape: dict[str, Any], itemsize: int) -> int:
     """Queries whose partial results fit into SPAN_BYTES, a multiple of 64."""
     per_query = batch * shape["R"] * shape["M"] * shape["G"] * shape["D"] * itemsize
@@ -342,7 +340,7 @@ def forward(
             q, k, v, bias, lists.pair_order, lists.table, lists.counts, lists.item_list, part_o, part_lse, scale, queries,
             k.shape[1], *strides, span, lists.span, lists.num_blocks, lists.row_blocks, lists.unit, lists.span_items, BS=block_size,
             BSP=max(16, power_of_two(block_size)), BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
-            WIDE=lists.pair_order.numel() >= 2**31, BIAS=bias is not None, num_warps=warps, num_stages=stages, **shape,
+            BIAS=bias is not None, num_warps=warps, num_stages=stages, **shape,
         )  # fmt: skip
         launch(
             plan, _combine_kernel, (ceil_div(lists.span, few), batch * shape["R"]), block_indices, part_o, part_lse, out, lse,
@@ -380,7 +378,7 @@ def backward(
             q, k, v, d_out, lse, shift, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
             d_k, d_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, lists.span, lists.num_blocks,
             lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
-            WIDE=lists.pair_order.numel() >= 2**31, BIAS=bias is not None, DQ=part_q is not None, ADD=lists.spans > 1, num_warps=warps, num_stages=stages, **shape,
+            BIAS=bias is not None, DQ=part_q is not None, ADD=lists.spans > 1, num_warps=warps, num_stages=stages, **shape,
         )  # fmt: skip
         launch(
             plan, _add_parts_kernel, (lists.num_blocks,),

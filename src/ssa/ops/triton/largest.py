@@ -24,6 +24,7 @@ def take_largest(value, count, hint):
 
     The threshold is found by a search with three trials a round, between a value that enough entries reach and the maximum.
     """
+    X: tl.constexpr = value.shape[0]
     valid = value != NOTHING
     reached = tl.sum(valid.to(tl.int32), 0)
     low = tl.full([], -2147483647, tl.int32)
@@ -40,9 +41,13 @@ def take_largest(value, count, hint):
             a = low + step
             b = tl.minimum(a, high - step) + step
             c = tl.minimum(b, high - step) + step
-            two = tl.sum((value >= a).to(tl.int32) + ((value >= b).to(tl.int32) << 16), 0)
-            reach_a = two & 0xFFFF
-            reach_b = two >> 16
+            if X < 32768:  # two counts fit into one sum
+                two = tl.sum((value >= a).to(tl.int32) + ((value >= b).to(tl.int32) << 16), 0)
+                reach_a = two & 0xFFFF
+                reach_b = two >> 16
+            else:
+                reach_a = tl.sum((value >= a).to(tl.int32), 0)
+                reach_b = tl.sum((value >= b).to(tl.int32), 0)
             reach_c = tl.sum((value >= c).to(tl.int32), 0)
             if reach_c >= count:
                 low = c

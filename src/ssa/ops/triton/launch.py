@@ -31,7 +31,7 @@ def operation(
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """A function that calls `body` as it is where only autograd looks, and as the custom operator `op` wherever compilers, fake tensors,
-    selective checkpointing, profilers of operations or tensor subclasses want to see it.
+    selective checkpointing, other dispatch modes (FlopCounterMode) or tensor subclasses want to see it.
 
     `setup_context`, `backward`: as for `op.register_autograd`, which is done here.
     """
@@ -108,7 +108,7 @@ def plan_of(*what: Any) -> Plan | None:
             key.append(x)
     found = _plans.get(tuple(key))
     if found is None:
-        if len(_plans) == _MOST_PLANS:  # of a program whose shapes never repeat
+        if len(_plans) >= _MOST_PLANS:  # of a program whose shapes never repeat
             _plans.clear()
         found = _plans[tuple(key)] = {}
     return found

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssa.errors import UserError
 from ssa.ops.triton.launch import Plan, ceil_div, launch
 
 _NAMES = 1024
@@ -53,6 +54,10 @@ def reader_lists(
     """`block_indices` int32 [B, R, T, M] contiguous; `positions` int64 [B, T] contiguous, None = plain rows."""
     batch, selectors, queries, selected = block_indices.shape
     device, pairs = block_indices.device, block_indices.numel()
+    if pairs >= 2**31:
+        raise UserError(
+            f"block_indices {tuple(block_indices.shape)} holds {pairs:,} entries, the kernels take less than 2^31: split the batch"
+        )
     # documents start anywhere: there a block is named by its first column
     row_blocks, unit = (-(-keys // block_size), block_size) if positions is None else (keys, 1)
     num_blocks = batch * selectors * row_blocks
@@ -138,7 +143,7 @@ def _first(name, value, pairs, steps):
     low = tl.zeros_like(value)
     high = low + pairs
     for _ in range(steps):
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         below = tl.load(name + middle, mask=middle < high, other=0).to(tl.int32) < value
         low = tl.where(below & (middle < high), middle + 1, low)
         high = tl.where(below, high, middle)

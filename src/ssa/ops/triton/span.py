@@ -217,7 +217,7 @@ def _run_backward(
         d_out.contiguous(),
     )
     d_lse = None if d_lse is None else d_lse.contiguous()
-    plan = plan_of(q, k, v, low, high, out, lse, d_out, d_lse, "backward")
+    plan = plan_of(q, k, v, low, high, out, lse, d_out, d_lse, "backward", PROGRAMS, MOST_PARTS)
     shape = _geometry(q, k, True)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     shift = torch.empty_like(lse)
