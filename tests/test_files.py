@@ -43,6 +43,21 @@ def test_a_lock_on_a_file_that_is_gone_is_worth_nothing(tmp_path, monkeypatch):
         pass
 
 
+def test_a_lock_file_that_goes_once_is_made_again(tmp_path, monkeypatch):
+    tries = []
+
+    def late(file, lock=files._locked):
+        if not tries:
+            (tmp_path / LOCK).unlink()
+        tries.append(file)
+        return lock(file)
+
+    monkeypatch.setattr(files, "_locked", late)
+    with sole_writer(tmp_path, "busy"):
+        assert (tmp_path / LOCK).is_file()
+    assert len(tries) == 2
+
+
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
     import errno
     import fcntl

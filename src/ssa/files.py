@@ -82,10 +82,10 @@ def sole_writer(directory: Path, busy: str) -> Iterator[None]:
         OSError: the directory cannot be written.
     """
     path = directory / LOCK
-    while True:
+    for _ in range(100):  # holders who come and go
         with path.open("a") as file:
             if not _locked(file):
-                raise UserError(busy)
+                break
             # Its last holder may have removed the file in between: then the lock on it is worth nothing.
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 continue
@@ -95,6 +95,7 @@ def sole_writer(directory: Path, busy: str) -> Iterator[None]:
                 with contextlib.suppress(OSError):  # Windows removes no open file
                     path.unlink()
             return
+    raise UserError(busy)
 
 
 def _locked(file: IO[str]) -> bool:
