@@ -6,7 +6,7 @@ import pytest
 
 from ssa import files
 from ssa.errors import UserError
-from ssa.files import LOCK, sole_writer
+from ssa.files import LOCK, sole_writer, writer_in_turn
 
 HOLD = """
 import sys
@@ -66,7 +66,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", missing)
-    with sole_writer(tmp_path, "busy"):
+    with sole_writer(tmp_path, "busy"), writer_in_turn(tmp_path):
         pass
     assert "cannot be locked (No locks available): let one process at a time write there" in capsys.readouterr().err
 

@@ -98,19 +98,32 @@ def sole_writer(directory: Path, busy: str) -> Iterator[None]:
     raise UserError(busy)
 
 
-def _locked(file: IO[str]) -> bool:
+@contextlib.contextmanager
+def writer_in_turn(directory: Path) -> Iterator[None]:
+    """Wait until nobody else holds the directory this way, and hold it: for a moment, to read a file and write it anew. A file `LOCK` stays.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    with (directory / LOCK).open("a") as file:
+        while not _locked(file, wait=True):  # Windows waits for ten seconds only
+            pass
+        yield
+
+
+def _locked(file: IO[str], wait: bool = False) -> bool:
     if sys.platform == "win32":
         import msvcrt
 
         try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
         except OSError:
             return False
         return True
     import fcntl
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -14,7 +14,7 @@ from ssa.eval import choices, loglikelihood, scored
 from ssa.eval.evaluate import evaluate
 from ssa.eval.loglikelihood import Score, encode_pairs, log_likelihoods
 from ssa.eval.questions import CHOICE_TASKS, is_right, read_questions
-from ssa.eval.results import add_results, read_results
+from ssa.eval.results import add_results, read_results, result_key
 from ssa.eval.tasks import PAPER_SHOTS, parse_shots, parse_tasks
 from ssa.infer.load import load_model
 
@@ -275,3 +275,16 @@ def test_parsing():
     for wrong in ("-1", "piqa", "piqa=3,piqa=4", "3,piqa=3", "piqa=x"):
         with pytest.raises(UserError, match="neither a number"):
             parse_shots(wrong)
+
+
+def test_gaps_count_what_another_rank_wrote_meanwhile(tmp_path):
+    """`finish` sees every budget that is in the file when it is this one's turn."""
+    path = tmp_path / "perplexity.json"
+    add_results(path, {"setting": {}, "budgets": {"full": {"nats_per_token": 2.0}}})
+    entry = add_results(
+        path,
+        {"setting": {}, "budgets": {"4x16": {"nats_per_token": 3.0}}},
+        lambda budgets: {n: {**f, "all": sorted(budgets)} for n, f in budgets.items()},
+    )
+    assert entry["budgets"] == read_results(path)["results"][result_key({})]["budgets"]
+    assert all(figures["all"] == ["4x16", "full"] for figures in entry["budgets"].values())

@@ -11,13 +11,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ssa.errors import UserError
-from ssa.files import write_atomically
+from ssa.files import write_atomically, writer_in_turn
 
 FORMAT = 1
 
@@ -44,39 +43,27 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
-def add_results(path: Path, entry: dict[str, Any]) -> dict[str, Any]:
+def add_results(
+    path: Path, entry: dict[str, Any], finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Put `entry` (with "setting" and "budgets") into the file and return it together with the budgets that were there.
 
-    Ranks, or evaluations of one run that go on at the same time, wait for each other here.
+    Ranks, or evaluations of one run that go on at the same time, wait for each other here. `finish`: what to make of all the
+    entry's budgets before they are written.
     """
-    with _alone(path):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        turn = contextlib.ExitStack()
+        turn.enter_context(writer_in_turn(path.parent))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    with turn:
         content = read_results(path)
         key = result_key(entry["setting"])
         before = content["results"].get(key, {"budgets": {}})
-        entry = {**entry, "budgets": {**before["budgets"], **entry["budgets"]}}
+        budgets = {**before["budgets"], **entry["budgets"]}
+        entry = {**entry, "budgets": finish(budgets) if finish else budgets}
         content["results"][key] = entry
         content["latest"] = key
         write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     return entry
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold `.lock` beside the file: between reading and writing it nobody else may write."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = (path.parent / ".lock").open("a")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    with lock:
-        with contextlib.suppress(ImportError):  # a system without it has no torchrun of several ranks to wait for either
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError as error:  # a file system without locks: what is measured is worth more than the risk
-                print(
-                    f"ssa: warning: {lock.name} cannot be locked ({error.strerror}): let one process at a time write there",
-                    file=sys.stderr,
-                )
-        yield

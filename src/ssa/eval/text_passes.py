@@ -225,8 +225,11 @@ def _perplexity_figures(measured: Perplexity, seconds: float) -> dict[str, Any]:
 
 def _with_gaps(path: Path, entry: Entry) -> Entry:
     """Add the entry to the file, with every budget's distance in nats per token to full attention, once that is known."""
-    earlier = read_results(path)["results"].get(result_key(entry["setting"]), {"budgets": {}})["budgets"]
-    budgets = {**earlier, **entry["budgets"]}
-    if full := budgets.get("full"):
-        budgets = {n: {**f, "gap_to_full": f["nats_per_token"] - full["nats_per_token"]} for n, f in budgets.items()}
-    return add_results(path, {**entry, "budgets": budgets})
+
+    def gaps(budgets: dict[str, Any]) -> dict[str, Any]:
+        full = budgets.get("full")
+        if not full:
+            return budgets
+        return {n: {**f, "gap_to_full": f["nats_per_token"] - full["nats_per_token"]} for n, f in budgets.items()}
+
+    return add_results(path, entry, gaps)

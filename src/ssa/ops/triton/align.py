@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, operation, plan_of, power_of_two
+from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, plan_of, power_of_two
+from ssa.ops.triton.operation import operation
 
 TILE_ELEMENTS = 2048
 

@@ -19,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton import key_side
-from ssa.ops.triton.launch import contiguous_rows, launch, operation, plan_of, power_of_two
+from ssa.ops.triton.launch import contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E
 from ssa.ops.triton.online_softmax import softmax_end, softmax_step
+from ssa.ops.triton.operation import operation
 from ssa.ops.triton.reader_lists import reader_lists
 
 SEGMENT = 256

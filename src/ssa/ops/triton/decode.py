@@ -22,9 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton.largest import NOTHING, ordered, take_largest
-from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, operation, plan_of, power_of_two
+from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.online_softmax import softmax_end, softmax_step
+from ssa.ops.triton.operation import operation
 
 SEGMENT = 256
 """Blocks that one program ranks."""

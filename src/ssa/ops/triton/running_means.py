@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import launch, operation, plan_of, power_of_two
+from ssa.ops.triton.launch import launch, plan_of, power_of_two
+from ssa.ops.triton.operation import operation
 
 
 @triton.jit

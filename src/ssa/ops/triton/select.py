@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton.largest import NOTHING, ordered, take_largest
-from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, operation, plan_of, power_of_two
+from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E
+from ssa.ops.triton.operation import operation
 
 _SAFE_BOUND = tl.constexpr(110.0)
 FINE_CHUNKS = 2048  # up to so many blocks, chunks of 4 leave fewer candidates to score again than chunks of 8

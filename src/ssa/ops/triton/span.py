@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, operation, plan_of, power_of_two
+from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E
 from ssa.ops.triton.online_softmax import softmax_end, softmax_step
+from ssa.ops.triton.operation import operation
 
 PROGRAMS = 512  # of the key side, where splitting the readers helps: a few for every multiprocessor
 MOST_PARTS = 32
