@@ -32,6 +32,7 @@ from ssa.ops import (
 )
 from ssa.ops.cross_entropy import linear_cross_entropy
 from ssa.ops.running_means import extend_block_means
+from ssa.ops.triton import decode as decode_kernels
 from ssa.ops.triton import key_side
 
 shared: dict[str, int] = {}
@@ -134,6 +135,7 @@ def main(capability: int, everything: bool) -> None:
     driver.set_active(StandIn(capability))
     JITFunction.run = compile_only()
     implementations._triton_missing = lambda kind: None
+    decode_kernels.launches_early = lambda x: capability >= 90
     sparse(32, 2, 64, 16, 16)
     decode(32, 2, 64, 16, 16, columns=131072)
     running_means(2, 64)
@@ -142,6 +144,7 @@ def main(capability: int, everything: bool) -> None:
     if everything:
         nsa(32, 2, 64, 16)
         alignment(32, 64)
+        sparse(32, 2, 64, 16, 16, tokens=16384)  # chunks of several blocks
         with patch.object(key_side, "SPAN_BYTES", 1):  # in spans, whose gradients add up
             sparse(8, 2, 128, 16, 64, tokens=2048, packed=True, bias=True)
         decode(8, 2, 128, 64, 32, columns=8192, queries=2)

@@ -14,13 +14,15 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and not device.startswith("cuda"), reason="with a GPU at hand the kernels are tested there"
 )
 
-# B, T, S, K, block size, k, span, segment, positions
+# B, T, S, K, block size, k, queries and rows of a span, segment, positions
 CASES = {
-    "plain": (2, 50, 60, 2, 8, 4, 50, 16, None),
-    "spans": (1, 64, 64, 2, 8, 4, 16, 8, None),
-    "one long list": (1, 70, 70, 1, 70, 1, 70, 4, None),
-    "documents": (1, 40, 40, 1, 8, 3, 13, 8, document_positions([17, 1, 22])),
-    "more lists than a program takes": (1, 300, 300, 1, 1, 2, 300, 4, None),
+    "plain": (2, 50, 60, 2, 8, 4, (50, 4), 16, None),
+    "spans": (1, 64, 64, 2, 8, 4, (16, 2), 8, None),
+    "spans of single rows": (2, 40, 40, 2, 8, 4, (16, 1), 8, None),
+    "spans of two rows": (2, 40, 44, 2, 8, 4, (40, 2), 8, None),
+    "one long list": (1, 70, 70, 1, 70, 1, (70, 1), 4, None),
+    "documents": (1, 40, 40, 1, 8, 3, (13, 1), 8, document_positions([17, 1, 22])),
+    "more lists than a program takes": (1, 300, 300, 1, 1, 2, (300, 1), 4, None),
 }
 
 
@@ -42,7 +44,9 @@ def test_every_pair_is_in_the_list_of_its_block(case):
         start = 0 if positions is None else keys - queries + t - int(positions[row // heads, t])
         if block >= 0:
             name = (start + block * block_size) // lists.unit
-            expected[t // span * lists.num_blocks + row * lists.row_blocks + name].append(pair)
+            length, rows = span
+            of_span = t // length * (batch * heads // rows) + row // rows
+            expected[of_span * lists.num_blocks + row % rows * lists.row_blocks + name].append(pair)
     found = [order[table[i, 0] : table[i + 1, 0]].tolist() for i in range(len(expected))]
     assert found == expected  # in the order of the queries, too
 

@@ -56,23 +56,39 @@ def check_selection(q, k, **options):
     assert torch.equal(finite, torch.isfinite(score)) and torch.equal(index < 0, expected < 0)
 
 
+@pytest.fixture(params=[1, 4, 8], ids=lambda n: f"chunks of {n}")
+def chunks(request, monkeypatch):
+    from ssa.ops.triton import select
+
+    monkeypatch.setattr(select, "CHUNKS", ((1 << 31, request.param),))
+
+
 @pytest.mark.parametrize("case", SELECTIONS)
-def test_selection(case):
+def test_selection(case, chunks):
     batch, queries, keys, heads, kv_heads, size, block_size, count, scope, scoring, positions = SELECTIONS[case]
     q, k, _ = (x.detach() for x in random_qkv(batch, queries, keys, heads, kv_heads, size, dtype=torch.float32))
     check_selection(q, k, block_size=block_size, num_selected_blocks=count, scope=scope, scoring=scoring, positions=positions)
 
 
 @pytest.mark.parametrize("positions", [None, PACKED], ids=["plain", "packed"])
-def test_selection_by_the_released_rule(positions):
+def test_selection_by_the_released_rule(positions, chunks):
     q, k, _ = (x.detach() for x in random_qkv(1, 30, 30, 2, 1, 16, dtype=torch.float32))
     check_selection(q, k, block_size=2, num_selected_blocks=2, rule="released", positions=positions)
 
 
 @pytest.mark.parametrize(("queries", "keys", "block_size", "count"), [(8, 160, 4, 4), (3, 645, 16, 16)])
-def test_released_rule_with_chunks_and_a_tail(queries, keys, block_size, count):
+def test_released_rule_with_chunks_and_a_tail(queries, keys, block_size, count, chunks):
     q, k, _ = (x.detach() for x in random_qkv(1, queries, keys, 2, 1, 16, dtype=torch.float32))
     check_selection(q, k, block_size=block_size, num_selected_blocks=count, rule="released")
+
+
+def test_selection_in_slabs(monkeypatch):
+    """128 queries at a time at least: more than that here, of packed documents."""
+    from ssa.ops.triton import select
+
+    monkeypatch.setattr(select, "SCORE_BYTES", 1)
+    q, k, _ = (x.detach() for x in random_qkv(1, 150, 150, 2, 1, 16, dtype=torch.float32))
+    check_selection(q, k, block_size=4, num_selected_blocks=3, positions=document_positions([90, 60]))
 
 
 @pytest.mark.parametrize("sharpness", [30.0, 1e-3])
@@ -114,6 +130,8 @@ def test_attention_and_gradients(monkeypatch, case):
     batch, queries, keys, heads, kv_heads, size, block_size, count, scope, positions, biased, segment = ATTENTIONS[case]
     monkeypatch.setattr(kernels, "SEGMENT", segment)
     monkeypatch.setattr(key_side, "SPAN_BYTES", 1)  # the shortest spans
+    if segment == 8:
+        monkeypatch.setattr(key_side, "SPAN_BLOCKS", 1)  # of single rows
     if case == "segments":  # longer segments where partial sums would fill the memory
         monkeypatch.setattr(kernels, "PART_BYTES", 1 << 14)
     used = []

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton import key_side
-from ssa.ops.triton.launch import contiguous_rows, launch, plan_of, power_of_two
+from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E
 from ssa.ops.triton.online_softmax import softmax_end, softmax_step
 from ssa.ops.triton.operation import operation
@@ -184,7 +184,7 @@ def _run_forward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_bias_strides(bias))
     plan = plan_of(q, k, v, block_indices, positions, bias, block_size, "forward", SEGMENT, *key_side.limits())
     if _from_the_key_side(q, shape, block_size, k.shape[1]):
-        span = key_side.span_length(batch, queries, shape, q.element_size())
+        span = key_side.span_of(batch, queries, ceil_div(k.shape[1], block_size), shape, q.element_size())
         lists = reader_lists(plan, block_indices, positions, k.shape[1], block_size, span, SEGMENT)
         key_side.forward(plan, q, k, v, block_indices, bias, lists, out, lse, scale, strides, shape, block_size)
         return out, lse
@@ -257,9 +257,10 @@ def _run_backward(
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     all_from_keys = _from_the_key_side(q, shape, block_size, keys)
     if all_from_keys:
-        shift, span = key_side.shifts(plan, out, d_out, d_lse), key_side.span_length(batch, queries, shape, q.element_size())
+        shift = key_side.shifts(plan, out, d_out, d_lse)
+        span = key_side.span_of(batch, queries, ceil_div(keys, block_size), shape, q.element_size())
     else:
-        shift, span = torch.empty_like(lse), queries
+        shift, span = torch.empty_like(lse), (queries, batch * selectors)
         launch(
             plan, _dq_kernel, (queries, batch * selectors),
             q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse, shift, d_q, scale, queries, keys, *strides, BS=block_size,
@@ -268,12 +269,12 @@ def _run_backward(
         )  # fmt: skip
     # sums of fp32 inputs keep their precision in short segments; long ones leave fewer partial sums in memory
     segment = min(max(1, 256 // shape["G"]), SEGMENT) if q.dtype == torch.float32 else SEGMENT
-    while 2 * batch * selectors * min(span, queries) * shape["M"] // segment * block_size * size * 4 > PART_BYTES:
+    while 2 * span[0] * span[1] * shape["M"] // segment * block_size * size * 4 > PART_BYTES:
         segment *= 2
     lists = reader_lists(plan, block_indices, positions, keys, block_size, span, segment)
     # query heads that choose for themselves share a kv head, and spans follow each other: their gradients add up in fp32
     own = selectors == k.shape[2]
-    wide = k.dtype if own and lists.spans == 1 else torch.float32
+    wide = k.dtype if own and lists.length >= queries else torch.float32
     d_k, d_v = (torch.zeros(batch, keys, selectors, size, dtype=wide, device=q.device) for _ in range(2))
     d_b = None if bias is None else torch.zeros(batch, keys, selectors, dtype=torch.float32, device=q.device)
     key_side.backward(

@@ -40,10 +40,11 @@ def _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT: tl.co
 
 
 @triton.jit
-def _place(block, row_blocks, unit, R: tl.constexpr):
-    """(row of block_indices, batch row, who selects, first column) of a block's name."""
-    row = block // row_blocks
-    return row, (row // R).to(tl.int64), row % R, (block % row_blocks) * unit
+def _place(block, first_row, row_blocks, unit, R: tl.constexpr):
+    """(row of the span, batch row, who selects, first column) of a block's name."""
+    local = block // row_blocks
+    row = first_row + local
+    return local, (row // R).to(tl.int64), row % R, (block % row_blocks) * unit
 
 
 @triton.jit
@@ -52,10 +53,10 @@ def _last_query(pair_order, stop, M: tl.constexpr, T):
     return (tl.load(pair_order + stop - 1) // M % T).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["span"])
+@triton.jit(do_not_specialize=["span", "first_query", "first_row"])
 def _partial_kernel(
     q, k, v, bias, pair_order, table, counts, item_list, part_o, part_lse, scale, T, S,
-    q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, span_length, num_blocks, row_blocks, unit, span_items,
+    q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, first_query, first_row, span_length, num_blocks, row_blocks, unit, span_items,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +64,7 @@ def _partial_kernel(
     block, _, _, _, low, high = _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
     if block < 0:
         return
-    row, b, r, first = _place(block, row_blocks, unit, R)
+    local, b, r, first = _place(block, first_row, row_blocks, unit, R)
     kv = (r // (R // K)).to(tl.int64)
     i = tl.arange(0, BSP)
     d = tl.arange(0, DP)
@@ -93,36 +94,44 @@ def _partial_kernel(
         p = tl.exp2((logits - peak[:, None]) * LOG2E)
         total = tl.sum(p, 1)
         out = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) / total[:, None]
-        slot = ((row * span_length + t - span * span_length) * M + pair % M) * G + g
+        slot = ((local * span_length + t - first_query) * M + pair % M) * G + g
         tl.store(part_o + (slot * D)[:, None] + d[None, :], out.to(part_o.dtype.element_ty), mask=mask)
         tl.store(part_lse + slot, peak + natural_log(total), mask=real)
 
 
 @triton.jit
 def _queries_of_span(
-    span, span_length, T, R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    first_query, first_row, span_length, T, R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
     """This program's rows, each a head of a query: (heads of the group, columns, rows that exist, their mask, their queries' first pair in
     the span and in all, their places in [B, T, H])."""
-    row = tl.program_id(1).to(tl.int64)
+    row = first_row + tl.program_id(1).to(tl.int64)
     rows = tl.arange(0, BT * GP)
     g = rows % GP
     d = tl.arange(0, DP)
     local = tl.program_id(0) * BT + rows // GP
-    t = span * span_length + local
+    t = first_query + local
     real = (local < span_length) & (t < T) & (g < G)
     head = (row // R * T + t) * (R * G) + row % R * G + g
-    return g, d, real, real[:, None] & (d < D)[None, :], (row * span_length + local) * M, (row * T + t) * M, head
+    return (
+        g,
+        d,
+        real,
+        real[:, None] & (d < D)[None, :],
+        (tl.program_id(1).to(tl.int64) * span_length + local) * M,
+        (row * T + t) * M,
+        head,
+    )
 
 
-@triton.jit(do_not_specialize=["span"])
+@triton.jit(do_not_specialize=["first_query", "first_row"])
 def _combine_kernel(
-    indices, part_o, part_lse, out, lse_out, T, span, span_length,
+    indices, part_o, part_lse, out, lse_out, T, first_query, first_row, span_length,
     R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """A query's partial outputs, weighted by exp(lse of the pair - lse)."""
-    g, d, real, mask, slot, query, head = _queries_of_span(span, span_length, T, R, G, GP, D, DP, M, BT)
+    g, d, real, mask, slot, query, head = _queries_of_span(first_query, first_row, span_length, T, R, G, GP, D, DP, M, BT)
     peak = tl.full([BT * GP], -1e30, tl.float32)
     total = tl.zeros([BT * GP], tl.float32)
     acc = tl.zeros([BT * GP, DP], tl.float32)
@@ -143,10 +152,10 @@ def _combine_kernel(
     tl.store(lse_out + head, tl.where(empty, float("-inf"), peak + natural_log(total)), mask=real)
 
 
-@triton.jit(do_not_specialize=["span"])
+@triton.jit(do_not_specialize=["span", "first_query", "first_row"])
 def _dkv_kernel(
     q, k, v, d_out, lse_in, shift_in, bias, pair_order, table, counts, item_list, d_k, d_v, d_b, part_k, part_v,
-    part_b, part_q, scale, T, S, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, span_length, num_blocks, row_blocks, unit, span_items,
+    part_b, part_q, scale, T, S, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, first_query, first_row, span_length, num_blocks, row_blocks, unit, span_items,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr,
@@ -156,7 +165,7 @@ def _dkv_kernel(
     block, which, part, segments, low, high = _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
     if block < 0:
         return
-    row, b, r, first = _place(block, row_blocks, unit, R)
+    local, b, r, first = _place(block, first_row, row_blocks, unit, R)
     kv = (r // (R // K)).to(tl.int64)
     i = tl.program_id(1) * BSP + tl.arange(0, BSP)  # keys of a block do not need each other: large ones are cut
     d = tl.arange(0, DP)
@@ -196,7 +205,7 @@ def _dkv_kernel(
         rounded = d_logits.to(q_P.dtype)
         sum_k += tl.dot(rounded, q_P, input_precision=PRECISION)
         if DQ:
-            slot = ((row * span_length + t - span * span_length) * M + pair % M) * G + g
+            slot = ((local * span_length + t - first_query) * M + pair % M) * G + g
             d_q = tl.dot(tl.trans(rounded), keys, input_precision=PRECISION)
             tl.store(part_q + (slot * D)[:, None] + d[None, :], d_q.to(part_q.dtype.element_ty), mask=mask)
     if segments == 1:
@@ -224,9 +233,9 @@ def _dkv_kernel(
             tl.store(part_b + slot.to(tl.int64) * BS + i, sum_b, mask=i < BS)
 
 
-@triton.jit(do_not_specialize=["span"])
+@triton.jit(do_not_specialize=["span", "first_row"])
 def _add_parts_kernel(
-    pair_order, table, d_k, d_v, d_b, part_k, part_v, part_b, T, S, span, num_blocks, row_blocks, unit,
+    pair_order, table, d_k, d_v, d_b, part_k, part_v, part_b, T, S, span, first_row, num_blocks, row_blocks, unit,
     R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, BSP: tl.constexpr,
     SEGMENT: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
@@ -237,7 +246,7 @@ def _add_parts_kernel(
     segments = tl.cdiv(stop - start, SEGMENT)
     if segments < 2:
         return
-    _, b, r, first = _place(block, row_blocks, unit, R)
+    _, b, r, first = _place(block, first_row, row_blocks, unit, R)
     i = tl.arange(0, BSP)
     d = tl.arange(0, DP)
     mask = (i < BS)[:, None] & (d < D)[None, :]
@@ -283,12 +292,12 @@ def _shift_kernel(
     tl.store(shift + h, total, mask=h < heads)
 
 
-@triton.jit(do_not_specialize=["span"])
+@triton.jit(do_not_specialize=["first_query", "first_row"])
 def _add_dq_kernel(
-    indices, part_q, d_q, scale, T, span, span_length,
+    indices, part_q, d_q, scale, T, first_query, first_row, span_length,
     R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    g, d, real, mask, slot, query, head = _queries_of_span(span, span_length, T, R, G, GP, D, DP, M, BT)
+    g, d, real, mask, slot, query, head = _queries_of_span(first_query, first_row, span_length, T, R, G, GP, D, DP, M, BT)
     acc = tl.zeros([BT * GP, DP], tl.float32)
     for m in range(M):
         there = real & (tl.load(indices + query + m, mask=real, other=-1) >= 0)
@@ -298,6 +307,7 @@ def _add_dq_kernel(
 
 
 SPAN_BYTES = 1 << 28  # partial results held at once
+SPAN_BLOCKS = 1 << 30  # as many blocks in a span as keep the GPU busy
 BLOCK_BYTES = 1 << 15  # keys of a block up to which tiles of many rows fit beside keys and values
 TILES = {  # rows of a tile, warps, stages
     "partial": (64, 4, 2),
@@ -308,13 +318,17 @@ TILES = {  # rows of a tile, warps, stages
 
 def limits() -> tuple[int, ...]:
     """What decides, beside the arguments, how the work is cut."""
-    return SPAN_BYTES, BLOCK_BYTES
+    return SPAN_BYTES, SPAN_BLOCKS, BLOCK_BYTES
 
 
-def span_length(batch: int, queries: int, shape: dict[str, Any], itemsize: int) -> int:
-    """Queries whose partial results fit into SPAN_BYTES, a multiple of 64."""
-    per_query = batch * shape["R"] * shape["M"] * shape["G"] * shape["D"] * itemsize
-    return min(queries, max(64, SPAN_BYTES // per_query // 64 * 64))
+def span_of(batch: int, queries: int, row_blocks: int, shape: dict[str, Any], itemsize: int) -> tuple[int, int]:
+    """Queries, a multiple of 64, and rows of a span: rows with SPAN_BLOCKS blocks between them, and queries whose partial results
+    fit into SPAN_BYTES."""
+    rows = batch * shape["R"]
+    while rows % 2 == 0 and rows // 2 * row_blocks >= SPAN_BLOCKS:
+        rows //= 2
+    per_query = rows * shape["M"] * shape["G"] * shape["D"] * itemsize
+    return min(queries, max(64, SPAN_BYTES // per_query // 64 * 64)), rows
 
 
 def narrow(shape: dict[str, Any]) -> dict[str, Any]:
@@ -326,25 +340,26 @@ def forward(
     plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, out: Tensor, lse: Tensor,
     scale: float, strides: tuple[int, ...], shape: dict[str, Any], block_size: int,
 ) -> None:  # fmt: skip
-    batch, queries = q.shape[:2]
+    queries = q.shape[1]
     shape = narrow(shape)
     rows, warps, stages = TILES["partial"]
-    slots = batch * shape["R"] * lists.span * shape["M"] * shape["G"]
+    slots = lists.rows * lists.length * shape["M"] * shape["G"]
     part_o = torch.empty(slots, shape["D"], dtype=q.dtype, device=q.device)
     part_lse = torch.empty(slots, dtype=torch.float32, device=q.device)
     few = max(1, 16 // shape["GP"])
     small = {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
     for span in range(lists.spans):
+        first = span // lists.groups * lists.length, span % lists.groups * lists.rows
         launch(
             plan, _partial_kernel, (lists.span_items,),
             q, k, v, bias, lists.pair_order, lists.table, lists.counts, lists.item_list, part_o, part_lse, scale, queries,
-            k.shape[1], *strides, span, lists.span, lists.num_blocks, lists.row_blocks, lists.unit, lists.span_items, BS=block_size,
+            k.shape[1], *strides, span, *first, lists.length, lists.num_blocks, lists.row_blocks, lists.unit, lists.span_items, BS=block_size,
             BSP=max(16, power_of_two(block_size)), BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
             BIAS=bias is not None, num_warps=warps, num_stages=stages, **shape,
         )  # fmt: skip
         launch(
-            plan, _combine_kernel, (ceil_div(lists.span, few), batch * shape["R"]), block_indices, part_o, part_lse, out, lse,
-            queries, span, lists.span, BT=few, num_warps=4, num_stages=3, **small,
+            plan, _combine_kernel, (ceil_div(lists.length, few), lists.rows), block_indices, part_o, part_lse, out, lse,
+            queries, *first, lists.length, BT=few, num_warps=4, num_stages=3, **small,
         )  # fmt: skip
 
 
@@ -354,7 +369,7 @@ def backward(
     shape: dict[str, Any], block_size: int,
 ) -> None:  # fmt: skip
     """Fills d_k, d_v [B, S, R, D] and d_b [B, S, R], zero before, and d_q where it is given."""
-    batch, queries, _, size = q.shape
+    queries, size = q.shape[1], q.shape[3]
     keys, device = k.shape[1], q.device
     padded = max(16, power_of_two(block_size))
     part_k, part_v = (torch.empty(lists.span_parts, block_size, size, dtype=torch.float32, device=device) for _ in range(2))
@@ -362,7 +377,7 @@ def backward(
     part_q, tile = None, padded
     if d_q is not None:
         shape = narrow(shape)
-        slots = batch * shape["R"] * lists.span * shape["M"] * shape["G"]
+        slots = lists.rows * lists.length * shape["M"] * shape["G"]
         part_q = torch.empty(slots, size, dtype=q.dtype, device=device)
         rows, warps, stages = TILES["dkv_dq"]
     else:
@@ -373,23 +388,24 @@ def backward(
     few = max(1, 16 // shape["GP"])
     small = {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
     for span in range(lists.spans):
+        first = span // lists.groups * lists.length, span % lists.groups * lists.rows
         launch(
             plan, _dkv_kernel, (lists.span_items, padded // tile),
             q, k, v, d_out, lse, shift, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
-            d_k, d_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, lists.span, lists.num_blocks,
+            d_k, d_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, *first, lists.length, lists.num_blocks,
             lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
-            BIAS=bias is not None, DQ=part_q is not None, ADD=lists.spans > 1, num_warps=warps, num_stages=stages, **shape,
+            BIAS=bias is not None, DQ=part_q is not None, ADD=lists.spans > lists.groups, num_warps=warps, num_stages=stages, **shape,
         )  # fmt: skip
         launch(
             plan, _add_parts_kernel, (lists.num_blocks,),
-            lists.pair_order, lists.table, d_k, d_v, d_b, part_k, part_v, part_b, queries, keys, span,
+            lists.pair_order, lists.table, d_k, d_v, d_b, part_k, part_v, part_b, queries, keys, span, first[1],
             lists.num_blocks, lists.row_blocks, lists.unit, R=shape["R"], D=size, DP=shape["DP"], M=shape["M"], BS=block_size,
-            BSP=padded, SEGMENT=lists.segment, BIAS=bias is not None, ADD=lists.spans > 1, num_warps=4,
+            BSP=padded, SEGMENT=lists.segment, BIAS=bias is not None, ADD=lists.spans > lists.groups, num_warps=4,
         )  # fmt: skip
         if part_q is not None:
             launch(
-                plan, _add_dq_kernel, (ceil_div(lists.span, few), batch * shape["R"]), block_indices, part_q, d_q, scale,
-                queries, span, lists.span, BT=few, num_warps=4, num_stages=3, **small,
+                plan, _add_dq_kernel, (ceil_div(lists.length, few), lists.rows), block_indices, part_q, d_q, scale,
+                queries, *first, lists.length, BT=few, num_warps=4, num_stages=3, **small,
             )  # fmt: skip
 
 

@@ -22,8 +22,8 @@ _LISTS = 128
 
 
 class ReaderLists(NamedTuple):
-    """One list per (span, block): the pairs of `span` consecutive queries that read a block, as work items of at most `segment`
-    pairs. A pair is numbered as in block_indices [B, R, T, M]."""
+    """One list per (span, block): the pairs of `length` consecutive queries of `rows` rows that read a block, as work items of at
+    most `segment` pairs. A pair is numbered as in block_indices [B, R, T, M], whose B * R are the rows."""
 
     pair_order: Tensor
     """int64 [B * R * T * M]: pairs by span, then block, then query."""
@@ -40,7 +40,10 @@ class ReaderLists(NamedTuple):
     unit: int
     """Keys between the first columns of neighbouring block names."""
     spans: int
-    span: int
+    length: int
+    rows: int
+    groups: int
+    """Of rows. Spans of the same queries are neighbours."""
     segment: int
     span_items: int
     """An upper bound on the items of one span."""
@@ -49,9 +52,16 @@ class ReaderLists(NamedTuple):
 
 
 def reader_lists(
-    plan: Plan | None, block_indices: Tensor, positions: Tensor | None, keys: int, block_size: int, span: int, segment: int
+    plan: Plan | None,
+    block_indices: Tensor,
+    positions: Tensor | None,
+    keys: int,
+    block_size: int,
+    span: tuple[int, int],
+    segment: int,
 ) -> ReaderLists:
-    """`block_indices` int32 [B, R, T, M] contiguous; `positions` int64 [B, T] contiguous, None = plain rows."""
+    """`block_indices` int32 [B, R, T, M] contiguous; `positions` int64 [B, T] contiguous, None = plain rows. `span`: queries and rows of
+    a span; its rows divide B * R."""
     batch, selectors, queries, selected = block_indices.shape
     device, pairs = block_indices.device, block_indices.numel()
     if pairs >= 2**31:
@@ -60,17 +70,19 @@ def reader_lists(
         )
     # documents start anywhere: there a block is named by its first column
     row_blocks, unit = (-(-keys // block_size), block_size) if positions is None else (keys, 1)
-    num_blocks = batch * selectors * row_blocks
-    spans = -(-queries // span)
+    length, rows = span
+    groups = batch * selectors // rows
+    num_blocks = rows * row_blocks
+    spans = ceil_div(queries, length) * groups
     lists = spans * num_blocks
     # keys of two bytes halve the passes of the radix sort
     name = torch.empty(pairs, dtype=torch.int16 if lists < 2**15 else torch.int32, device=device)
-    span_pairs = batch * selectors * min(span, queries) * selected
+    span_pairs = rows * min(length, queries) * selected
     span_items = min(num_blocks, span_pairs) + span_pairs // segment
     counts = torch.empty(spans, 2, dtype=torch.int32, device=device)
     launch(
         plan, _name_kernel, (ceil_div(max(pairs, 2 * spans), _NAMES),),
-        block_indices, positions, name, counts, pairs, spans, queries, keys, row_blocks, num_blocks, lists, span,
+        block_indices, positions, name, counts, pairs, spans, queries, keys, row_blocks, num_blocks, lists, length, rows, groups,
         R=selectors, M=selected, BS=block_size, PLAIN=positions is None, X=_NAMES, num_warps=4,
     )  # fmt: skip
     name, pair_order = name.sort(stable=True)
@@ -82,14 +94,14 @@ def reader_lists(
         pairs.bit_length(), SEGMENT=segment, X=_LISTS, num_warps=4,
     )  # fmt: skip
     return ReaderLists(
-        pair_order, table, counts, item_list, num_blocks, row_blocks, unit, spans, span, segment, span_items,
+        pair_order, table, counts, item_list, num_blocks, row_blocks, unit, spans, length, rows, groups, segment, span_items,
         2 * (span_pairs // segment) + 1,
     )  # fmt: skip
 
 
 @triton.jit
 def _name_kernel(
-    indices, positions, name, counts, pairs, spans, T, S, row_blocks, num_blocks, lists, span,
+    indices, positions, name, counts, pairs, spans, T, S, row_blocks, num_blocks, lists, length, rows, groups,
     R: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, PLAIN: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     """The list of every pair; `lists` where there is none. Also empties `counts`."""
@@ -103,7 +115,7 @@ def _name_kernel(
     else:
         position = tl.load(positions + (row // R).to(tl.int64) * T + t, mask=i < pairs, other=0).to(tl.int32)
         place = S - T + t - position + block * BS
-    which = t // span * num_blocks + row * row_blocks + place
+    which = (t // length * groups + row // rows) * num_blocks + row % rows * row_blocks + place
     tl.store(name + i, tl.where(block < 0, lists, which).to(name.dtype.element_ty), mask=i < pairs)
     tl.store(counts + i, 0, mask=i < 2 * spans)
 

@@ -1,10 +1,10 @@
-"""Exact block selection in two kernels, holding a quarter to an eighth of a [T, N] score matrix.
+"""Exact block selection in two kernels, which hold at most SCORE_BYTES of scores: queries go through in slabs.
 
 1. `_score_kernel`: per tile of queries, a first sweep over the block keys for every head's log-sum-exp, a second for the group's
    summed probabilities, of which only the maximum of each chunk of CHUNK consecutive blocks is stored.
 2. `_pick_kernel`: per query, the M best chunks hold the M best blocks (a block elsewhere is beaten by M chunk maxima). Their
-   blocks are scored again and the best M taken. Both choices search the M-th largest value, three trials a round, and compact
-   what reaches it, which costs a few instructions a candidate where sorting costs a few hundred.
+   blocks are scored again, unless a chunk is one block, and the best M taken. Both choices search the M-th largest value, three trials
+   a round, and compact what reaches it, which costs a few instructions a candidate where sorting costs a few hundred.
 
 Scores are ranked in fp32; ties go to the lower block.
 
@@ -25,7 +25,9 @@ from ssa.ops.triton.numerics import LOG2E
 from ssa.ops.triton.operation import operation
 
 _SAFE_BOUND = tl.constexpr(110.0)
-FINE_CHUNKS = 2048  # up to so many blocks, chunks of 4 leave fewer candidates to score again than chunks of 8
+CHUNKS = ((512, 1), (2048, 4), (1 << 31, 8))
+"""Up to so many blocks, chunks of so many: small ones leave fewer candidates to score again, large ones fewer scores to store."""
+SCORE_BYTES = 1 << 27
 BOUND_TILE = tl.constexpr(128)
 SCORE_TILE = {"columns": 128, "blocks": 64, "warps": 4, "stages": 2, "registers": 128}
 PICK_TILE = {"keys": 32, "warps": 1, "stages": 1}
@@ -44,10 +46,10 @@ def _bound_kernel(block_keys, key_bounds, N, K: tl.constexpr, D: tl.constexpr, D
     tl.store(key_bounds + row * tl.num_programs(0) + tile, tl.sqrt(tl.max(tl.sum(keys * keys, 1), 0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slab_start"])
 def _score_kernel(
     q, block_keys, positions, first_blocks, key_bounds, lse_out, chunk_max,
-    scale2, T, S, N, row_length, num_chunks, q_b, q_t, q_h, R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    scale2, slab_start, slab, T, S, N, row_length, num_chunks, q_b, q_t, q_h, R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, TP: tl.constexpr,
     CHUNK: tl.constexpr, PLAIN: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +60,7 @@ def _score_kernel(
     kv = r // (R // K)
     # Columns are sorted by head, then token: with 8 tokens a tile, each thread holds all heads of its tokens and adds them alone.
     column = tl.arange(0, GP * BT)
-    t = tile * BT + column % BT
+    t = slab_start + tile * BT + column % BT
     g = column // BT
     head = r * G + g
     real = (t < T) & (g < G)
@@ -66,7 +68,7 @@ def _score_kernel(
     q_rows = q + b.to(tl.int64) * q_b + t.to(tl.int64) * q_t + head.to(tl.int64) * q_h
     q_C = tl.load(q_rows[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
     q_T = tl.trans(q_C)
-    token = tile * BT + tl.arange(0, BT)
+    token = slab_start + tile * BT + tl.arange(0, BT)
     if PLAIN:
         position = tl.where(t < T, S - T + t, 0)
         first = tl.zeros_like(t)
@@ -126,7 +128,7 @@ def _score_kernel(
                 peak = higher
         lse = tl.where(complete > first, peak + tl.log2(total), 0.0)
         tl.store(lse_out + (b * T + t).to(tl.int64) * (R * G) + head, lse, mask=real)
-    out = chunk_max + ((b * R + r).to(tl.int64) * T + token) * row_length
+    out = chunk_max + ((b * R + r).to(tl.int64) * slab + token - slab_start) * row_length
     chunk_step = tl.arange(0, BC // CHUNK)
     for c in range(low, inner, BC):
         n = c + step
@@ -165,38 +167,44 @@ def _pick_range(
 
     `row` holds the chunk maxima; the candidates' scores go to `candidate_row`, their chunks to `chosen`.
     """
-    first_chunk = low // CHUNK
-    chunks = tl.where(high > low, tl.cdiv(high, CHUNK) - first_chunk, 0)
-    hint = tl.full([], -2147483648, tl.int32)
-    if chunks > MP:
-        column = tl.arange(0, CP)
-        best = tl.load(row + first_chunk + column, mask=column < chunks, other=float("-inf"))
-        value = tl.where(column < chunks, ordered(best), NOTHING)
-        taken, slot, threshold = take_largest(value, MP, hint)
-        tl.store(chosen + slot, column + first_chunk, mask=taken)
-        # MP blocks reach this much, up to the rounding of another order of summation
-        hint = tl.maximum(threshold, NOTHING + 4096) - 4096
+    hint = tl.full([], NOTHING, tl.int32)
+    column = tl.arange(0, CP)
+    if CHUNK == 1:
+        n = low + column
+        score = tl.load(row + n, mask=n < high, other=float("-inf"))
+        if not SOFTMAX:
+            score *= 0.6931471805599453
     else:
-        place = tl.arange(0, MP)
-        tl.store(chosen + place, first_chunk + place)
-    tl.debug_barrier()
-    g = tl.arange(0, GP)
-    d = tl.arange(0, DP)
-    key = tl.arange(0, KS)
-    for c in range(0, tl.minimum(chunks, MP) * CHUNK, KS):
-        slot = (c + key) // CHUNK
-        n = tl.load(chosen + slot, mask=slot < MP, other=0) * CHUNK + (c + key) % CHUNK
-        candidate = (n >= low) & (n < high) & (slot < MP)
-        key_rows = key_base + tl.where(candidate, n, 0).to(tl.int64) * (K * D)
-        keys = tl.load(key_rows[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
-        score = tl.dot(keys, q_T, input_precision=PRECISION) * scale2
-        score = tl.exp2(score - lse[None, :]) if SOFTMAX else score * 0.6931471805599453
-        score = tl.sum(tl.where((g < G)[None, :], score, 0.0), 1)
-        tl.store(candidate_row + c + key, tl.where(candidate, score, float("-inf")), mask=slot < MP)
-    tl.debug_barrier()
-    place = tl.arange(0, MP * CHUNK)
-    score = tl.load(candidate_row + place, mask=place < chunks * CHUNK, other=float("-inf"))
-    n = tl.load(chosen + place // CHUNK) * CHUNK + place % CHUNK
+        first_chunk = low // CHUNK
+        chunks = tl.where(high > low, tl.cdiv(high, CHUNK) - first_chunk, 0)
+        if chunks > MP:
+            best = tl.load(row + first_chunk + column, mask=column < chunks, other=float("-inf"))
+            value = tl.where(column < chunks, ordered(best), NOTHING)
+            taken, slot, threshold = take_largest(value, MP, hint)
+            tl.store(chosen + slot, column + first_chunk, mask=taken)
+            # MP blocks reach this much, up to the rounding of another order of summation
+            hint = tl.maximum(threshold, NOTHING + 4096) - 4096
+        else:
+            place = tl.arange(0, MP)
+            tl.store(chosen + place, first_chunk + place)
+        tl.debug_barrier()
+        g = tl.arange(0, GP)
+        d = tl.arange(0, DP)
+        key = tl.arange(0, KS)
+        for c in range(0, tl.minimum(chunks, MP) * CHUNK, KS):
+            slot = (c + key) // CHUNK
+            n = tl.load(chosen + slot, mask=slot < MP, other=0) * CHUNK + (c + key) % CHUNK
+            candidate = (n >= low) & (n < high) & (slot < MP)
+            key_rows = key_base + tl.where(candidate, n, 0).to(tl.int64) * (K * D)
+            keys = tl.load(key_rows[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+            score = tl.dot(keys, q_T, input_precision=PRECISION) * scale2
+            score = tl.exp2(score - lse[None, :]) if SOFTMAX else score * 0.6931471805599453
+            score = tl.sum(tl.where((g < G)[None, :], score, 0.0), 1)
+            tl.store(candidate_row + c + key, tl.where(candidate, score, float("-inf")), mask=slot < MP)
+        tl.debug_barrier()
+        place = tl.arange(0, MP * CHUNK)
+        score = tl.load(candidate_row + place, mask=place < chunks * CHUNK, other=float("-inf"))
+        n = tl.load(chosen + place // CHUNK) * CHUNK + place % CHUNK
     value = tl.where((n >= low) & (n < high), ordered(score), NOTHING)
     taken, slot, _ = take_largest(value, count, hint)
     tl.store(indices + taken_before + slot, n - first, mask=taken)
@@ -204,14 +212,15 @@ def _pick_range(
     return taken_before + tl.sum(taken.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slab_start"])
 def _pick_kernel(
     q, block_keys, positions, first_blocks, lse_in, chunk_max, chosen, indices, scores,
-    scale2, T, S, N, row_length, q_b, q_t, q_h, R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    scale2, slab_start, slab, T, S, N, row_length, q_b, q_t, q_h, R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr, KS: tl.constexpr,
     CHUNK: tl.constexpr, PLAIN: tl.constexpr, SOFTMAX: tl.constexpr, RELEASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    t = tl.num_programs(0) - 1 - tl.program_id(0)
+    local = tl.num_programs(0) - 1 - tl.program_id(0)
+    t = slab_start + local
     row = tl.program_id(1)
     b = row // R
     r = row % R
@@ -230,7 +239,8 @@ def _pick_kernel(
     if SOFTMAX:
         lse = tl.load(lse_in + (b * T + t).to(tl.int64) * (R * G) + r * G + g, mask=g < G, other=0.0)
     key_base = block_keys + (b.to(tl.int64) * N * K + r // (R // K)) * D
-    best_row = chunk_max + query * row_length
+    in_slab = (b * R + r).to(tl.int64) * slab + local
+    best_row = chunk_max + in_slab * row_length
     # the maxima are read once, so that the scores may take their place; the released rule reads them twice
     candidate_row = best_row + (row_length - MP * CHUNK if RELEASED else 0)
     out = indices + query * M
@@ -242,14 +252,14 @@ def _pick_kernel(
         split = first + (own - first) // BS * BS
         if split > first:
             count = _pick_range(
-                q_T, key_base, lse, best_row, candidate_row, chosen + query * MP, out, out_score, first, first, split, M // 2, count, scale2,
+                q_T, key_base, lse, best_row, candidate_row, chosen + in_slab * MP, out, out_score, first, first, split, M // 2, count, scale2,
                 K, G, GP, D, DP, MP, CP, KS, CHUNK, SOFTMAX, PRECISION,
             )  # fmt: skip
             low = split
             room = M // 2 - 1
             tl.debug_barrier()
     count = _pick_range(
-        q_T, key_base, lse, best_row, candidate_row, chosen + query * MP, out, out_score, first, low, own, room, count, scale2,
+        q_T, key_base, lse, best_row, candidate_row, chosen + in_slab * MP, out, out_score, first, low, own, room, count, scale2,
         K, G, GP, D, DP, MP, CP, KS, CHUNK, SOFTMAX, PRECISION,
     )  # fmt: skip
     place = tl.arange(0, MP)
@@ -274,23 +284,27 @@ def _run(
         block_keys_BNKD, blocks = block_keys_BNKD.new_zeros(batch, 1, kv_heads, size), 1
     block_keys = block_keys_BNKD.contiguous()
     q = contiguous_rows(q_BTHD)
-    chunk = 4 if blocks <= FINE_CHUNKS else 8
-    num_chunks = -(-blocks // chunk)
+    chunk = next(chunk for most, chunk in CHUNKS if blocks <= most)
+    num_chunks = ceil_div(blocks, chunk)
     padded = max(power_of_two(num_selected), 16 // chunk)
     released = rule == "released" and num_selected > max(1, block_size // 2)
-    row_length = num_chunks + padded * chunk if released else max(num_chunks, padded * chunk)
-    chunk_max = torch.empty(batch, selectors, queries, row_length, dtype=torch.float32, device=device)
+    candidates = 0 if chunk == 1 else padded * chunk
+    row_length = num_chunks + candidates if released else max(num_chunks, candidates)
+    slab = min(queries, max(128, SCORE_BYTES // (4 * batch * selectors * row_length) // 128 * 128))
+    chunk_max = torch.empty(batch, selectors, slab, row_length, dtype=torch.float32, device=device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=device)
     tiles = ceil_div(blocks, BOUND_TILE.value)
     key_bounds = torch.empty(batch * kv_heads, tiles, dtype=torch.float32, device=device)
-    chosen = torch.empty(batch, selectors, queries, padded, dtype=torch.int32, device=device)
+    chosen = torch.empty(batch, selectors, slab, padded if chunk > 1 else 0, dtype=torch.int32, device=device)
     wide, padded_size = power_of_two(group), max(16, power_of_two(size))
     common = dict(
         R=selectors, K=kv_heads, G=group, D=size, DP=padded_size, BS=block_size, CHUNK=chunk,
         PLAIN=positions_BT is None, SOFTMAX=scoring == "softmax", PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     strides = q.stride()[:3]
-    plan = plan_of(q, block_keys, positions_BT, first_block_BT, num_keys, block_size, num_selected, scope, scoring, rule)
+    plan = plan_of(
+        q, block_keys, positions_BT, first_block_BT, num_keys, block_size, num_selected, scope, scoring, rule, CHUNKS, SCORE_BYTES
+    )
     scale2 = scale * LOG2E.value
     if scoring == "softmax":
         launch(
@@ -299,19 +313,22 @@ def _run(
         )  # fmt: skip
     columns = SCORE_TILE["columns"] * 256 // max(256, padded_size * q.element_size())  # wide heads leave less shared memory
     per_tile = max(1, columns // wide)
-    launch(
-        plan, _score_kernel, (ceil_div(queries, per_tile), batch * selectors),
-        q, block_keys, positions_BT, first_block_BT, key_bounds, lse, chunk_max, scale2, queries, num_keys, blocks, row_length,
-        num_chunks, *strides, GP=wide, BT=per_tile, BC=SCORE_TILE["blocks"], TP=power_of_two(tiles), num_warps=SCORE_TILE["warps"],
-        num_stages=SCORE_TILE["stages"], maxnreg=SCORE_TILE["registers"] if columns == SCORE_TILE["columns"] else None, **common,
-    )  # fmt: skip
-    launch(
-        plan, _pick_kernel, (queries, batch * selectors),
-        q, block_keys, positions_BT, first_block_BT, lse, chunk_max, chosen, indices, scores, scale2, queries, num_keys, blocks,
-        row_length, *strides, GP=max(16, wide), M=num_selected, MP=padded, CP=power_of_two(num_chunks),
-        KS=min(PICK_TILE["keys"], padded * chunk), RELEASED=released, num_warps=PICK_TILE["warps"] if num_chunks <= 1024 else 4,
-        num_stages=PICK_TILE["stages"], **common,
-    )  # fmt: skip
+    for start in range(0, queries, slab):
+        here = min(slab, queries - start)
+        launch(
+            plan, _score_kernel, (ceil_div(here, per_tile), batch * selectors),
+            q, block_keys, positions_BT, first_block_BT, key_bounds, lse, chunk_max, scale2, start, slab, queries, num_keys, blocks,
+            row_length, num_chunks, *strides, GP=wide, BT=per_tile, BC=SCORE_TILE["blocks"], TP=power_of_two(tiles),
+            num_warps=SCORE_TILE["warps"], num_stages=SCORE_TILE["stages"],
+            maxnreg=SCORE_TILE["registers"] if columns == SCORE_TILE["columns"] else None, **common,
+        )  # fmt: skip
+        launch(
+            plan, _pick_kernel, (here, batch * selectors),
+            q, block_keys, positions_BT, first_block_BT, lse, chunk_max, chosen, indices, scores, scale2, start, slab, queries, num_keys,
+            blocks, row_length, *strides, GP=max(16, wide), M=num_selected, MP=padded, CP=power_of_two(num_chunks),
+            KS=min(PICK_TILE["keys"], padded * chunk), RELEASED=released, num_warps=PICK_TILE["warps"] if num_chunks <= 1024 else 4,
+            num_stages=PICK_TILE["stages"], **common,
+        )  # fmt: skip
     return indices, scores
 
 
