@@ -60,6 +60,12 @@ def sparse(heads: int, kv_heads: int, size: int, block: int, k: int, tokens: int
     _backward(out.float().sum() + lse.sum(), [q, key, v, *([] if keys_bias is None else [keys_bias])])
 
 
+def chunked(dtype: torch.dtype) -> None:
+    """Selection as it is among many blocks: by chunks of several."""
+    with mock.patch.object(importlib.import_module("ssa.ops.triton.select"), "CHUNKS", ((1 << 31, 4),)):
+        sparse(2, 1, 16, 4, 2, 150, dtype)
+
+
 def decode(heads: int, kv_heads: int, size: int, block: int, k: int, dtype: torch.dtype) -> None:
     """Two queries over ragged rows of a cache, after its block means took a token more."""
     keys = 5 * block + 3
@@ -111,6 +117,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         "few heads a kv head": lambda: sparse(8, 2, 64, 32, 3, 133, dtype),
         "one head, one block, head size 96": lambda: sparse(2, 2, 96, 16, 1, 37, dtype),
         "popular blocks": lambda: sparse(2, 1, 16, 16, 2, 290, dtype, sink=True),
+        "many blocks": lambda: chunked(dtype),
         "documents": lambda: sparse(6, 2, 64, 16, 3, 90, dtype, packed=True),
         "bias": lambda: sparse(8, 1, 64, 16, 3, 90, dtype, bias=True),
         "heads choose, released rule": lambda: sparse(2, 1, 16, 16, 16, 290, dtype, scope="head", rule="released"),
