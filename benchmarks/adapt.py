@@ -5,8 +5,8 @@
     python benchmarks/adapt.py work/model work/data --out benchmarks/results/h200/adapt --wikitext wiki.jsonl
 
 One JSON for each run, and one for the model as it was ("before"). Started again, it keeps what is finished, measures what was only trained,
-and goes on from checkpoints. On several GPUs, start it once for each with `--part 0/4` ... `--part 3/4`. Other arguments change the recipe,
-`adapt.toml`. `adapt_report.py` makes what docs/results.md shows.
+and goes on from checkpoints. On several GPUs, start it once for each, with the same --out and --work: each process takes the next run of its
+--runs that no other has. Other arguments change the recipe, `adapt.toml`. `adapt_report.py` makes what docs/results.md shows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from evidence import check_texts, lean, part_of, trained
+from evidence import check_texts, claimed, lean, trained
 
 from ssa.analysis.analyze import analyze
 from ssa.config import load_recipe, override
@@ -62,7 +62,6 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="run directories; OUT/runs if left out")
     parser.add_argument("--recipe", default=str(Path(__file__).with_suffix(".toml")))
     parser.add_argument("--runs", default=",".join(RUNS))
-    parser.add_argument("--part", default="0/1", help="i/n: the i-th of n processes' share of the runs, from 0")
     parser.add_argument("--eval-tokens", type=int, default=300_000)
     parser.add_argument("--analysis-tokens", type=int, default=65_536)
     parser.add_argument("--wikitext")
@@ -72,40 +71,42 @@ def main() -> int:
         parser.error(f"--runs {unknown[0]!r} is not one of {', '.join(RUNS)}")
     check_texts(args.data, args.wikitext)
     resolve_checkpoint(args.model)
-    part, parts = map(int, args.part.split("/"))
+    work = args.work or args.out / "runs"
     args.out.mkdir(parents=True, exist_ok=True)
     failed = False
-    for name in part_of(names, part, parts):
+    for name in names:
         path = args.out / f"{name}.json"
-        if path.exists():
-            print(f"{name}: kept", flush=True)
-            continue
-        recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
-        recipe = dataclasses.replace(
-            recipe, data=dataclasses.replace(recipe.data, path=args.data), model=dataclasses.replace(recipe.model, init_from=str(args.model))
-        )  # fmt: skip
-        run = (args.work or args.out / "runs") / name
-        report: dict[str, Any]
-        try:
-            if name == "before":
-                shutil.rmtree(run, ignore_errors=True)
-                shutil.copytree(args.model, run)
-                report = {
-                    "name": name, "command": " ".join(["python", *sys.argv]), "seconds": {},
-                    "environment": {"versions": versions(), "git": git_state()},
-                }  # fmt: skip
-            else:
-                report = trained(name, recipe, run, path.with_suffix(".trained.json"))
-            started = time.perf_counter()
-            report["figures"] = measure(run, args, recipe.data.context)
-            report["seconds"]["all"] = report["seconds"].get("train", 0.0) + time.perf_counter() - started
-        except Exception:  # the runs that follow are worth having all the same
-            failed = True
-            print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            continue
-        write_atomically(path, json.dumps(lean(report)) + "\n")
-        path.with_suffix(".trained.json").unlink(missing_ok=True)
-        print(f"{name}: {report['seconds']['all']:.0f} s", flush=True)
+        with claimed(work, name) as mine:
+            if not mine or path.exists():
+                print(f"{name}: {'kept' if mine else 'another process has it'}", flush=True)
+                continue
+            recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
+            recipe = dataclasses.replace(
+                recipe, data=dataclasses.replace(recipe.data, path=args.data), model=dataclasses.replace(recipe.model, init_from=str(args.model))
+            )  # fmt: skip
+            run = work / name
+            report: dict[str, Any]
+            try:
+                if name == "before":
+                    shutil.rmtree(run, ignore_errors=True)
+                    shutil.copytree(args.model, run)
+                    report = {
+                        "name": name, "command": " ".join(["python", *sys.argv]), "seconds": {},
+                        "environment": {"versions": versions(), "git": git_state()},
+                    }  # fmt: skip
+                else:
+                    report = trained(name, recipe, run, path.with_suffix(".trained.json"))
+                started = time.perf_counter()
+                report["figures"] = measure(run, args, recipe.data.context)
+                measuring = time.perf_counter() - started
+                report["seconds"]["all"] = report["seconds"].get("train", 0.0) + measuring
+            except Exception:  # the runs that follow are worth having all the same
+                failed = True
+                print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+                continue
+            write_atomically(path, json.dumps(lean(report)) + "\n")
+            path.with_suffix(".trained.json").unlink(missing_ok=True)
+            print(f"{name}: {report['seconds']['all']:.0f} s, of it {measuring:.0f} s measuring", flush=True)
     return int(failed)
 
 

@@ -4,20 +4,23 @@
     python benchmarks/evidence.py data/33m --out benchmarks/results/h200/evidence --wikitext wiki.jsonl --books long_books.jsonl
 
 One JSON for each run, with its recipe, environment, curve and every figure; finished ones are kept. Started again, it measures what was
-only trained and goes on from checkpoints. On several GPUs, start it once for each with `--part 0/4` ... `--part 3/4`: the runs are dealt
-out so that all end at about the same time.
+only trained (RUN.trained.json) and goes on from checkpoints. On several GPUs, start it once for each, with the same --out and --work: each
+process takes the next run of its --runs that no other has.
 `evidence_plots.py` and `evidence_tables.py` make what docs/results.md shows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shutil
+import statistics
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from ssa.data.sources import expand_inputs
 from ssa.errors import UserError
 from ssa.eval.documents import is_prepared
 from ssa.eval.evaluate import evaluate
-from ssa.files import write_atomically
+from ssa.files import sole_writer, write_atomically
 from ssa.train.checkpoint import checkpoint_path, find_checkpoints
 from ssa.train.trainer import train
 
@@ -51,8 +54,10 @@ RUNS: dict[str, list[str]] = {
     "ssa-head-scope": ["--model.selection-scope", "head"],
 }
 """Overrides on the recipe, in the order of their worth."""
-COSTS = {"full": 1.0, "moba": 1.05, "nsa": 1.25, "ssa": 1.45, "ssa-no-alignment": 1.1, "before": 0.1}
-"""Time of a run beside FullAttn's, by its name or the name's first word; "before" is adapt.py's."""
+COSTS = {"full": 1.0, "moba": 1.06, "nsa": 1.23, "ssa": 1.5, "ssa-no-alignment": 1.03}
+"""Time of a step beside FullAttn's on an H200, by the run's name or the name's first word."""
+OVERHEAD = 30.0
+"""Seconds that a run takes beside its steps where its kernels were compiled before: starting, probes, validation, measuring."""
 BUDGETS = "8x16,16x16,32x16,64x16,128x16,full"
 LONG = 16384
 
@@ -61,12 +66,25 @@ def cost(name: str) -> float:
     return COSTS.get(name) or COSTS[name.split("-")[0]]
 
 
-def part_of(names: list[str], part: int, parts: int) -> list[str]:
-    """What process `part` of `parts` runs, in the order of `names`: the dearest first, each to whoever has least to do."""
-    shares: list[list[str]] = [[] for _ in range(parts)]
-    for name in sorted(names, key=cost, reverse=True):
-        min(shares, key=lambda share: sum(map(cost, share))).append(name)
-    return sorted(shares[part], key=names.index)
+def steady_seconds(report: dict[str, Any]) -> float:
+    """What the steps of a training take without compilers: its tokens at its median speed."""
+    train, context = report["recipe"]["train"], report["recipe"]["data"]["context"]
+    speed = statistics.median(line["tokens_per_second"] for line in report["curve"] if "loss" in line)
+    return train["steps"] * train["batch_size"] * train["accumulation"] * context / speed
+
+
+@contextlib.contextmanager
+def claimed(work: Path, name: str) -> Iterator[bool]:
+    """Whether the run is this process's for now. A claim ends with the process that has it, however that ends."""
+    claim = work / ".claims" / name
+    claim.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(sole_writer(claim, f"another process has {name}"))
+            mine = True
+        except UserError:
+            mine = False
+        yield mine
 
 
 def check_texts(data: str, *texts: str | None) -> None:
@@ -92,6 +110,10 @@ def trained(name: str, recipe: Recipe, run: Path, path: Path) -> dict[str, Any]:
     resume = (run / "recipe.json").is_file()
     if not resume:
         shutil.rmtree(run, ignore_errors=True)
+    if recipe.train.compile:
+        import torch
+
+        torch.compiler.reset()  # what earlier runs of this process compiled counts against the compiler's limit for a layer
     result = train(recipe, run, resume=resume)
     if result.stopped_by:
         sys.exit(f"{name}: stopped by {result.stopped_by} after step {result.step}; start again to go on")
@@ -102,10 +124,6 @@ def trained(name: str, recipe: Recipe, run: Path, path: Path) -> dict[str, Any]:
     }  # fmt: skip
     write_atomically(path, json.dumps(lean(report)) + "\n")  # the training is kept if a measurement fails
     return report
-
-
-def is_measured(path: Path) -> bool:
-    return path.exists() and "figures" in json.loads(path.read_text())
 
 
 def measure(run: Path, args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
@@ -164,7 +182,6 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="run directories; OUT/runs if left out")
     parser.add_argument("--recipe", default="33m")
     parser.add_argument("--runs", default=",".join(RUNS))
-    parser.add_argument("--part", default="0/1", help="i/n: the i-th of n processes' share of the runs, from 0")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run that would end later than this")
     parser.add_argument("--eval-tokens", type=int, default=300_000)
@@ -175,34 +192,36 @@ def main() -> int:
     if unknown := [name for name in names if name not in RUNS]:
         parser.error(f"--runs {unknown[0]!r} is not one of {', '.join(RUNS)}")
     check_texts(args.data, args.wikitext, args.books)
-    begin, pace, failed = time.perf_counter(), 0.0, False
-    part, parts = map(int, args.part.split("/"))
+    work = args.work or args.out / "runs"
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in part_of(names, part, parts):
+    begin, pace, failed = time.perf_counter(), 0.0, False
+    for name in names:
         path = args.out / f"{name}.json"
-        started = time.perf_counter()
-        kept = is_measured(path)
-        if kept or started - begin + pace * cost(name) > args.seconds:
-            print(f"{name}: {'kept' if kept else 'no time left'}", flush=True)
-            continue
-        recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=args.data))
-        if args.steps:
-            recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=args.steps))
-        run = (args.work or args.out / "runs") / name
-        try:
-            report = trained(name, recipe, run, path)
-            measuring = time.perf_counter()
-            report["figures"] = measure(run, args, recipe)
-            measuring = time.perf_counter() - measuring
-            report["seconds"]["all"] = report["seconds"]["train"] + measuring
-        except Exception:  # the runs that follow are worth having all the same
-            failed = True
-            print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            continue
-        write_atomically(path, json.dumps(lean(report)) + "\n")
-        pace = max(pace, report["seconds"]["all"] / cost(name))
-        print(f"{name}: trained in {report['seconds']['train']:.0f} s, measured in {measuring:.0f} s", flush=True)
+        with claimed(work, name) as mine:
+            if not mine or path.exists():
+                print(f"{name}: {'kept' if mine else 'another process has it'}", flush=True)
+                continue
+            if time.perf_counter() - begin + pace * cost(name) + (OVERHEAD if pace else 0.0) > args.seconds:
+                print(f"{name}: no time left", flush=True)
+                continue
+            recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
+            recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=args.data))
+            if args.steps:
+                recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=args.steps))
+            try:
+                report = trained(name, recipe, work / name, path.with_suffix(".trained.json"))
+                measuring = time.perf_counter()
+                report["figures"] = measure(work / name, args, recipe)
+                measuring = time.perf_counter() - measuring
+                report["seconds"]["all"] = report["seconds"]["train"] + measuring
+            except Exception:  # the runs that follow are worth having all the same
+                failed = True
+                print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+                continue
+            write_atomically(path, json.dumps(lean(report)) + "\n")
+            path.with_suffix(".trained.json").unlink(missing_ok=True)
+            pace = max(pace, steady_seconds(report) / cost(name))
+            print(f"{name}: trained in {report['seconds']['train']:.0f} s, measured in {measuring:.0f} s", flush=True)
     return int(failed)
 
 

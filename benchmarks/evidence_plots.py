@@ -19,7 +19,8 @@ import matplotlib.pyplot as plt
 
 RUNS = {  # file: label, colour, dashed
     "full": ("FullAttn", "#666666", False), "full-seed-2": ("", "#666666", True), "moba": ("MoBA", "#d97706", False),
-    "moba-seed-2": ("", "#d97706", True), "nsa": ("NSA", "#2563eb", False), "ssa": ("SSA", "#059669", False),
+    "moba-seed-2": ("", "#d97706", True), "nsa": ("NSA", "#2563eb", False),
+    "nsa-seed-2": ("", "#2563eb", True), "ssa": ("SSA", "#059669", False),
     "ssa-seed-2": ("", "#059669", True), "ssa-no-alignment": ("SSA, no alignment", "#a21caf", False),
 }  # fmt: skip
 

@@ -70,9 +70,6 @@ def main() -> int:
     parser.add_argument("directory", type=Path)
     args = parser.parse_args()
     runs = {name: json.loads(path.read_text()) for name in RUNS if (path := args.directory / f"{name}.json").exists()}
-    for name in [name for name, run in runs.items() if "figures" not in run]:
-        print(f"{name} was not measured: left out", file=sys.stderr)
-        del runs[name]
     rows = {name: row(run) for name, run in runs.items()}
     tokens = {
         r["recipe"]["train"]["steps"] * r["recipe"]["train"]["batch_size"] * r["recipe"]["train"]["accumulation"] * r["recipe"]["data"]["context"]

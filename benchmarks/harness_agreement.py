@@ -4,7 +4,8 @@
 
 MODEL is a .gguf file or a Llama directory; it is converted for the first two ways and loaded by transformers for the third. All read
 the same items; lm-eval's side uses lm-eval's own task definitions over them (`ssa.eval.harness_tasks`). Needs the extras eval and,
-for a .gguf file, gguf; no network.
+for a .gguf file, gguf; no network. What DATA_DIR has to hold is in docs/evaluate.md; for `--tasks wikitext` it is one file, the raw test set
+wiki.test.raw (in DATA_DIR, DATA_DIR/wikitext2 or DATA_DIR/wikitext-2-raw): detokenised pages will not do, lm-eval detokenises itself.
 """
 
 # ruff: noqa: E402
@@ -35,6 +36,7 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 
 import ssa
+from ssa.errors import UserError
 from ssa.eval.evaluate import evaluate
 from ssa.eval.harness import SSALM
 from ssa.eval.harness_tasks import write_tasks
@@ -103,6 +105,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("highest")
     scratch = Path(tempfile.mkdtemp(prefix="harness-agreement-"))
     try:
+        names = arguments.tasks.split(",")
+        write_tasks(names, arguments.data_dir, scratch / "tasks")  # first: a file that is missing is better known at once
         report = convert(arguments.model, scratch / "model")
         model, tokenizer = load_model(report.out, arguments.device, arguments.dtype)
         source = arguments.model
@@ -110,13 +114,11 @@ def main() -> None:
         directory = source.parent if source.is_file() else source
         original = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, arguments.dtype), **kwargs)
         original_tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **kwargs)
-        names = arguments.tasks.split(",")
-        write_tasks(names, arguments.data_dir, scratch / "tasks")
         harness = LMEval(scratch / "tasks", arguments.shots, arguments.seed)
         value: dict[str, Any] = {
             "what": "ssa eval, the ssa model inside lm-eval, and lm-eval's hf model, on the same items, full attention",
-            "command": f"python benchmarks/harness_agreement.py {source.name} DATA_DIR --limit {arguments.limit} "
-            f"--wikitext-limit {arguments.wikitext_limit} --shots {arguments.shots} --dtype {arguments.dtype}",
+            "command": f"python benchmarks/harness_agreement.py {source.name} DATA_DIR --tasks {arguments.tasks} --limit {arguments.limit} "
+            f"--wikitext-limit {arguments.wikitext_limit} --max-length {arguments.max_length} --shots {arguments.shots} --dtype {arguments.dtype}",
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "dtype": arguments.dtype, "parameters": report.parameters, "num_fewshot": arguments.shots, "seed": arguments.seed,
             "versions": {
@@ -158,4 +160,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"harness_agreement: error: {error}")

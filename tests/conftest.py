@@ -1,4 +1,7 @@
 import os
+import socket
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +18,30 @@ def one_thread_and_a_seed():
     """Tests run side by side in processes, so each keeps to one core."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_on_two_ranks():
+    """Start `python ARGUMENTS` twice with what torchrun sets; (standard output, standard error) of each rank."""
+    processes = []
+
+    def run(*arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "OMP_NUM_THREADS": 1}
+        for rank in (0, 1):
+            environment = {name: str(value) for name, value in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            command = [sys.executable, *map(str, arguments)]
+            processes.append(
+                subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+        said = [process.communicate(timeout=200) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+        return said
+
+    yield run
+    for process in processes:
+        process.kill()
 
 
 if device := os.environ.get("SSA_TEST_DEVICE"):  # e.g. cuda: runs tests/ops, tests/attention and tests/model there

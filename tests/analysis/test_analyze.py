@@ -237,16 +237,32 @@ def test_rows_shorter_than_asked_are_told_in_a_line(make_run, text, asked, max_t
     assert len(lines) == (1 if why else 0) and all(f"context = {asked} is shortened to {got}: {why}" in line for line in lines)
 
 
-def test_under_torchrun_one_rank_works_and_the_others_say_so(make_run, text, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, files in (("1", 0), ("0", 1)):
-        monkeypatch.setenv("RANK", rank)
-        out = io.StringIO()
-        result = analyze(
-            [make_run(f"run-{rank}")], data=text, context=64, out=tmp_path / "out", device="cpu", console=Console(file=out)
-        )
-        assert len(result.files) == files and (tmp_path / "out").exists() == bool(files)
-        assert ("rank 1 has nothing to do" in out.getvalue()) == (rank == "1")
+@pytest.mark.parametrize("rows, context", [(3, 64), (1, 100)])
+def test_two_ranks_give_the_figures_of_one(make_run, text, tmp_path, run_on_two_ranks, rows, context):
+    """With an odd number of rows, and one rank that has none; rank 0 alone writes and speaks."""
+    run = make_run("one")
+    arguments = {"context": context, "max_tokens": 64 * rows, "decode_steps": 3}
+    alone = analyze([run], data=text, out=tmp_path / "alone", device="cpu", console=quiet(), **arguments)
+    shared = tmp_path / "shared"
+    flags = [x for name, value in arguments.items() for x in (f"--{name.replace('_', '-')}", value)]
+    said = run_on_two_ranks("-m", "ssa", "analyze", run, "--data", text, "--out", shared, "--device", "cpu", *flags)
+    assert "kept mass" in said[0][0] and ("shortened" in said[0][0]) == (rows == 1) and said[1][0] == ""
+    assert sorted(path.name for path in shared.iterdir()) == ["analysis.json", "report.html"]
+    assert_alike(json.loads((shared / "analysis.json").read_text()), alone.runs[0].analysis)
+
+
+def assert_alike(found, expected):
+    """Equal but for rounding, all the way down."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_alike(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_alike(one, other)
+    else:
+        assert found == (pytest.approx(expected, rel=1e-4, abs=1e-6) if isinstance(expected, float) else expected)
 
 
 def test_entropy_units_agree():

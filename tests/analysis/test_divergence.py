@@ -40,10 +40,11 @@ def test_sums_are_means_over_tokens_and_targets_and_restricted_ones():
     head, full, sparse, ids = streams()
     each = token_divergence(full, sparse, head, ids)
     positions = torch.arange(9).expand(2, 9)
-    sums = DivergenceSums()
-    for row in range(2):  # row by row equals both at once
+    sums, other = DivergenceSums(), DivergenceSums()
+    for row, part in enumerate((sums, other)):  # row by row equals both at once
         one = token_divergence(full[row : row + 1], sparse[row : row + 1], head, ids[row : row + 1])
-        sums.add(one, positions[row : row + 1], 4)
+        part.add(one, positions[row : row + 1], 4)
+    sums.join(other)
     means, late = sums.means(False), sums.means(True)
     assert means["tokens"] == 18 and late["tokens"] == 10
     at = sums.by_position()

@@ -1,6 +1,7 @@
 """Figures of attention against a naive dense computation in fp64."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -242,6 +243,35 @@ def test_the_sample_of_points_is_bounded_seeded_and_from_beyond_the_receptive_fi
     for point, again in zip(run(0, None), run(0, 7), strict=True):
         assert point == pytest.approx(again, rel=1e-5)
     assert run(0, None) != run(1, None)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (0,), (2,), (1, 2)])
+def test_meters_of_some_rows_each_join_into_one_of_all(cuts):
+    """The sample of points too, whoever reads which row."""
+    q, k, v = tensors(3, 50)
+    budget = Budget(2, 4)
+    one = SparsityMeter(points=25, seed=5)
+    one(0, record_of(q, k, v, "full", budget))
+    meters = []
+    for begin, end in zip((0, *cuts), (*cuts, 3), strict=True):
+        meters.append(SparsityMeter(points=25, seed=5))
+        meters[-1].skip(begin)
+        for row in range(begin, end):
+            meters[-1](0, record_of(*(x[row : row + 1] for x in (q, k, v)), "full", budget))
+    for other in meters[1:]:
+        meters[0].add(other.sums)
+    (joined,), (whole,) = meters[0].layers(), one.layers()
+    assert (
+        joined.theorem_1.points == [pytest.approx(point) for point in whole.theorem_1.points]
+        and len(whole.theorem_1.points) == 25
+    )
+    assert joined.theorem_1.checked == whole.theorem_1.checked
+    for name in ("all_queries", "beyond_receptive_field", "by_position", "overlap"):
+        ours, theirs = asdict(getattr(joined, name)), asdict(getattr(whole, name))
+        assert all(ours[key] == pytest.approx(theirs[key]) for key in theirs if key != "gamma")
+    torch.testing.assert_close(torch.tensor(joined.overlap.gamma), torch.tensor(whole.overlap.gamma))
+    assert joined.distance_histogram_by_selector == whole.distance_histogram_by_selector
+    assert (joined.selected_blocks_mean, joined.own_block_share) == (whole.selected_blocks_mean, whole.own_block_share)
 
 
 def test_without_queries_beyond_the_receptive_field_there_are_no_such_means():

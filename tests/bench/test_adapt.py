@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,7 @@ def make(data, steps, **changes):
 def test_a_complete_training_is_only_measured(evidence, data, tmp_path, monkeypatch):
     run, path = tmp_path / "run", tmp_path / "x.json"
     first = evidence.trained("x", make(data, 2), run, path)
-    assert not evidence.is_measured(path) and [line["step"] for line in first["curve"] if "loss" in line] == [1, 2]
+    assert [line["step"] for line in first["curve"] if "loss" in line] == [1, 2]
 
     def fail(*args, **kwargs):
         raise AssertionError("trained again")
@@ -105,16 +107,64 @@ def test_files_are_looked_for_before_training(evidence, program, missing, data, 
     assert not (tmp_path / "out").exists()
 
 
+def program(module, monkeypatch, data, tmp_path, names):
+    """`main` over `names` with trainings and measurements that only say that they were asked for; what was trained."""
+    asked = []
+    report = {"seconds": {"train": 5.0}, "recipe": make(data, 2).to_dict(), "curve": [{"loss": 1.0, "tokens_per_second": 32.0}]}
+    monkeypatch.setattr(module, "trained", lambda name, *a: asked.append(name) or json.loads(json.dumps(report)))
+    monkeypatch.setattr(module, "measure", lambda *a: {"answer": 42})
+    monkeypatch.setattr(
+        "sys.argv",
+        ["evidence.py", str(data), "--out", str(tmp_path / "out"), "--runs", names, "--recipe", "tiny", "--seconds", "60"],
+    )
+    assert module.main() == 0
+    return asked
+
+
 def test_trained_but_not_measured_is_not_kept(evidence, data, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "full.json").write_text(json.dumps({"seconds": {"train": 5.0}}))
-    (tmp_path / "out" / "moba.json").write_text(json.dumps({"seconds": {"train": 5.0}, "figures": {}}))
-    asked = []
-    monkeypatch.setattr(evidence, "trained", lambda name, *a: asked.append(name) or {"seconds": {"train": 5.0}})
-    monkeypatch.setattr(evidence, "measure", lambda *a: {"answer": 42})
-    monkeypatch.setattr(
-        "sys.argv", ["evidence.py", str(data), "--out", str(tmp_path / "out"), "--runs", "full,moba", "--recipe", "tiny"]
-    )
-    assert evidence.main() == 0
-    assert asked == ["full"] and "moba: kept" in capsys.readouterr().out
+    (tmp_path / "out" / "full.trained.json").write_text("{}")
+    (tmp_path / "out" / "moba.json").write_text("{}")
+    assert program(evidence, monkeypatch, data, tmp_path, "full,moba") == ["full"]
+    assert "moba: kept" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "full.json").read_text())["figures"] == {"answer": 42}
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.json")) == ["full.json", "moba.json"]
+
+
+def test_a_run_that_another_process_has_is_left_to_it(evidence, data, tmp_path, monkeypatch, capsys):
+    ready = "import sys, evidence, pathlib\nwith evidence.claimed(pathlib.Path(sys.argv[1]), 'full') as mine: print(mine, flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", ready, str(tmp_path / "out" / "runs")],
+        stdin=-1,
+        stdout=-1,
+        text=True,
+        cwd=Path(evidence.__file__).parent,
+    ) as other:
+        try:
+            assert other.stdout.readline() == "True\n"
+            assert program(evidence, monkeypatch, data, tmp_path, "full,moba") == ["moba"]
+            assert "full: another process has it" in capsys.readouterr().out
+        finally:
+            other.kill()  # its claim goes with it
+    assert program(evidence, monkeypatch, data, tmp_path, "full,moba") == ["full"]
+
+
+def test_no_run_begins_that_would_not_end_in_time(evidence, data, tmp_path, monkeypatch, capsys):
+    """`program` has 60 seconds and FullAttn's steps take 2 of them, so SSA's 3 fit beside the overhead; then 40 as slow a step."""
+    assert program(evidence, monkeypatch, data, tmp_path, "full,ssa,nsa") == ["full", "ssa", "nsa"]
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setitem(evidence.COSTS, "ssa", 40.0)
+    assert program(evidence, monkeypatch, data, tmp_path, "full,ssa,nsa") == ["full", "nsa"]
+    assert "ssa: no time left" in capsys.readouterr().out
+
+
+def test_a_second_run_of_a_process_compiles_anew(evidence, data, tmp_path, monkeypatch):
+    import torch
+
+    order = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: order.append("reset"))
+    monkeypatch.setattr(evidence, "train", lambda recipe, run, resume: order.append("train") or sys.exit())
+    for compiled in (True, False):
+        with pytest.raises(SystemExit):
+            evidence.trained("x", make(data, 2, compile=compiled), tmp_path / "run", tmp_path / "x.json")
+    assert order == ["reset", "train", "train"]

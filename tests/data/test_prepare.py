@@ -218,6 +218,11 @@ def test_few_documents_still_fill_both_splits(tmp_path):
     with pytest.raises(UserError, match="single document"):
         prepare([tmp_path / "one.txt"], tmp_path / "one")
     assert not (tmp_path / "one").exists()
+    for name in ("two.txt", "three.txt"):
+        (tmp_path / name).write_text("only")
+    with pytest.raises(UserError, match="the input is one document 3 times, which cannot be split"):
+        prepare([tmp_path / f"{name}.txt" for name in ("one", "two", "three")], tmp_path / "copies")
+    assert not (tmp_path / "copies").exists()
 
 
 def test_splits_can_be_added_and_replaced(tmp_path):

@@ -16,6 +16,7 @@ from ssa.eval.documents import read_documents
 from ssa.eval.evaluate import evaluate
 from ssa.eval.perplexity import WindowBatches, perplexity
 from ssa.eval.subject import NSA_NOTE
+from ssa.eval.tables import print_perplexity
 from ssa.infer.load import load_model
 from ssa.testing import tiny_model
 
@@ -189,6 +190,27 @@ def test_tables(make_run, terminal):
     ):
         assert expected in text
     assert ("\x1b[" in text) == terminal  # the progress bar moves the cursor
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_tables_fit_80_columns_and_never_lose_digits(width):
+    """Where there are fewer, the terminal breaks the line."""
+    setting = {"data": "d", "split": None, "context": 1, "stride": 1}
+    row = {"nats_per_token": 12.3456, "gap_to_full": -1.2345, "perplexity": 999999.99, "word_perplexity": 2.2345e11,
+           "bits_per_byte": 12.3456, "tokens_per_second": 1234567.0}  # fmt: skip
+    entry = {
+        "model": {"method": "ssa", "step": 7},
+        "setting": setting,
+        "tokens": 1,
+        "documents": 1,
+        "notes": [],
+        "budgets": {"128x128": row},
+    }
+    out = io.StringIO()
+    print_perplexity(Console(file=out, width=width, force_terminal=True, color_system=None), entry, ["128x128"])
+    line = next(line for line in out.getvalue().splitlines() if "128x128" in line)
+    assert line.split() == ["128x128", "12.3456", "-1.2345", "999999.99", "2.23e+11", "12.3456", "1,234,567"]
+    assert max(map(len, out.getvalue().splitlines())) <= 80
 
 
 def test_a_damaged_results_file_is_left_alone(make_run):

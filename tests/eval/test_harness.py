@@ -1,7 +1,6 @@
 """This project's model inside lm-evaluation-harness, and lm-eval's own tasks and `hf` model as the yardstick."""
 
 import functools
-import io
 import json
 import tomllib
 from importlib import import_module
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
@@ -28,6 +26,7 @@ from lm_eval.tasks import TaskManager
 from ssa.eval import harness
 from ssa.eval.harness import SSALM
 from ssa.eval.harness_tasks import DEFINITIONS, write_tasks
+from ssa.eval.long.item_log import Shard
 
 RECORDS = {
     "piqa_val": [{"goal": f"Open {i}.", "choices": [f"Twist {i}", "Paint é it."], "label": i % 2} for i in range(8)],
@@ -158,15 +157,6 @@ def test_generation_ends_at_a_stop_text(pair):
     assert 1 <= len(calls) <= 2 + 3  # a character may want three more bytes to be one
 
 
-def test_under_torchrun_rank_0_works_alone(make_run, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    out = io.StringIO()
-    found = evaluate(make_run(), perplexity=False, tasks=["piqa"], budgets="full", console=Console(file=out, width=200))
-    assert found["tasks"] == {"piqa": {"budgets": {}}} and "rank 1 leaves piqa to rank 0" in out.getvalue()
-    assert not list(tmp_path.glob("run/eval/*.json"))
-
-
 def test_model_arguments(make_run):
     run = make_run()
     sparse = SSALM(str(run), attention_mode="sparse", budget="1x4", max_length="16", device="cpu")
@@ -223,11 +213,48 @@ def test_ssa_eval_through_lm_eval_is_ssa_eval_on_files(make_run, data_dir, local
     assert theirs["local_piqa"]["setting"]["num_fewshot"] == 2 and theirs["local_piqa"]["items"] == 8
     assert len(read_results(run / "eval" / "tasks.json")["results"]) == 4
     # what is in the log is not computed again
-    monkeypatch.setattr(
-        SSALM, "_compute", lambda self, requests, deliver: [][: len(requests)] if not requests else pytest.fail("computed again")
-    )
+    monkeypatch.setattr(SSALM, "_compute", lambda self, requests, deliver: requests and pytest.fail("computed again"))
     again = evaluate(run, tasks=["local_piqa", "local_wikitext"], num_fewshot={"local_piqa": 2}, **how)["tasks"]
     assert again["local_piqa"]["budgets"]["full"]["metrics"] == theirs["local_piqa"]["budgets"]["full"]["metrics"]
+
+
+@pytest.mark.parametrize("data_dir", ["own"], indirect=True)
+def test_two_ranks_give_exactly_the_figures_of_one(make_run, data_dir, local_manager, tmp_path, monkeypatch, run_on_two_ranks):
+    """Few-shot draws included; they compute different batches, and rank 0 alone writes and speaks. Generation alike."""
+    names = ["local_piqa", "local_wikitext"]
+    how = {"perplexity": False, "tasks": names, "num_fewshot": {"local_piqa": 2}, "budgets": "2x4,full", "seeds": [1, 12],
+           "max_length": 250}  # fmt: skip
+    sampled = {"do_sample": True, "temperature": 5.0, "max_gen_toks": 5}
+    requests = [(f"{'Prompt ' * i}{i}", {"max_gen_toks": 5} if i % 2 else sampled) for i in range(1, 9)]
+    monkeypatch.setattr("ssa.eval.loglikelihood.BATCH_TOKENS_CPU", 200)
+    alone, shared = make_run(name="alone"), make_run(name="shared")
+    entries = evaluate(alone, **how)["tasks"]
+    torch.manual_seed(3)
+    texts = SSALM(str(alone), "full", batch_size=2, device="cpu").generate_until(instances("generate_until", requests))
+    rank = Path(__file__).with_name("harness_rank.py")
+    said = run_on_two_ranks(rank, shared, tmp_path / "tasks", json.dumps(requests), json.dumps(how))
+    results = [json.loads(output.rpartition("=")[2]) for output, _ in said]
+    assert [r["texts"] for r in results] == [texts, texts]
+    assert [set(r["budgets"]["local_piqa"]) for r in results] == [{"2x4", "full"}, set()]
+    assert "acc_norm" in said[0][0] and said[1][0].startswith("=")
+    assert "it/s" in said[0][1] and "it/s" not in said[1][1]  # progress bars
+    for entry in read_results(shared / "eval" / "tasks.json")["results"].values():
+        task = entry["setting"]["task"]
+        for budget, figures in entry["budgets"].items():
+            assert figures["metrics"] == entries[task]["budgets"][budget]["metrics"]
+    logs = [[json.loads(line)["index"] for line in path.read_text().splitlines()] for path in shared.rglob("rank-*.jsonl")]
+    assert len(logs) == 4 and all(logs)  # two ranks at two budgets
+    once = [json.loads(line)["index"] for path in alone.rglob("rank-*.jsonl") for line in path.read_text().splitlines()]
+    assert sorted(once) == sorted(index for of_rank in logs for index in of_rank)
+
+
+def test_ranks_that_were_asked_differently_say_so(pair, monkeypatch):
+    _, ours = pair
+    monkeypatch.setattr(ours, "shard", Shard(1, 2))  # and nobody answers for rank 0
+    with pytest.raises(UserError, match="rank 1 was asked other questions"):
+        ours.loglikelihood(instances("loglikelihood", [("Some", " word"), ("A", "b"), ("c", "d")]))
+    with pytest.raises(UserError, match="rank 1 was asked other questions"):
+        ours.generate_until(instances("generate_until", [("x", {"max_gen_toks": 2})]))
 
 
 @pytest.mark.parametrize("data_dir", ["own"], indirect=True)

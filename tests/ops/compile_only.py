@@ -145,7 +145,7 @@ def main(capability: int, everything: bool) -> None:
         nsa(32, 2, 64, 16)
         alignment(32, 64)
         sparse(32, 2, 64, 16, 16, tokens=16384)  # chunks of several blocks
-        with patch.object(key_side, "SPAN_BYTES", 1):  # in spans, whose gradients add up
+        with patch.object(key_side, "SPAN_BYTES", {"forward": 1, "backward": 1}):  # in spans, whose gradients add up
             sparse(8, 2, 128, 16, 64, tokens=2048, packed=True, bias=True)
         decode(8, 2, 128, 64, 32, columns=8192, queries=2)
         sparse(4, 2, 64, 4, 32, dtype=torch.float32)  # wider ones in fp32, by no tensor core, compile for a minute each

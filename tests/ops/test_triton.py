@@ -129,7 +129,7 @@ def test_attention_and_gradients(monkeypatch, case):
 
     batch, queries, keys, heads, kv_heads, size, block_size, count, scope, positions, biased, segment = ATTENTIONS[case]
     monkeypatch.setattr(kernels, "SEGMENT", segment)
-    monkeypatch.setattr(key_side, "SPAN_BYTES", 1)  # the shortest spans
+    monkeypatch.setattr(key_side, "SPAN_BYTES", {"forward": 1, "backward": 1})  # the shortest spans
     if segment == 8:
         monkeypatch.setattr(key_side, "SPAN_BLOCKS", 1)  # of single rows
     if case == "segments":  # longer segments where partial sums would fill the memory

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from report_sample import analysis_of, answered, evaluated, full_sample, kernels, recorded, trained, write
 
+from ssa.cli import main
 from ssa.errors import UserError
 from ssa.report.collect import collect, collect_analyses
 from ssa.report.page import colours
@@ -234,6 +235,16 @@ def test_the_file_is_written_whole_and_bad_paths_are_one_line(tmp_path):
         assert "\n" not in str(caught.value) and not (tmp_path / "x.html").exists()
     with pytest.raises(UserError, match="names no file"):
         write_report([tmp_path / "run"], "")
+
+
+def test_under_torchrun_rank_0_writes_it(tmp_path, monkeypatch, capsys):
+    trained(tmp_path / "run")
+    out = tmp_path / "report.html"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, written in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["report", str(tmp_path / "run"), "--out", str(out)]) == 0
+        assert out.exists() == written == ("1 runs" in capsys.readouterr().out)
 
 
 def test_runs_of_a_method_keep_its_colour_and_differ_in_shade():

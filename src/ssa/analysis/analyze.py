@@ -46,7 +46,7 @@ def analyze(
 
     Writes RUN/analysis/analysis.json for each run; for several also their comparison, to `analysis/` beside the first run. The report
     lies with the last-named. With `out`, everything goes there and the runs are left as they are. Prints one table and the report's path,
-    and a line where the rows are shorter than asked. Under torchrun rank 0 does everything; the others say so and return nothing.
+    and a line where the rows are shorter than asked. Under torchrun the ranks share the rows; rank 0 alone writes, prints and returns something.
 
     Args:
         runs: Runs, checkpoints or model directories.
@@ -71,10 +71,8 @@ def analyze(
     from ssa.data.tokenizer import fingerprint, load_tokenizer
     from ssa.train.checkpoint import resolve_checkpoint
 
-    console = Console() if console is None else console
-    if rank := Shard.from_environment().rank:
-        console.print(f"rank {rank} has nothing to do: ssa analyze works on rank 0 alone", highlight=False)
-        return AnalysisResult([], [], None)
+    rank, device = Shard.from_environment().rank, Shard.local_device(device)
+    console = Console(quiet=True) if rank else Console() if console is None else console
     if not runs:
         raise UserError("nothing to analyse: name at least one run")
     if decode_steps < 0:
@@ -101,9 +99,13 @@ def analyze(
     files: list[Path] = []
     for run, checkpoint, name in zip(runs, checkpoints, names, strict=True):
         analysis = _measure_run(checkpoint, name, rows, budget, decode_steps, seed, device, dtype, console)
+        if rank:
+            continue
         results.append(read_results(run_home(run), analysis, name))
         if out is None:
             files.append(_write_json(run_home(run) / "analysis" / "analysis.json", analysis))
+    if rank:
+        return AnalysisResult([], [], None)
     directory = Path(out) if out is not None else run_home(runs[0]) / "analysis"
     if len(runs) > 1 and out is None:
         directory = run_home(runs[0]).resolve().parent / "analysis"

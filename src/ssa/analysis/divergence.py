@@ -81,6 +81,11 @@ class DivergenceSums:
             self.sums[i] += torch.stack([x[inside].double().sum() for x in columns]).cpu()
             self.counts[i] += torch.stack([inside.sum(), (inside & each.target).sum()]).cpu()
 
+    def join(self, other: DivergenceSums) -> None:
+        """Add the sums over other rows."""
+        for name in ("sums", "counts", "in_bin", "kl_in_bin"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def by_position(self) -> dict[str, list[float]]:
         """first_position, tokens, kl_nats of the tokens at document positions 0, 1, 2-3, 4-7, ..., where there are any."""
         bins = self.in_bin.nonzero().squeeze(-1).tolist()

@@ -13,6 +13,8 @@ from ssa.analysis.decode import decode_overlap
 from ssa.analysis.divergence import DivergenceSums, token_divergence
 from ssa.analysis.meter import SparsityMeter, mean_figures, selection_of
 from ssa.config import Budget
+from ssa.eval.exchange import exchange
+from ssa.eval.long.item_log import Shard
 
 if TYPE_CHECKING:
     from ssa.model import SSAForCausalLM
@@ -25,7 +27,7 @@ def measure_model(
     model: SSAForCausalLM, input_ids: Tensor, position_ids: Tensor, budget: Budget, *, points: int = 200, seed: int = 0,
     decode_steps: int = 0, progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run every row under full and under sparse attention and compare.
+    """Run every row under full and under sparse attention and compare. The ranks that torchrun started share the rows.
 
     Args:
         input_ids, position_ids: int64 [rows, T] on any device; positions restart at 0 at each document.
@@ -36,15 +38,19 @@ def measure_model(
     Returns:
         `predictions`: {"all_tokens", "beyond_receptive_field"} of `DivergenceSums.means`, and `by_position`; `inference`: for the
         modes "sparse" and "full" the mean figures over layers and heads under the same two names' queries, and `layers`, each a
-        `LayerFigures`; `decode`: see `decode_overlap`.
+        `LayerFigures`; `decode`: see `decode_overlap`, on rank 0 alone.
     """
     device = model.device
     meters = {mode: SparsityMeter(selection_of(model), points=points, seed=seed) for mode in ("sparse", "full")}
     divergence = DivergenceSums()
     rows, context = input_ids.shape
     step = max(1, ROW_TOKENS // context)
-    for i in range(0, rows, step):
-        ids, positions = (x[i : i + step].to(device) for x in (input_ids, position_ids))
+    shard = Shard.from_environment()
+    begin, end = (rows * rank // shard.world for rank in (shard.rank, shard.rank + 1))
+    for meter in meters.values():
+        meter.skip(begin)
+    for i in range(begin, end, step):
+        ids, positions = (x[i : min(i + step, end)].to(device) for x in (input_ids, position_ids))
         hidden = {
             mode: model.model(
                 input_ids=ids, position_ids=positions, use_cache=False, attention_mode=mode, budget=budget, observer=meter
@@ -55,6 +61,11 @@ def measure_model(
         divergence.add(each, positions, budget.tokens)
         if progress is not None:
             progress(len(ids))
+    for rank, others in enumerate(exchange(({mode: meter.sums for mode, meter in meters.items()}, divergence))):
+        if rank != shard.rank:
+            divergence.join(others[1])
+            for mode, meter in meters.items():
+                meter.add(others[0][mode])
     inference = {}
     for mode, meter in meters.items():
         layers = meter.layers()
@@ -66,7 +77,7 @@ def measure_model(
     return {
         "predictions": {"all_tokens": divergence.means(False), "beyond_receptive_field": divergence.means(True), "by_position": divergence.by_position()},
         "inference": inference,
-        "decode": decode_overlap(model, _longest_document(input_ids, position_ids), budget, decode_steps),
+        "decode": None if shard.rank else decode_overlap(model, _longest_document(input_ids, position_ids), budget, decode_steps),
     }  # fmt: skip
 
 

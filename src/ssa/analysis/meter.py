@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +90,10 @@ class LayerFigures:
 
 
 _MEANS = ("kept", "entropy", "sink_first", "sink_first_4", "first_block", "own_block", "error")
+_ADDED = (
+    "totals", "queries", "by_bin", "in_bin", "selections", "own", "checked", "violations", "histogram", "overlap", "pairs", "rows",
+)  # fmt: skip
+"""Of `LayerSums`: what two of them have together."""
 Select = Callable[[int, AttentionRecord], Tensor]
 
 
@@ -118,7 +123,8 @@ def selection_of(model: Any) -> Select:
 class SparsityMeter:
     """An observer: `model(..., observer=meter)` as often as there are rows, then `meter.layers()`.
 
-    Under full inference, where the model selects nothing, `select(layer, record)` does on the same q and k.
+    Under full inference, where the model selects nothing, `select(layer, record)` does on the same q and k. Several meters can read a
+    part of the rows each, after `skip` of those before it, and one of them `add` the others' `sums`: the figures of one meter, rounding aside.
     """
 
     def __init__(
@@ -126,7 +132,21 @@ class SparsityMeter:
     ) -> None:  # fmt: skip
         self.select = selection_by_rule() if select is None else select
         self.points, self.seed, self.tile = points, seed, tile
-        self._sums: dict[int, _LayerSums] = {}
+        self.sums: dict[int, LayerSums] = {}
+        """What is known of each layer so far."""
+        self._skipped = 0
+
+    def skip(self, rows: int) -> None:
+        """The next `rows` rows are read by another meter."""
+        self._skipped += rows
+
+    def add(self, sums: dict[int, LayerSums]) -> None:
+        """The `sums` of a meter that has read other rows."""
+        for layer, other in sums.items():
+            if layer in self.sums:
+                self.sums[layer].join(other)
+            else:
+                self.sums[layer] = other
 
     @torch.no_grad()
     def __call__(self, layer: int, record: AttentionRecord) -> None:
@@ -136,37 +156,38 @@ class SparsityMeter:
             tile=self.tile,
         )  # fmt: skip
         position_BT = query_positions(record.q_BTHD, record.k_BSKD, record.positions_BT)
-        if layer not in self._sums:
-            self._sums[layer] = _LayerSums(record.q_BTHD.shape[2], index.shape[1], self.points, self.seed * 1009 + layer)
-        self._sums[layer].add(figures, index, position_BT, record.budget)
+        if layer not in self.sums:
+            self.sums[layer] = LayerSums(record.q_BTHD.shape[2], index.shape[1], self.points, (self.seed, layer))
+        self.sums[layer].add(figures, index, position_BT, record.budget, self._skipped)
 
     def layers(self) -> list[LayerFigures]:
         """The means so far, in the order of the layers."""
-        return [self._sums[layer].figures(layer) for layer in sorted(self._sums)]
+        return [self.sums[layer].figures(layer) for layer in sorted(self.sums)]
 
 
-class _LayerSums:
+class LayerSums:
     """Sums of one layer, in fp64 on the CPU."""
 
-    def __init__(self, heads: int, selectors: int, points: int, seed: int) -> None:
+    def __init__(self, heads: int, selectors: int, points: int, seed: tuple[int, ...]) -> None:
         self.totals = torch.zeros(2, len(_MEANS), heads, dtype=torch.float64)  # [all | beyond, figure, head]
-        self.queries = [0, 0]
+        self.queries = torch.zeros(2, dtype=torch.int64)
         self.by_bin = torch.zeros(BINS, 2, dtype=torch.float64)  # kept, entropy, summed over heads
         self.in_bin = torch.zeros(BINS, dtype=torch.int64)
         self.selections = self.own = self.checked = self.violations = 0
         self.histogram = torch.zeros(selectors, BINS, dtype=torch.int64)
         self.overlap = torch.zeros(selectors, len(LAGS), dtype=torch.float64)
         self.pairs = torch.zeros(len(LAGS), dtype=torch.int64)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.rows, self.seed = 0, seed
         self.points, self.sample, self.sample_keys = points, torch.zeros(0, 3), torch.zeros(0)
 
-    def add(self, figures: AttentionFigures, index_BRTM: Tensor, position_BT: Tensor, budget: Budget) -> None:
+    def add(self, figures: AttentionFigures, index_BRTM: Tensor, position_BT: Tensor, budget: Budget, skipped: int) -> None:
+        """One pass; `skipped`: rows before it that are not added here."""
         beyond_BT = position_BT >= budget.tokens
         for i, name in enumerate(_MEANS):
             each = getattr(figures, name).double()
             self.totals[0, i] += each.sum((0, 1)).cpu()
             self.totals[1, i] += each[beyond_BT].sum(0).cpu()
-        self.queries = [self.queries[0] + beyond_BT.numel(), self.queries[1] + int(beyond_BT.sum())]
+        self.queries += torch.tensor([beyond_BT.numel(), int(beyond_BT.sum())])
         self._add_positions(figures, position_BT)
         self.histogram += distance_histogram(index_BRTM, position_BT, budget.block_size).cpu()
         overlap, pairs = selection_overlap(index_BRTM, position_BT, budget.tokens)
@@ -175,8 +196,16 @@ class _LayerSums:
         self.own += int((index_BRTM == (position_BT // budget.block_size)[:, None, :, None]).sum())
         self.checked += figures.error.numel()
         self.violations += int(figures.violated.sum())
-        points = torch.stack([x[beyond_BT] for x in (figures.dropped, figures.error, figures.bound)], -1)
-        self._keep_sample(points.flatten(0, 1))
+        points_BTH3 = torch.stack([figures.dropped, figures.error, figures.bound], -1)
+        for points_TH3, beyond_T in zip(points_BTH3, beyond_BT, strict=True):
+            self._draw(points_TH3[beyond_T].flatten(0, 1), self.rows + skipped)
+            self.rows += 1
+
+    def join(self, other: LayerSums) -> None:
+        """Add the sums over other rows."""
+        for name in _ADDED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self._keep(other.sample, other.sample_keys)
 
     def _add_positions(self, figures: AttentionFigures, position_BT: Tensor) -> None:
         bin_BT = bit_length(position_BT)
@@ -186,12 +215,15 @@ class _LayerSums:
             self.by_bin[b] += both_BT2[inside].sum(0).cpu()
             self.in_bin[b] += int(inside.sum())
 
-    def _keep_sample(self, points: Tensor) -> None:
-        """A uniform sample over all rows: every point draws a key, the largest keys stay."""
-        drawn = torch.rand(len(points), generator=self.generator)
+    def _draw(self, points: Tensor, row: int) -> None:
+        """Every point draws a key, the same whoever reads the row."""
+        drawn = torch.from_numpy(np.random.default_rng((*self.seed, row)).random(len(points), np.float32))
         best = drawn.topk(min(self.points, len(drawn))).indices
-        keys = torch.cat([self.sample_keys, drawn[best]])
-        sample = torch.cat([self.sample, points[best.to(points.device)].float().cpu()])
+        self._keep(points[best.to(points.device)].float().cpu(), drawn[best])
+
+    def _keep(self, points: Tensor, keys: Tensor) -> None:
+        """The largest keys stay: a uniform sample over all rows."""
+        keys, sample = torch.cat([self.sample_keys, keys]), torch.cat([self.sample, points])
         best = keys.topk(min(self.points, len(keys))).indices
         self.sample, self.sample_keys = sample[best], keys[best]
 
@@ -201,7 +233,7 @@ class _LayerSums:
         return LayerFigures(
             layer=layer,
             all_queries=self._means(0),
-            beyond_receptive_field=self._means(1) if self.queries[1] else None,
+            beyond_receptive_field=self._means(1) if int(self.queries[1]) else None,
             by_position=self._positions(),
             selected_blocks_mean=selected / (self.selections),
             own_block_share=self.own / selected,
@@ -213,7 +245,7 @@ class _LayerSums:
 
     def _means(self, which: int) -> HeadMeans:
         kept, entropy, *rest = (self.totals[which] / self.queries[which]).tolist()
-        return HeadMeans(self.queries[which], kept, [x * BITS_PER_NAT for x in entropy], entropy, *rest)
+        return HeadMeans(int(self.queries[which]), kept, [x * BITS_PER_NAT for x in entropy], entropy, *rest)
 
     def _positions(self) -> PositionMeans:
         bins = self.in_bin.nonzero().squeeze(-1).tolist()

@@ -145,12 +145,18 @@ def analyze(
 def report(paths: tuple[PATH, ...], /, out: FILE = "report.html") -> None:
     """Put everything found under runs and directories on one page: evaluations, analyses, training curves, benchmarks.
 
+    Under torchrun rank 0 writes it.
+
     Args:
         paths: Runs, directories of runs, directories with benchmark results, or result files.
         out: The page, one HTML file without scripts or external resources.
     """
     if not paths:
         raise UserError("nothing named; ssa report RUN [RUN ...]")
+    from ssa.eval.long.item_log import Shard
+
+    if Shard.from_environment().rank:
+        return
     from ssa.report.report import write_report
 
     evidence = write_report(paths, out)

@@ -135,8 +135,10 @@ def _run(
         lowest, highest = progress.hashes
         if lowest == highest:
             progress.position = (0, 0)
+            copies = sum(shard.documents for shards in written.values() for shard in shards)
+            found = "a single document" if copies == 1 else f"one document {copies} times"
             raise UserError(
-                "the input is a single document, which cannot be split into train and valid: lower document_bytes to cut it, "
+                f"the input is {found}, which cannot be split into train and valid: lower document_bytes to cut it, "
                 "or set valid_fraction to 0"
             )
         # Few documents and bad luck. The corpus is small then, and a second pass simpler than moving a document between shards.

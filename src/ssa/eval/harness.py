@@ -1,9 +1,12 @@
 """This project's models in lm-evaluation-harness, unpatched: `--model ssa`.
 
-From lm-eval's release after 0.4.13 on the entry point "lm_eval.models" makes the name known to its own command. Earlier releases look
-at no entry points; there this module stands in for the command and is otherwise the same:
+lm-eval's main branch reads the entry point "lm_eval.models", which makes the name known to its own command. Releases up to 0.4.13 (and
+0.5.0.dev1) look at no entry points; there this module stands in for the command and is otherwise the same:
 
     python -m ssa.eval.harness --model ssa --model_args pretrained=RUN,attention_mode=sparse,budget=16x16 --tasks piqa --batch_size auto
+
+Under torchrun the ranks share the batches and tell each other the answers, so lm-eval sees one model that has all of them on every rank:
+its own way (`rank` and `world_size` of the model) shares documents before few-shot examples are drawn, and so draws others.
 
 This module imports lm-eval (extra "eval"); nothing else of the package does.
 """
@@ -14,8 +17,8 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
+from ssa.eval.exchange import exchange
 from ssa.eval.loglikelihood import (
     Request,
     Score,
@@ -35,7 +39,7 @@ from ssa.eval.loglikelihood import (
     prefix_token,
     rolling_requests,
 )
-from ssa.eval.long.item_log import ItemLog
+from ssa.eval.long.item_log import ItemLog, Shard
 from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
 from ssa.infer.load import attention_choice, check_budgets, load_model
 from ssa.infer.transcript import Transcript
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
 
     from ssa.model import SSAForCausalLM
 
+Key = TypeVar("Key", bound=Hashable)
+Answer = TypeVar("Answer")
 logger = logging.getLogger(__name__)
 MAX_GENERATED = 256
 """Tokens, where a task does not say; lm-eval's default."""
@@ -78,7 +84,7 @@ class SSALM(TemplateLM):
             attention_mode: "sparse" or "full"; the model's own by default.
             budget: "kxs"; the model's own by default. "full" is another way to say attention_mode=full.
             batch_size: Rows computed at once; "auto" packs as many as have about a fixed number of tokens.
-            device, dtype: See `ssa.infer.load.load_model`.
+            device, dtype: See `ssa.infer.load.load_model`; "cuda:0", lm-eval's default, is the GPU of the local rank under torchrun.
             max_length: Longest input in tokens; the model's positions by default.
             max_batch_size: Accepted because lm-eval passes it; batches are never searched for here.
         """
@@ -88,7 +94,8 @@ class SSALM(TemplateLM):
             logger.warning("no CUDA device: %s, which lm-eval asks for by default, becomes auto", device)
             device = None
         if tokenizer is None:
-            self.model, self.tokenizer = load_model(pretrained, device or "auto", dtype)
+            open_device = "auto" if device in (None, DEFAULT_DEVICE) else str(device)
+            self.model, self.tokenizer = load_model(pretrained, Shard.local_device(open_device), dtype)
         else:
             self.model, self.tokenizer = cast("SSAForCausalLM", pretrained), tokenizer
         check_budgets(self.model.config, [chosen])
@@ -98,6 +105,7 @@ class SSALM(TemplateLM):
         self.max_length = check_max_length(self.model.config, None if max_length is None else int(max_length))
         self.log: ItemLog | None = None
         """Where finished log-likelihoods are kept and looked up, for evaluations that may be interrupted."""
+        self.shard = Shard.from_environment()
         self._device = self.model.device  # lm-eval's property `device` reads it
 
     @property
@@ -162,45 +170,71 @@ class SSALM(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations cut at the first stop string; requests with equal settings are computed together, longest first."""
-        answers: list[str] = [""] * len(requests)
+        """Continuations cut at the first stop string; requests with equal settings are computed together, longest first.
+
+        Samples depend on the draws before them, so rank 0 makes all of those.
+        """
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         rows = self.batch_rows or AUTO_ROWS
+        batches = []
         for members in groups.values():
-            settings = requests[members[0]].args[1]
             encoded = dict(zip(members, encode(self.tokenizer, [requests[i].args[0] for i in members]), strict=True))
             members.sort(key=lambda i: -len(encoded[i]))
-            for at in range(0, len(members), rows):
-                batch = members[at : at + rows]
-                for i, text in zip(batch, self._generate([encoded[i] for i in batch], settings), strict=True):
-                    answers[i] = text
-                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
-        return answers
+            batches += [{i: encoded[i] for i in members[at : at + rows]} for at in range(0, len(members), rows)]
+        own: dict[tuple[int, str], str] = {}
+        for number, batch in enumerate(batches):
+            settings = requests[next(iter(batch))].args[1]
+            if self.shard.rank != (0 if _options(settings)["do_sample"] else number % self.shard.world):
+                continue
+            for i, text in zip(batch, self._generate(list(batch.values()), settings), strict=True):
+                own[i, requests[i].args[0]] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return self._united(own, [(i, request.args[0]) for i, request in enumerate(requests)], {})
 
     def _scores(self, requests: Sequence[Request]) -> list[Score]:
-        """`log_likelihoods`, but for what the log has already."""
-        if self.log is None:
-            return self._compute(requests, None)
-        log, names = self.log, [_name(request) for request in requests]
-        known = {name: Score(*record["score"]) for name, record in log.records().items()}
+        """`log_likelihoods` over all ranks, but for what the log has already. Equal requests are computed once."""
+        names = [_name(request) for request in requests]
+        logged = {} if self.log is None else {name: Score(*record["score"]) for name, record in self.log.records().items()}
+        known = exchange(logged)[0]  # a rank that reads later may find more, and would cut other batches
         new = {name: request for name, request in zip(names, requests, strict=True) if name not in known}
         order = list(new)
+        own: dict[int, Score] = {}
 
         def deliver(done: list[tuple[int, Score]]) -> None:
-            log.append([{"index": order[i], "score": list(score)} for i, score in done])
+            own.update((order[i], score) for i, score in done)
+            if self.log is not None:
+                self.log.append([{"index": order[i], "score": list(score)} for i, score in done])
 
-        known |= dict(zip(order, self._compute(list(new.values()), deliver), strict=True))
-        return [known[name] for name in names]
+        self._compute(list(new.values()), deliver)
+        return self._united(own, names, known)
 
-    def _compute(self, requests: Sequence[Request], deliver: Any) -> list[Score]:
-        return log_likelihoods(
-            self.model, requests, max_length=self.max_length, batch_rows=self.batch_rows, deliver=deliver, **self.attention
-        )
+    def _united(self, own: dict[Key, Answer], wanted: Sequence[Key], known: dict[Key, Answer]) -> list[Answer]:
+        """The answers to `wanted`: `known`, and what any rank has of its own.
+
+        Raises:
+            UserError: One is nowhere: this rank was asked what no other was.
+        """
+        found = dict(known)
+        for of_rank in exchange(own):
+            found |= of_rank
+        if any(key not in found for key in wanted):
+            raise UserError(
+                f"rank {self.shard.rank} was asked other questions than the other ranks: all of them must read the same task files, "
+                "and an lm-eval cache (--use_cache) of the same state"
+            )
+        return [found[key] for key in wanted]
+
+    def _compute(self, requests: Sequence[Request], deliver: Any) -> None:
+        """`deliver` this rank's share of the scores."""
+        log_likelihoods(
+            self.model, requests, max_length=self.max_length, batch_rows=self.batch_rows, deliver=deliver, shard=self.shard,
+            **self.attention,
+        )  # fmt: skip
 
     def _generate(self, contexts: Sequence[list[int]], settings: dict[str, Any]) -> list[str]:
-        options = cast("dict[str, Any]", normalize_gen_kwargs(settings, MAX_GENERATED))
+        options = _options(settings)
         end = self.tokenizer.decode([self.eot_token_id])
         stop = handle_stop_sequences(options.pop("until", None), eos=end)
         count = int(options.pop("max_gen_toks"))
@@ -232,6 +266,11 @@ def _rows(batch_size: int | str) -> int | None:
     if rows < 1:
         raise UserError(f"batch_size = {batch_size!r} is neither a number of rows nor auto")
     return rows
+
+
+def _options(settings: dict[str, Any]) -> dict[str, Any]:
+    """A request's, under lm-eval's own names."""
+    return cast("dict[str, Any]", normalize_gen_kwargs(settings, MAX_GENERATED))
 
 
 def _ids(tokens: Sequence[int]) -> np.ndarray:

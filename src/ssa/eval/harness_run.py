@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.choices import ONE_SEED_NOTE
+from ssa.eval.exchange import exchange
 from ssa.eval.long.item_log import Shard
 from ssa.eval.results import read_results
 from ssa.eval.scored import TASKS_FILE, base_setting, item_log, keep_entry, metric, new_entry
@@ -16,14 +20,16 @@ from ssa.eval.subject import attention, budget_name, provenance
 from ssa.eval.tasks import TaskRequest, shots
 
 Outcome = dict[str, Any]
-"""What `lm_eval.simple_evaluate` returns."""
+"""What `lm_eval.simple_evaluate` returns, or `PARTS` of it."""
+PARTS = ("results", "n-shot", "n-samples", "versions")
+"""What is read here."""
 
 
 def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]:
     """See `ssa.eval.tasks`.
 
     Log-likelihoods are logged as they are computed, so an interrupted evaluation goes on where it was; generated texts are not.
-    Under torchrun rank 0 does all of it.
+    Under torchrun the ranks share the batches; rank 0 keeps and shows the figures.
 
     Raises:
         UserError: lm-eval is not installed, has no such task, or cannot load its data.
@@ -37,12 +43,7 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
         raise UserError(
             f'{", ".join(names)} without --data-dir needs lm-evaluation-harness ({error}): pip install "sparse-sparse-attention[eval]"'
         ) from None
-    if rank := Shard.from_environment().rank:
-        if request.console is not None:
-            request.console.print(
-                f"rank {rank} leaves {', '.join(names)} to rank 0: lm-evaluation-harness does not share items", highlight=False
-            )
-        return {name: {"budgets": {}} for name in names}
+    rank = Shard.from_environment().rank
     read_results(request.directory / TASKS_FILE)
     manager = TaskManager()
     for name in names:
@@ -60,20 +61,24 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
             outcomes[budget] = {}
             for seed in request.seeds:
                 try:
-                    outcome = simple_evaluate(
-                        model, tasks=[name], num_fewshot=shots(request, name), limit=request.limit, bootstrap_iters=100,
-                        random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-                        task_manager=manager, log_samples=False,
-                    )  # fmt: skip
+                    # one progress bar is enough
+                    with contextlib.redirect_stderr(io.StringIO() if rank else sys.stderr):
+                        outcome = simple_evaluate(
+                            model, tasks=[name], num_fewshot=shots(request, name), limit=request.limit, bootstrap_iters=100,
+                            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+                            task_manager=manager, log_samples=False,
+                        )  # fmt: skip
                 except (OSError, ConnectionError) as error:
                     raise UserError(
                         f"lm-evaluation-harness cannot load {name}: {' '.join(str(error).split())[:200]}; without network use --data-dir"
                     ) from error
-                outcomes[budget][seed] = _of_task(outcome, name)
-                if not _num_fewshot(outcome, name):
+                # the other ranks get nothing from lm-eval, and must go on as rank 0 does
+                shared = exchange({} if outcome is None else {part: outcome[part] for part in PARTS})[0]
+                outcomes[budget][seed] = _of_task(shared, name)
+                if not _num_fewshot(shared, name):
                     break  # nothing is drawn, further seeds would repeat the pass
             seconds[budget] = time.perf_counter() - started
-        entries[name] = keep_entry(request, _entry(name, request, outcomes, seconds))
+        entries[name] = {"budgets": {}} if rank else keep_entry(request, _entry(name, request, outcomes, seconds))
     return entries
 
 

@@ -72,7 +72,7 @@ def _choices(name: str, data_dir: Path, out: Path) -> dict[str, Any]:
 def _wikitext(data_dir: Path, out: Path) -> dict[str, Any]:
     raw = next((data_dir / name for name in RAW_FILES if (data_dir / name).is_file()), None)
     if raw is None:
-        raise UserError(f"{data_dir} has no {RAW_FILES[0]}, the text of wikitext")
+        raise UserError(f"{data_dir} has no {RAW_FILES[0]}, the raw text of wikitext, which lm-eval detokenises itself")
     file = _write(out / "wikitext-test.jsonl", [{"page": page} for page in split_pages(raw.read_text(encoding="utf-8"))])
     return {
         "dataset_kwargs": {"data_files": {"test": file}, "cache_dir": str(out / "cache")},

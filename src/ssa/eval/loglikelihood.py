@@ -18,6 +18,7 @@ import numpy as np
 
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
+from ssa.eval.long.item_log import ALONE, Shard
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +152,7 @@ def log_likelihoods(
     batch_rows: int | None = None,
     deliver: Callable[[list[tuple[int, Score]]], None] | None = None,
     effort: Effort | None = None,
+    shard: Shard = ALONE,
 ) -> list[Score]:
     """The score of every request, in their order.
 
@@ -162,6 +164,7 @@ def log_likelihoods(
         deliver: Called now and then with [(number of the request, its score), ...] of those finished since; each comes once. After
             an exception all that was finished before it may not have been delivered.
         effort: Receives how many tokens were computed.
+        shard: Compute and return only this rank's of the batches, which are the same for any number of ranks.
 
     Raises:
         UserError: A continuation longer than `max_length`, or a result that is not finite.
@@ -170,7 +173,8 @@ def log_likelihoods(
 
     device = next(model.parameters()).device
     rows = [_row(request, max_length) for request in requests]
-    batches = _batches([len(row) for row in rows], batch_tokens or _default_tokens(device), batch_rows)
+    every = list(_batches([len(row) for row in rows], batch_tokens or _default_tokens(device), batch_rows))
+    batches = [every[i] for i in shard.share(len(every))]
     scores: list[Score | None] = [None] * len(requests)
     waiting: list[tuple[list[int], Tensor, Tensor]] = []
 

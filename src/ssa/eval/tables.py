@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def print_perplexity(console: Console, entry: dict[str, Any], names: Sequence[str]) -> None:
     """One row per budget of `names`, from an entry of perplexity.json."""
     setting = entry["setting"]
-    table = Table(box=SIMPLE_HEAD)
+    table = _table()
     table.add_column("attention", no_wrap=True)
     for heading in ("nats/token", "gap to full", "ppl", "word ppl", "bits/byte", "tok/s"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -40,7 +40,7 @@ def print_perplexity(console: Console, entry: dict[str, Any], names: Sequence[st
 def print_needles(console: Console, entry: dict[str, Any], name: str) -> None:
     """Lengths by depths for one budget, from an entry of needle.json; each cell the share found."""
     setting, figures = entry["setting"], entry["budgets"][name]
-    table = Table(box=SIMPLE_HEAD)
+    table = _table()
     table.add_column("tokens", justify="right", no_wrap=True)
     for depth in setting["depths"]:
         table.add_column(f"depth {depth:.0%}", justify="right")
@@ -48,14 +48,17 @@ def print_needles(console: Console, entry: dict[str, Any], name: str) -> None:
     for length in setting["lengths"]:
         table.add_row(str(length), *(f"{accuracy[length, depth]:.0%}" for depth in setting["depths"]))
     _print(console, f"{_who(entry)}, attention {name}: {figures['accuracy']:.0%} of the needles found", table)
-    _note(console, f"{setting['cases']} cases a cell; mean log-probability of the value {figures['log_probability']:.2f}")
+    _note(
+        console,
+        f"{setting['cases']} case{'' if setting['cases'] == 1 else 's'} a cell; mean log-probability of the value {figures['log_probability']:.2f}",
+    )
 
 
 def print_task(console: Console, entry: dict[str, Any], names: Sequence[str]) -> None:
     """One row per budget of `names`, from an entry of tasks.json; accuracies in per cent."""
     setting = entry["setting"]
     shown = [name for name in names if name in entry["budgets"]]
-    table = Table(box=SIMPLE_HEAD)
+    table = _table()
     table.add_column("attention", no_wrap=True)
     metrics = list(entry["budgets"][shown[0]]["metrics"]) if shown else []
     for heading in metrics:
@@ -79,12 +82,17 @@ def figure(metric: str, value: dict[str, Any]) -> str:
     return f"{scale * value['mean']:.2f}{spread}"
 
 
+def _table() -> Table:
+    """Without room to spare: seven columns have to fit into a terminal's usual 80."""
+    return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+
+
 def _print(console: Console, title: str, table: Table) -> None:
     console.print()
     console.print(Text(title, style="bold"), soft_wrap=True)
-    # a file has no width: cells cut to rich's 80 columns would lose digits
-    width = None if console.is_terminal else console.measure(table, options=console.options.update(max_width=1000)).maximum
-    console.print(table, width=width, crop=False)
+    # as wide as it is: where that is too much a terminal breaks lines, while rich would cut digits off
+    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.print(table, crop=False)
 
 
 def _note(console: Console, text: str) -> None:

@@ -51,6 +51,10 @@ class Shard:
         return range(self.rank, count, self.world)
 
 
+ALONE = Shard()
+"""The one rank where there are no others."""
+
+
 class ItemLog:
     """The records of one task at one setting and budget."""
 

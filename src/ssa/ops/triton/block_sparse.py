@@ -184,7 +184,7 @@ def _run_forward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_bias_strides(bias))
     plan = plan_of(q, k, v, block_indices, positions, bias, block_size, "forward", SEGMENT, *key_side.limits())
     if _from_the_key_side(q, shape, block_size, k.shape[1]):
-        span = key_side.span_of(batch, queries, ceil_div(k.shape[1], block_size), shape, q.element_size())
+        span = key_side.span_of("forward", batch, queries, ceil_div(k.shape[1], block_size), shape, q.element_size())
         lists = reader_lists(plan, block_indices, positions, k.shape[1], block_size, span, SEGMENT)
         key_side.forward(plan, q, k, v, block_indices, bias, lists, out, lse, scale, strides, shape, block_size)
         return out, lse
@@ -258,7 +258,7 @@ def _run_backward(
     all_from_keys = _from_the_key_side(q, shape, block_size, keys)
     if all_from_keys:
         shift = key_side.shifts(plan, out, d_out, d_lse)
-        span = key_side.span_of(batch, queries, ceil_div(keys, block_size), shape, q.element_size())
+        span = key_side.span_of("backward", batch, queries, ceil_div(keys, block_size), shape, q.element_size())
     else:
         shift, span = torch.empty_like(lse), (queries, batch * selectors)
         launch(
