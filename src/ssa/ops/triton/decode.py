@@ -35,6 +35,8 @@ SEGMENT = 256
 """Blocks that one program ranks."""
 CANDIDATES = {"means": 64, "warps": 1, "stages": 3}  # by one warp, so that reductions stay within it
 SPANS = tl.constexpr(32)
+KEPT = 5  # the first eighth of the means that should stay in the cache
+LAST = "evict_first"
 PART_KEYS = 1024
 """Keys that one program attends to."""
 
@@ -63,17 +65,18 @@ def _queries(
 
 
 @triton.jit
-def _means(means, b, kv, n, N, m_b, m_n, m_k, D: tl.constexpr, DP: tl.constexpr):
+def _means(means, b, kv, n, N, m_b, m_n, m_k, D: tl.constexpr, DP: tl.constexpr, POLICY: tl.constexpr):
     d = tl.arange(0, DP)
     rows = means + b * m_b + kv.to(tl.int64) * m_k + n.to(tl.int64) * m_n
-    return tl.load(rows[:, None] + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+    mask = (n < N)[:, None] & (d < D)[None, :]
+    return tl.load(rows[:, None] + d[None, :], mask=mask, other=0.0, eviction_policy=POLICY)
 
 
 @triton.jit(do_not_specialize=["N", "spans"])
 def _normaliser_kernel(
     q, means, lengths, peaks, totals, factor, N, spans, q_b, q_t, q_h, m_b, m_n, m_k,
     T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BS: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    BS: tl.constexpr, SPAN: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """`factor` takes a product to its logit, in powers of two."""
     if EARLY:
@@ -83,7 +86,12 @@ def _normaliser_kernel(
     if span * SPAN >= length // BS:
         return
     n = span * SPAN + tl.arange(0, SPAN)
-    logit = tl.dot(q_I, tl.trans(_means(means, b, kv, n, N, m_b, m_n, m_k, D, DP)), input_precision=PRECISION) * factor
+    # the second kernel begins with the last spans: those should find room in the cache
+    if span * 8 >= spans * KEPT:
+        keys = _means(means, b, kv, n, N, m_b, m_n, m_k, D, DP, "evict_last")
+    else:
+        keys = _means(means, b, kv, n, N, m_b, m_n, m_k, D, DP, "evict_first")
+    logit = tl.dot(q_I, tl.trans(keys), input_precision=PRECISION) * factor
     complete = tl.where(real, (length - T + t + 1) // BS, 0)
     seen = n[None, :] < complete[:, None]
     logit = tl.where(seen, logit, -1e30)
@@ -112,7 +120,7 @@ def _candidate_kernel(
     q, means, lengths, peaks, totals, scores, ranks, blocks, factor, N, spans, segments, q_b, q_t, q_h, m_b, m_n, m_k,
     T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
-    ALONE: tl.constexpr, SOFTMAX: tl.constexpr, RELEASED: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    ALONE: tl.constexpr, SOFTMAX: tl.constexpr, RELEASED: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """ALONE: every head chooses for itself. `scores` is room for this kernel's own use."""
     if EARLY:
@@ -153,7 +161,8 @@ def _candidate_kernel(
     rows = scores + ((b * R + r) * T + token) * pitch
     for c in range(start, tl.minimum(start + WIDTH, last_own), BN):
         n = c + tl.arange(0, BN)
-        score = tl.dot(q_I, tl.trans(_means(means, b, kv, n, N, m_b, m_n, m_k, D, DP)), input_precision=PRECISION) * factor
+        keys = _means(means, b, kv, n, N, m_b, m_n, m_k, D, DP, LAST)
+        score = tl.dot(q_I, tl.trans(keys), input_precision=PRECISION) * factor
         if SOFTMAX:
             score = tl.exp2(score - lse[:, None])
         if not ALONE:
@@ -339,7 +348,7 @@ def _run(
         if softmax:
             launch(
                 plan, _normaliser_kernel, (tiles, spans), q, block_means, lengths, peaks, totals, factor, block_means.shape[1], spans,
-                *strides, EARLY=early, num_warps=4 if tokens * wide * span <= 8192 else 8, **common,
+                *strides, KEPT=KEPT, EARLY=early, num_warps=4 if tokens * wide * span <= 8192 else 8, **common,
             )  # fmt: skip
         scores = workspace(rows, segments * SEGMENT)
         ranks, blocks = (workspace(rows, segments, places, dtype=torch.int32) for _ in range(2))
@@ -347,7 +356,7 @@ def _run(
         launch(
             plan, _candidate_kernel, (tiles, segments),
             q, block_means, lengths, peaks, totals, scores, ranks, blocks, factor, block_means.shape[1], spans, segments, *strides,
-            M=num_selected, MP=places, WIDTH=SEGMENT, BN=step, ALONE=scope == "head", SOFTMAX=softmax, RELEASED=released,
+            M=num_selected, MP=places, WIDTH=SEGMENT, BN=step, ALONE=scope == "head", SOFTMAX=softmax, RELEASED=released, LAST=LAST,
             num_warps=CANDIDATES["warps"] * (1 if tokens * wide <= 16 else 2 if tokens * wide <= 32 else 4),
             num_stages=CANDIDATES["stages"], **common, **overlap,
         )  # fmt: skip
