@@ -141,7 +141,7 @@ def test_plans_fix_what_binaries_depend_on(monkeypatch):
     for module in modules.values():
         monkeypatch.setattr(module, "launch", record, raising=False)
     tuned = {
-        "block_sparse": {"SEGMENT": 16, "PART_BYTES": 1}, "key_side": {"SPAN_BYTES": {"forward": 1, "backward": 1}, "SPAN_BLOCKS": 1, "BLOCK_BYTES": 0, "PARTS_TILE": 1},
+        "block_sparse": {"SEGMENT": 16, "PART_BYTES": 1}, "key_side": {"SPAN_BYTES": {"forward": 1, "backward": 1}, "SPAN_BLOCKS": 1, "BLOCK_BYTES": 0},
         "select": {"CHUNKS": ((1 << 31, 8),), "SCORE_BYTES": 1},
         "decode": {"SEGMENT": 16, "PART_KEYS": 16, "CANDIDATES": {"means": 16, "warps": 2, "stages": 1}}, "span": {"PROGRAMS": 1, "MOST_PARTS": 1},
     }  # fmt: skip

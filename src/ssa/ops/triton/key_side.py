@@ -100,56 +100,56 @@ def _partial_kernel(
 
 
 @triton.jit
-def _query_of_span(first_query, first_row, span_length, T, R: tl.constexpr, M: tl.constexpr):
-    """This program's query: (its row, its place in the row, its first pair in the span and in all)."""
+def _queries_of_span(
+    first_query, first_row, span_length, T, R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    """This program's rows, each a head of a query: (heads of the group, columns, rows that exist, their mask, their queries' first pair in
+    the span and in all, their places in [B, T, H])."""
     row = first_row + tl.program_id(1).to(tl.int64)
-    t = first_query + tl.program_id(0)
-    return row, t, (tl.program_id(1).to(tl.int64) * span_length + tl.program_id(0)) * M, (row * T + t) * M
-
-
-@triton.jit
-def _parts(part, indices, slot, query, c, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, MC: tl.constexpr, GP: tl.constexpr,
-           DP: tl.constexpr):  # fmt: skip
-    """A query's partial results of the pairs c..c + MC, [MC, GP, DP], all loads at once; zero where there is none."""
-    m = c + tl.arange(0, MC)
-    g = tl.arange(0, GP)
+    rows = tl.arange(0, BT * GP)
+    g = rows % GP
     d = tl.arange(0, DP)
-    there = (m < M) & (tl.load(indices + query + m, mask=m < M, other=-1) >= 0)
-    at = ((slot + m)[:, None, None] * G + g[None, :, None]) * D + d[None, None, :]
-    mask = there[:, None, None] & (g < G)[None, :, None] & (d < D)[None, None, :]
-    return tl.load(part + at, mask=mask, other=0.0).to(tl.float32)
+    local = tl.program_id(0) * BT + rows // GP
+    t = first_query + local
+    real = (local < span_length) & (t < T) & (g < G)
+    head = (row // R * T + t) * (R * G) + row % R * G + g
+    return (
+        g,
+        d,
+        real,
+        real[:, None] & (d < D)[None, :],
+        (tl.program_id(1).to(tl.int64) * span_length + local) * M,
+        (row * T + t) * M,
+        head,
+    )
 
 
 @triton.jit(do_not_specialize=["first_query", "first_row"])
 def _combine_kernel(
     indices, part_o, part_lse, out, lse_out, T, first_query, first_row, span_length,
-    R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-    MC: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """A query's partial outputs, weighted by exp(lse of the pair - lse)."""
-    row, t, slot, query = _query_of_span(first_query, first_row, span_length, T, R, M)
-    m = tl.arange(0, MP)
-    g = tl.arange(0, GP)
-    there = (m < M) & (tl.load(indices + query + m, mask=m < M, other=-1) >= 0)
-    lse = tl.load(part_lse + (slot + m)[:, None] * G + g[None, :], mask=there[:, None] & (g < G)[None, :], other=float("-inf"))
-    peak = tl.max(lse, 0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp2((lse - peak[None, :]) * LOG2E), 0)
+    g, d, real, mask, slot, query, head = _queries_of_span(first_query, first_row, span_length, T, R, G, GP, D, DP, M, BT)
+    peak = tl.full([BT * GP], -1e30, tl.float32)
+    total = tl.zeros([BT * GP], tl.float32)
+    acc = tl.zeros([BT * GP, DP], tl.float32)
+    for m in range(M):
+        there = real & (tl.load(indices + query + m, mask=real, other=-1) >= 0)
+        at = (slot + m) * G + g
+        part = tl.load(part_lse + at, mask=there, other=float("-inf"))
+        piece = tl.load(part_o + (at * D)[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+        higher = tl.maximum(peak, part)
+        shrink = tl.exp2((peak - higher) * LOG2E)
+        weight = tl.exp2((part - higher) * LOG2E)
+        total = total * shrink + weight
+        acc = acc * shrink[:, None] + piece.to(tl.float32) * weight[:, None]
+        peak = higher
     empty = total == 0.0
-    acc = tl.zeros([GP, DP], tl.float32)
-    for c in range(0, M, MC):
-        m = c + tl.arange(0, MC)
-        there = (m < M) & (tl.load(indices + query + m, mask=m < M, other=-1) >= 0)
-        lse = tl.load(
-            part_lse + (slot + m)[:, None] * G + g[None, :], mask=there[:, None] & (g < G)[None, :], other=float("-inf")
-        )
-        weight = tl.exp2((lse - peak[None, :]) * LOG2E)
-        acc += tl.sum(_parts(part_o, indices, slot, query, c, G, D, M, MC, GP, DP) * weight[:, :, None], 0)
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    d = tl.arange(0, DP)
-    head = (row // R * T + t) * (R * G) + row % R * G + g
-    tl.store(out + (head * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=(g < G)[:, None] & (d < D)[None, :])
-    tl.store(lse_out + head, tl.where(empty, float("-inf"), peak + natural_log(total)), mask=g < G)
+    tl.store(out + (head * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(lse_out + head, tl.where(empty, float("-inf"), peak + natural_log(total)), mask=real)
 
 
 @triton.jit(do_not_specialize=["span", "first_query", "first_row"])
@@ -295,34 +295,30 @@ def _shift_kernel(
 @triton.jit(do_not_specialize=["first_query", "first_row"])
 def _add_dq_kernel(
     indices, part_q, d_q, scale, T, first_query, first_row, span_length,
-    R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, MC: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    row, t, slot, query = _query_of_span(first_query, first_row, span_length, T, R, M)
-    acc = tl.zeros([GP, DP], tl.float32)
-    for c in range(0, M, MC):
-        acc += tl.sum(_parts(part_q, indices, slot, query, c, G, D, M, MC, GP, DP), 0)
-    g = tl.arange(0, GP)
-    d = tl.arange(0, DP)
-    head = (row // R * T + t) * (R * G) + row % R * G + g
-    tl.store(
-        d_q + (head * D)[:, None] + d[None, :], (acc * scale).to(d_q.dtype.element_ty), mask=(g < G)[:, None] & (d < D)[None, :]
-    )
+    g, d, real, mask, slot, query, head = _queries_of_span(first_query, first_row, span_length, T, R, G, GP, D, DP, M, BT)
+    acc = tl.zeros([BT * GP, DP], tl.float32)
+    for m in range(M):
+        there = real & (tl.load(indices + query + m, mask=real, other=-1) >= 0)
+        at = ((slot + m) * G + g) * D
+        acc += tl.load(part_q + at[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    tl.store(d_q + (head * D)[:, None] + d[None, :], (acc * scale).to(d_q.dtype.element_ty), mask=mask)
 
 
 SPAN_BYTES = {"forward": 1 << 28, "backward": 1 << 27}  # partial results held at once; the backward pass holds more beside them
 SPAN_BLOCKS = 512  # as many blocks in a span as keep the GPU busy
-PARTS_TILE = 1 << 13  # elements of a query's partial results that are read at once
 BLOCK_BYTES = 1 << 15  # keys of a block up to which tiles of many rows fit beside keys and values
 TILES = {  # rows of a tile, warps, stages
     "partial": (128, 4, 2),
     "dkv": (64, 4, 2),
-    "dkv_dq": (32, 4, 2),
+    "dkv_dq": (32, 4, 3),
 }
 
 
 def limits() -> tuple[int, ...]:
     """What decides, beside the arguments, how the work is cut."""
-    return *SPAN_BYTES.values(), SPAN_BLOCKS, BLOCK_BYTES, PARTS_TILE
+    return *SPAN_BYTES.values(), SPAN_BLOCKS, BLOCK_BYTES
 
 
 def span_of(way: str, batch: int, queries: int, row_blocks: int, shape: dict[str, Any], itemsize: int) -> tuple[int, int]:
@@ -340,12 +336,6 @@ def narrow(shape: dict[str, Any]) -> dict[str, Any]:
     return shape | {"GP": power_of_two(shape["G"])}
 
 
-def _of_a_query(shape: dict[str, Any]) -> dict[str, int]:
-    """What adding up a query's partial results needs of the geometry."""
-    at_once = min(power_of_two(shape["M"]), max(1, PARTS_TILE // (shape["GP"] * shape["DP"])))
-    return {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")} | {"MC": at_once}
-
-
 def forward(
     plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, out: Tensor, lse: Tensor,
     scale: float, strides: tuple[int, ...], shape: dict[str, Any], block_size: int,
@@ -356,7 +346,8 @@ def forward(
     slots = lists.rows * lists.length * shape["M"] * shape["G"]
     part_o = torch.empty(slots, shape["D"], dtype=q.dtype, device=q.device)
     part_lse = torch.empty(slots, dtype=torch.float32, device=q.device)
-    small = _of_a_query(shape)
+    few = max(1, 16 // shape["GP"])
+    small = {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
     for span in range(lists.spans):
         first = span // lists.groups * lists.length, span % lists.groups * lists.rows
         launch(
@@ -367,8 +358,8 @@ def forward(
             BIAS=bias is not None, num_warps=warps, num_stages=stages, **shape,
         )  # fmt: skip
         launch(
-            plan, _combine_kernel, (min(lists.length, queries - first[0]), lists.rows), block_indices, part_o, part_lse,
-            out, lse, queries, *first, lists.length, MP=power_of_two(shape["M"]), num_warps=4, **small,
+            plan, _combine_kernel, (ceil_div(lists.length, few), lists.rows), block_indices, part_o, part_lse, out, lse,
+            queries, *first, lists.length, BT=few, num_warps=4, num_stages=3, **small,
         )  # fmt: skip
 
 
@@ -394,7 +385,8 @@ def backward(
         tile = max(16, min(padded, BLOCK_BYTES // (shape["DP"] * q.element_size())))
         if size <= 64:
             rows, warps, stages = (128 if block_size <= 16 else 64), 2, 3
-    small = _of_a_query(shape)
+    few = max(1, 16 // shape["GP"])
+    small = {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
     for span in range(lists.spans):
         first = span // lists.groups * lists.length, span % lists.groups * lists.rows
         launch(
@@ -412,8 +404,8 @@ def backward(
         )  # fmt: skip
         if part_q is not None:
             launch(
-                plan, _add_dq_kernel, (min(lists.length, queries - first[0]), lists.rows), block_indices, part_q, d_q, scale,
-                queries, *first, lists.length, num_warps=4, **small,
+                plan, _add_dq_kernel, (ceil_div(lists.length, few), lists.rows), block_indices, part_q, d_q, scale,
+                queries, *first, lists.length, BT=few, num_warps=4, num_stages=3, **small,
             )  # fmt: skip
 
 

@@ -319,7 +319,7 @@ def _run(
             plan, _score_kernel, (ceil_div(here, per_tile), batch * selectors),
             q, block_keys, positions_BT, first_block_BT, key_bounds, lse, chunk_max, scale2, start, slab, queries, num_keys, blocks,
             row_length, num_chunks, *strides, GP=wide, BT=per_tile, BC=SCORE_TILE["blocks"], TP=power_of_two(tiles),
-            num_warps=SCORE_TILE["warps"], num_stages=SCORE_TILE["stages"],
+            num_warps=SCORE_TILE["warps"], num_stages=SCORE_TILE["stages"] if padded_size <= 64 else 1,
             maxnreg=SCORE_TILE["registers"] if columns == SCORE_TILE["columns"] else None, **common,
         )  # fmt: skip
         launch(
