@@ -32,7 +32,6 @@ from ssa.ops import (
 )
 from ssa.ops.cross_entropy import linear_cross_entropy
 from ssa.ops.running_means import extend_block_means
-from ssa.ops.triton import decode as decode_kernels
 from ssa.ops.triton import key_side
 
 shared: dict[str, int] = {}
@@ -135,7 +134,6 @@ def main(capability: int, everything: bool) -> None:
     driver.set_active(StandIn(capability))
     JITFunction.run = compile_only()
     implementations._triton_missing = lambda kind: None
-    decode_kernels.launches_early = lambda x: capability >= 90
     sparse(32, 2, 64, 16, 16)
     decode(32, 2, 64, 16, 16, columns=131072)
     running_means(2, 64)

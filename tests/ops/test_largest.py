@@ -28,7 +28,7 @@ def _kernel(values, flags, places, count, hint, X: tl.constexpr):
 @pytest.mark.parametrize("kind", ["any", "ties", "few", "equal"])
 def test_it_takes_what_sorting_would(size, kind):
     generator = torch.Generator().manual_seed(size)
-    values = torch.randint(-(2**31) + 1, 2**31 - 1, (size,), generator=generator, dtype=torch.int64)
+    values = torch.randint(-(2**31) + 1, 2**31 - 1, (size,), generator=generator, dtype=torch.int64, device="cpu")
     if kind == "ties":
         values = values % 5
     if kind == "equal":
@@ -42,7 +42,7 @@ def test_it_takes_what_sorting_would(size, kind):
         for hint in (NOTHING.value, int(values.median())):
             flags, places = torch.empty(2, size, dtype=torch.int32, device=device)
             _kernel[(1,)](on_device, flags, places, count, hint, X=size)
-            expected = torch.zeros(size, dtype=torch.int32)
+            expected = torch.zeros(size, dtype=torch.int32, device="cpu")
             expected[order[: min(count, there)]] = 1
             assert torch.equal(flags.cpu(), expected)
-            assert torch.equal(places.cpu()[expected.bool()], torch.arange(int(expected.sum()), dtype=torch.int32))
+            assert torch.equal(places.cpu()[expected.bool()], torch.arange(int(expected.sum()), dtype=torch.int32, device="cpu"))

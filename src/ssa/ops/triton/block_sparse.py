@@ -269,7 +269,9 @@ def _run_backward(
         )  # fmt: skip
     # sums of fp32 inputs keep their precision in short segments; long ones leave fewer partial sums in memory
     segment = min(max(1, 256 // shape["G"]), SEGMENT) if q.dtype == torch.float32 else SEGMENT
-    while 2 * span[0] * span[1] * shape["M"] // segment * block_size * size * 4 > PART_BYTES:
+    # spans hold partial results of queries, too
+    room = PART_BYTES // 4 if all_from_keys else PART_BYTES
+    while 2 * span[0] * span[1] * shape["M"] // segment * block_size * size * 4 > room:
         segment *= 2
     lists = reader_lists(plan, block_indices, positions, keys, block_size, span, segment)
     # query heads that choose for themselves share a kv head, and spans follow each other: their gradients add up in fp32

@@ -1,14 +1,11 @@
 """Decoding: a few queries of each row against its cache, in three kernels whose grids depend on shapes alone.
 
-1. `_normaliser_kernel`, where blocks are chosen by probability: per span of block means and head the peak of the logits and the sum of
-   2^(logit - peak).
-2. `_candidate_kernel`: per segment of blocks the heads' log-sum-exps from all sums, the blocks' scores, and the segment's best M - 1
-   blocks, which hold all of the row's best that lie in it. It reads the means again, the last ones first, which the first kernel
-   left in the cache: that is cheaper than writing and reading every head's terms.
+1. `_span_kernel`: per span of block means, every head's terms 2^(logit - peak of the span), their sum and the peak. The means, the
+   bulk of what selection reads, are read once.
+2. `_candidate_kernel`: per query and segment of spans, the heads' log-sum-exps from all sums, the blocks' scores, and the segment's
+   best M - 1 blocks, which hold all of the row's best that lie in it.
 3. `_attend_kernel`: per query, the best M - 1 candidates of all segments and the own block, then attention over them. Budgets of
    more than PART_KEYS keys are cut into parts, and `_combine_kernel` adds them up.
-
-Kernels 2 and 3 are launched before the one ahead has ended, where the GPU can, and wait for it when they need its results.
 
 Lengths are read on the device and programs past a row's end return at once, so a CUDA graph captured at one length serves all.
 Nothing is added atomically: results are bitwise reproducible, and a row's do not depend on the rows beside it.
@@ -23,7 +20,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssa.ops.triton.largest import NOTHING, ordered, take_largest
 from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, plan_of, power_of_two
@@ -33,72 +29,53 @@ from ssa.ops.triton.operation import operation
 
 SEGMENT = 256
 """Blocks that one program ranks."""
-CANDIDATES = {"means": 64, "warps": 1, "stages": 3}  # by one warp, so that reductions stay within it
-SPANS = tl.constexpr(32)
-KEPT = 5  # the first eighth of the means that should stay in the cache
-LAST = "evict_first"
+RANKING_WARPS = 1  # reductions stay within a warp
 PART_KEYS = 1024
 """Keys that one program attends to."""
 
 
-@triton.jit
-def _queries(
-    q, lengths, q_b, q_t, q_h, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "spans"])
+def _span_kernel(
+    q, means, lengths, peaks, totals, terms, factor, N, spans, q_b, q_t, q_h, m_b, m_n, m_k,
+    T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, RT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr,
+    SPAN: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """This program's queries, heads of one kv head together: (batch row, kv head, first query, the row's length, queries and heads of the
-    rows, rows that exist, their places in [B, T, H], q [rows, DP])."""
-    TILES: tl.constexpr = (T + BT - 1) // BT
+    """`factor` takes a product to its logit, in powers of two for the softmax."""
+    TILES: tl.constexpr = (T * G + RT - 1) // RT
     tile = tl.program_id(0) % TILES
     row = tl.program_id(0) // TILES
+    span = tl.program_id(1)
     b = (row // K).to(tl.int64)
     kv = row % K
     length = tl.load(lengths + b).to(tl.int32)
-    i = tl.arange(0, BT * GP)
-    t = tile * BT + i // GP
-    head = kv * G + i % GP
-    real = (t < T) & (i % GP < G)
+    first = span * SPAN
+    if first >= length // BS:
+        return
+    i = tile * RT + tl.arange(0, RT)
+    t = i // G
+    head = kv * G + i % G
+    real = i < T * G
     d = tl.arange(0, DP)
     q_rows = q + b * q_b + t.to(tl.int64) * q_t + head.to(tl.int64) * q_h
     q_I = tl.load(q_rows[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-    return b, kv, tile * BT, length, t, real, (b * T + t) * (K * G) + head, q_I
-
-
-@triton.jit
-def _means(means, b, kv, n, N, m_b, m_n, m_k, D: tl.constexpr, DP: tl.constexpr, POLICY: tl.constexpr):
-    d = tl.arange(0, DP)
-    rows = means + b * m_b + kv.to(tl.int64) * m_k + n.to(tl.int64) * m_n
-    mask = (n < N)[:, None] & (d < D)[None, :]
-    return tl.load(rows[:, None] + d[None, :], mask=mask, other=0.0, eviction_policy=POLICY)
-
-
-@triton.jit(do_not_specialize=["N", "spans"])
-def _normaliser_kernel(
-    q, means, lengths, peaks, totals, factor, N, spans, q_b, q_t, q_h, m_b, m_n, m_k,
-    T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BS: tl.constexpr, SPAN: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """`factor` takes a product to its logit, in powers of two."""
-    if EARLY:
-        gdc_launch_dependents()
-    b, kv, _, length, t, real, at, q_I = _queries(q, lengths, q_b, q_t, q_h, T, K, G, GP, BT, D, DP)
-    span = tl.program_id(1)
-    if span * SPAN >= length // BS:
-        return
-    n = span * SPAN + tl.arange(0, SPAN)
-    # the second kernel begins with the last spans: those should find room in the cache
-    if span * 8 >= spans * KEPT:
-        keys = _means(means, b, kv, n, N, m_b, m_n, m_k, D, DP, "evict_last")
-    else:
-        keys = _means(means, b, kv, n, N, m_b, m_n, m_k, D, DP, "evict_first")
-    logit = tl.dot(q_I, tl.trans(keys), input_precision=PRECISION) * factor
+    n = first + tl.arange(0, SPAN)
+    key_rows = means + b * m_b + kv.to(tl.int64) * m_k + n.to(tl.int64) * m_n
+    # means are read once; what is written here, soon again: it should find room in the cache
+    keys = tl.load(
+        key_rows[:, None] + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_first"
+    )
+    term = tl.dot(q_I, tl.trans(keys), input_precision=PRECISION) * factor
     complete = tl.where(real, (length - T + t + 1) // BS, 0)
     seen = n[None, :] < complete[:, None]
-    logit = tl.where(seen, logit, -1e30)
-    peak = tl.max(logit, 1)
-    total = tl.sum(tl.where(seen, tl.exp2(logit - peak[:, None]), 0.0), 1)
-    tl.store(peaks + at * spans + span, peak, mask=real)
-    tl.store(totals + at * spans + span, total, mask=real)
+    at = (b * T + t) * (K * G) + head
+    if SOFTMAX:
+        term = tl.where(seen, term, -1e30)
+        peak = tl.max(term, 1)
+        term = tl.where(seen, tl.exp2(term - peak[:, None]), 0.0)
+        tl.store(peaks + at * spans + span, peak, mask=real)
+        tl.store(totals + at * spans + span, tl.sum(term, 1), mask=real)
+    pitch = spans.to(tl.int64) * SPAN
+    tl.store(terms + (at * pitch)[:, None] + n[None, :], term, mask=real[:, None])
 
 
 @triton.jit
@@ -115,75 +92,48 @@ def _best(rank, block, own, hint, M: tl.constexpr, BS: tl.constexpr, RELEASED: t
     return chosen
 
 
-@triton.jit(do_not_specialize=["N", "spans", "segments"])
+@triton.jit(do_not_specialize=["spans", "segments"])
 def _candidate_kernel(
-    q, means, lengths, peaks, totals, scores, ranks, blocks, factor, N, spans, segments, q_b, q_t, q_h, m_b, m_n, m_k,
-    T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
-    ALONE: tl.constexpr, SOFTMAX: tl.constexpr, RELEASED: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    terms, peaks, totals, lengths, ranks, blocks, spans, segments,
+    T: tl.constexpr, R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    SPANS: tl.constexpr, SPAN: tl.constexpr, J: tl.constexpr, SOFTMAX: tl.constexpr, RELEASED: tl.constexpr,
 ):  # fmt: skip
-    """ALONE: every head chooses for itself. `scores` is room for this kernel's own use."""
-    if EARLY:
-        gdc_launch_dependents()
-    b, kv, first_query, length, _, real, at, q_I = _queries(q, lengths, q_b, q_t, q_h, T, K, G, GP, BT, D, DP)
-    segment = tl.num_programs(1) - 1 - tl.program_id(1)
-    start = segment * WIDTH
-    last_own = (length - T + tl.minimum(first_query + BT, T) - 1) // BS
-    if (length <= 0) | (start >= last_own):
+    query = tl.program_id(0)
+    segment = tl.program_id(1)
+    t = query % T
+    r = query // T % R
+    b = (query // T // R).to(tl.int64)
+    position = tl.load(lengths + b).to(tl.int32) - T + t
+    own = position // BS
+    first_span = segment * J
+    if (position < 0) | (first_span * SPAN >= own):
         return
-    if EARLY:
-        gdc_wait()
+    g = tl.arange(0, GP)
+    at = (b * T + t) * (R * G) + r * G + g
+    j = first_span + tl.arange(0, J)
+    n = j[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+    cells = terms + (at * (spans.to(tl.int64) * SPAN))[:, None, None] + n[None, :, :]
+    term = tl.load(cells, mask=(g < G)[:, None, None] & (n < own)[None, :, :], other=0.0)
     if SOFTMAX:
-        live = tl.cdiv(length // BS, SPAN)
-        top = tl.full([BT * GP], -1e30, tl.float32)
-        total = tl.zeros([BT * GP], tl.float32)
-        for c in range(0, live, SPANS):
-            s = c + tl.arange(0, SPANS)
-            mask = real[:, None] & (s < live)[None, :]
-            peak = tl.load(peaks + (at * spans)[:, None] + s[None, :], mask=mask, other=-1e30)
-            part = tl.load(totals + (at * spans)[:, None] + s[None, :], mask=mask, other=0.0)
-            higher = tl.maximum(top, tl.max(peak, 1))
-            total = total * tl.exp2(top - higher) + tl.sum(part * tl.exp2(peak - higher[:, None]), 1)
-            top = higher
-        lse = top + tl.log2(total)
-    R: tl.constexpr = K * G if ALONE else K
-    CHOOSERS: tl.constexpr = BT * GP if ALONE else BT
-    chooser = tl.arange(0, CHOOSERS)
-    if ALONE:
-        token = first_query + chooser // GP
-        r = kv * G + chooser % GP
-        there = (token < T) & (chooser % GP < G)
-    else:
-        token = first_query + chooser
-        r = kv + chooser * 0
-        there = token < T
-    pitch = segments.to(tl.int64) * WIDTH
-    rows = scores + ((b * R + r) * T + token) * pitch
-    for c in range(start, tl.minimum(start + WIDTH, last_own), BN):
-        n = c + tl.arange(0, BN)
-        keys = _means(means, b, kv, n, N, m_b, m_n, m_k, D, DP, LAST)
-        score = tl.dot(q_I, tl.trans(keys), input_precision=PRECISION) * factor
-        if SOFTMAX:
-            score = tl.exp2(score - lse[:, None])
-        if not ALONE:
-            score = tl.sum(tl.reshape(tl.where(real[:, None], score, 0.0), [BT, GP, BN]), 1)
-        tl.store(rows[:, None] + n[None, :], score, mask=there[:, None])
-    tl.debug_barrier()  # the scores are read back by other threads
-    n = start + tl.arange(0, WIDTH)
+        live = tl.cdiv((position + 1) // BS, SPAN)
+        s = tl.arange(0, SPANS)
+        mask = (g < G)[:, None] & (s < live)[None, :]
+        peak = tl.load(peaks + (at * spans)[:, None] + s[None, :], mask=mask, other=-1e30)
+        total = tl.load(totals + (at * spans)[:, None] + s[None, :], mask=mask, other=0.0)
+        top = tl.max(peak, 1)
+        lse = top + tl.log2(tl.sum(total * tl.exp2(peak - top[:, None]), 1))
+        mask = (g < G)[:, None] & (j < live)[None, :]
+        weight = tl.exp2(tl.load(peaks + (at * spans)[:, None] + j[None, :], mask=mask, other=-1e30) - lse[:, None])
+        term *= tl.where(mask, weight, 0.0)[:, :, None]
+    score = tl.reshape(tl.sum(term, 0), [J * SPAN])
+    n = tl.reshape(n, [J * SPAN])
+    chosen = _best(tl.where(n < own, ordered(score), NOTHING), n, own, NOTHING, M, BS, RELEASED)
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    out = (query.to(tl.int64) * segments + segment) * MP
+    tl.store(ranks + out + place, ordered(score), mask=chosen)
+    tl.store(blocks + out + place, n, mask=chosen)
     rest = tl.arange(0, MP)
-    for i in range(CHOOSERS):
-        t_i = first_query + (i // GP if ALONE else i)
-        g_i = i % GP if ALONE else 0
-        own = (length - T + t_i) // BS
-        if (t_i < T) & (g_i < G) & (length - T + t_i >= 0) & (start < own):
-            query = (b * R + (kv * G + g_i if ALONE else kv)) * T + t_i
-            score = tl.load(scores + query * pitch + n, mask=n < own, other=0.0)
-            chosen = _best(tl.where(n < own, ordered(score), NOTHING), n, own, NOTHING, M, BS, RELEASED)
-            place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-            out = (query * segments + segment) * MP
-            tl.store(ranks + out + place, ordered(score), mask=chosen)
-            tl.store(blocks + out + place, n, mask=chosen)
-            tl.store(ranks + out + rest, tl.full([MP], NOTHING, tl.int32), mask=rest >= tl.sum(chosen.to(tl.int32), 0))
+    tl.store(ranks + out + rest, tl.full([MP], NOTHING, tl.int32), mask=rest >= tl.sum(chosen.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["segments"])
@@ -193,7 +143,7 @@ def _attend_kernel(
     T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
     PARTS: tl.constexpr, SELECT: tl.constexpr, RELEASED: tl.constexpr, STARTS: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0)
     part = tl.program_id(1)
@@ -203,15 +153,6 @@ def _attend_kernel(
     kv = (r // (R // K)).to(tl.int64)
     position = tl.load(lengths + b).to(tl.int32) - T + t
     own = tl.where(position < 0, -1, position // BS)
-    g = tl.arange(0, GP)
-    d = tl.arange(0, DP)
-    head = r * G + g
-    tile_mask = (g < G)[:, None] & (d < D)[None, :]
-    q_rows = q + b * q_b + t.to(tl.int64) * q_t + head.to(tl.int64) * q_h
-    q_G = tl.load(q_rows[:, None] + d[None, :], mask=tile_mask, other=0.0)
-    start = tl.load(starts + b).to(tl.int64) if STARTS else b * 0
-    if EARLY:
-        gdc_wait()
     to = indices + query.to(tl.int64) * M
     count = 0
     if SELECT:
@@ -230,6 +171,13 @@ def _attend_kernel(
     m = tl.arange(0, MP)
     tl.store(to + m, tl.where(m == count, own, -1), mask=(m >= count) & (m < M))
     tl.debug_barrier()  # the places written above are read back by other threads
+    g = tl.arange(0, GP)
+    d = tl.arange(0, DP)
+    head = r * G + g
+    tile_mask = (g < G)[:, None] & (d < D)[None, :]
+    q_rows = q + b * q_b + t.to(tl.int64) * q_t + head.to(tl.int64) * q_h
+    q_G = tl.load(q_rows[:, None] + d[None, :], mask=tile_mask, other=0.0)
+    start = tl.load(starts + b).to(tl.int64) if STARTS else b * 0
     k_row = k + b * k_b + kv * k_h
     v_row = v + b * v_b + kv * v_h
     peak = tl.full([GP], -1e30, tl.float32)
@@ -305,7 +253,7 @@ def _run(
         rule,
         SEGMENT,
         PART_KEYS,
-        *CANDIDATES.values(),
+        RANKING_WARPS,
     )
 
     def workspace(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -319,46 +267,30 @@ def _run(
     select = num_selected > 1 and num_blocks > 0
     released = rule == "released" and num_selected > max(1, block_size // 2)
     segments, ranks, blocks = 1, None, None
-    early = select and launches_early(q)
-    overlap = {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
     if select:
         num_blocks = max(num_blocks, k.shape[1] // block_size)
-        softmax = scoring == "softmax"
         span = _tile(size, q.dtype)
-        spans, segments = ceil_div(num_blocks, span), ceil_div(num_blocks, SEGMENT)
+        spans = ceil_div(num_blocks, span)
+        per_segment = max(1, SEGMENT // span)
+        segments = ceil_div(spans, per_segment)
+        softmax = scoring == "softmax"
         peaks, totals = (workspace(batch, queries, heads, spans) if softmax else None for _ in range(2))
+        terms = workspace(batch, queries, heads, spans * span)
         per_kv = heads // kv_heads
-        wide = power_of_two(per_kv)
-        tokens = max(16 // wide, min(power_of_two(queries), 64 // wide), 1)
-        tiles = batch * kv_heads * ceil_div(queries, tokens)
-        strides = (*q.stride()[:3], *block_means.stride()[:3])
-        factor = scale * (LOG2E.value if softmax else 1.0)
-        common = dict(
-            T=queries,
-            K=kv_heads,
-            G=per_kv,
-            GP=wide,
-            BT=tokens,
-            D=size,
-            DP=padded_size,
-            BS=block_size,
-            SPAN=span,
-            PRECISION=precision,
-        )
-        if softmax:
-            launch(
-                plan, _normaliser_kernel, (tiles, spans), q, block_means, lengths, peaks, totals, factor, block_means.shape[1], spans,
-                *strides, KEPT=KEPT, EARLY=early, num_warps=4 if tokens * wide * span <= 8192 else 8, **common,
-            )  # fmt: skip
-        scores = workspace(rows, segments * SEGMENT)
-        ranks, blocks = (workspace(rows, segments, places, dtype=torch.int32) for _ in range(2))
-        step = min(SEGMENT, CANDIDATES["means"], _tile(size, q.dtype))
+        tile = min(64, max(16, power_of_two(queries * per_kv)))
         launch(
-            plan, _candidate_kernel, (tiles, segments),
-            q, block_means, lengths, peaks, totals, scores, ranks, blocks, factor, block_means.shape[1], spans, segments, *strides,
-            M=num_selected, MP=places, WIDTH=SEGMENT, BN=step, ALONE=scope == "head", SOFTMAX=softmax, RELEASED=released, LAST=LAST,
-            num_warps=CANDIDATES["warps"] * (1 if tokens * wide <= 16 else 2 if tokens * wide <= 32 else 4),
-            num_stages=CANDIDATES["stages"], **common, **overlap,
+            plan, _span_kernel, (batch * kv_heads * ceil_div(queries * per_kv, tile), spans),
+            q, block_means, lengths, peaks, totals, terms, scale * (LOG2E.value if softmax else 1.0), block_means.shape[1], spans,
+            *q.stride()[:3], *block_means.stride()[:3], T=queries, K=kv_heads, G=per_kv, RT=tile, D=size, DP=padded_size,
+            BS=block_size, SPAN=span, SOFTMAX=softmax, PRECISION=precision, num_warps=4 if tile * span <= 8192 else 8,
+        )  # fmt: skip
+        ranks, blocks = (workspace(rows, segments, places, dtype=torch.int32) for _ in range(2))
+        wide = power_of_two(group)
+        launch(
+            plan, _candidate_kernel, (rows, segments),
+            terms, peaks, totals, lengths, ranks, blocks, spans, segments, T=queries, R=selectors, G=group, GP=wide, BS=block_size,
+            M=num_selected, MP=places, SPANS=power_of_two(spans), SPAN=span, J=per_segment, SOFTMAX=softmax,
+            RELEASED=released, num_warps=RANKING_WARPS if wide <= 16 else 2 * RANKING_WARPS,
         )  # fmt: skip
 
     columns = max(16, min(_tile(size, q.dtype), power_of_two(budget)))
@@ -374,9 +306,9 @@ def _run(
         q, k, v, lengths, starts, bias, ranks, blocks, indices, part_out, part_lse, scale, segments, *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if bias is None else bias.stride()), T=queries, R=selectors, K=kv_heads,
         G=group, GP=max(16, power_of_two(group)), D=size, DP=padded_size, BS=block_size, M=num_selected, MP=places,
-        CP=power_of_two(segments) * places, WIDTH=SEGMENT, BN=columns, PART=part, PARTS=parts,
+        CP=power_of_two(segments) * places, WIDTH=per_segment * span if select else 1, BN=columns, PART=part, PARTS=parts,
         SELECT=select, RELEASED=released, STARTS=starts is not None, BIAS=bias is not None, PRECISION=precision,
-        num_warps=4 if columns * padded_size <= 8192 else 8, num_stages=2, **overlap,
+        num_warps=4 if columns * padded_size <= 8192 else 8, num_stages=2,
     )  # fmt: skip
     if parts > 1:
         launch(
@@ -384,11 +316,6 @@ def _run(
             D=size, DP=padded_size, num_warps=1,
         )  # fmt: skip
     return out, lse, indices
-
-
-def launches_early(x: Tensor) -> bool:
-    """Whether the GPU can launch a kernel before the one ahead has ended (programmatic dependent launch)."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def _tile(size: int, dtype: torch.dtype) -> int:

@@ -235,7 +235,10 @@ def _run_backward(
     # spans move forward, so the readers of a tile are neighbours
     first_reader = torch.searchsorted(high, first_key, right=True, out_int32=True)
     last_reader = torch.searchsorted(low, first_key + shape["BN"], out_int32=True)
-    parts = max(1, min(MOST_PARTS, PROGRAMS // (tiles * batch * shape["K"])))
+    parts = max(1, PROGRAMS // (tiles * batch * shape["K"]))
+    if q.dtype == torch.float32:  # long chains of sums lose its last bits
+        parts = max(parts, ceil_div(queries, shape["BT"]))
+    parts = min(MOST_PARTS, parts)
     d_k, d_v = (torch.empty(parts, *k.shape, dtype=k.dtype if parts == 1 else torch.float32, device=q.device) for _ in range(2))
     launch(
         plan, _dkv_kernel, (tiles, parts, batch * shape["K"]), q, k, v, low, high, lse, shift, d_out, first_reader, last_reader,
