@@ -6,7 +6,8 @@
 
 One JSON for each run, and one for the model as it was ("before"). Started again, it keeps what is finished, measures what was only trained,
 and goes on from checkpoints. On several GPUs, start it once for each, with the same --out and --work: each process takes the next run of its
---runs that no other has. Other arguments change the recipe, `adapt.toml`. `adapt_report.py` makes what docs/results.md shows.
+--runs that no other has. A run that fails is tried again by those that are started afterwards. Other arguments change the recipe,
+`adapt.toml`. `adapt_report.py` makes what docs/results.md shows.
 """
 
 from __future__ import annotations
@@ -73,20 +74,20 @@ def main() -> int:
     resolve_checkpoint(args.model)
     work = args.work or args.out / "runs"
     args.out.mkdir(parents=True, exist_ok=True)
-    failed = False
+    began, failed = time.time(), False
     for name in names:
         path = args.out / f"{name}.json"
-        with claimed(work, name) as mine:
-            if not mine or path.exists():
-                print(f"{name}: {'kept' if mine else 'another process has it'}", flush=True)
-                continue
-            recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
-            recipe = dataclasses.replace(
-                recipe, data=dataclasses.replace(recipe.data, path=args.data), model=dataclasses.replace(recipe.model, init_from=str(args.model))
-            )  # fmt: skip
-            run = work / name
-            report: dict[str, Any]
-            try:
+        recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
+        recipe = dataclasses.replace(
+            recipe, data=dataclasses.replace(recipe.data, path=args.data), model=dataclasses.replace(recipe.model, init_from=str(args.model))
+        )  # fmt: skip
+        run = work / name
+        report: dict[str, Any]
+        try:
+            with claimed(work, path, began) as reason:
+                if reason is not None:
+                    print(f"{name}: {reason}", flush=True)
+                    continue
                 if name == "before":
                     shutil.rmtree(run, ignore_errors=True)
                     shutil.copytree(args.model, run)
@@ -100,13 +101,13 @@ def main() -> int:
                 report["figures"] = measure(run, args, recipe.data.context)
                 measuring = time.perf_counter() - started
                 report["seconds"]["all"] = report["seconds"].get("train", 0.0) + measuring
-            except Exception:  # the runs that follow are worth having all the same
-                failed = True
-                print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-                continue
-            write_atomically(path, json.dumps(lean(report)) + "\n")
-            path.with_suffix(".trained.json").unlink(missing_ok=True)
-            print(f"{name}: {report['seconds']['all']:.0f} s, of it {measuring:.0f} s measuring", flush=True)
+                write_atomically(path, json.dumps(lean(report)) + "\n")
+        except Exception:  # the runs that follow are worth having all the same
+            failed = True
+            print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            continue
+        path.with_suffix(".trained.json").unlink(missing_ok=True)
+        print(f"{name}: {report['seconds']['all']:.0f} s, of it {measuring:.0f} s measuring", flush=True)
     return int(failed)
 
 

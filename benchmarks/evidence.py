@@ -5,7 +5,7 @@
 
 One JSON for each run, with its recipe, environment, curve and every figure; finished ones are kept. Started again, it measures what was
 only trained (RUN.trained.json) and goes on from checkpoints. On several GPUs, start it once for each, with the same --out and --work: each
-process takes the next run of its --runs that no other has.
+process takes the next run of its --runs that no other has. A run that fails is tried again by those that are started afterwards.
 `evidence_plots.py` and `evidence_tables.py` make what docs/results.md shows.
 """
 
@@ -73,18 +73,50 @@ def steady_seconds(report: dict[str, Any]) -> float:
     return train["steps"] * train["batch_size"] * train["accumulation"] * context / speed
 
 
+def failure_note(work: Path, path: Path) -> Path:
+    """Where the processes that run now read that the run which `path` is to show has failed in one of them."""
+    return work / ".claims" / f"{path.stem}.failed"
+
+
+def settled(work: Path, path: Path, began: float) -> str | None:
+    """Why nobody needs to begin the run that `path` is to show, if so.
+
+    Args:
+        began: When this process was started, in seconds since 1970: failures of before are worth another try.
+    """
+    if path.exists():
+        return "kept"
+    note = failure_note(work, path)
+    try:
+        failed = json.loads(note.read_text())["time"]
+    except FileNotFoundError:
+        return None
+    return f"failed in another process, see {note}; start again to try again" if failed > began else None
+
+
 @contextlib.contextmanager
-def claimed(work: Path, name: str) -> Iterator[bool]:
-    """Whether the run is this process's for now. A claim ends with the process that has it, however that ends."""
-    claim = work / ".claims" / name
-    claim.mkdir(parents=True, exist_ok=True)
+def claimed(work: Path, path: Path, began: float) -> Iterator[str | None]:
+    """Why the run that `path` is to show is none of this process's; None: it is, for now.
+
+    A claim ends with the process that has it, however that ends. If that is by an exception, those that run now leave the run alone.
+    """
+    claim, note = work / ".claims" / path.stem, failure_note(work, path)
     with contextlib.ExitStack() as stack:
+        reason = settled(work, path, began)
+        if reason is None:
+            claim.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(sole_writer(claim, "another process has it"))
+                reason = settled(work, path, began)  # another may have come to its end in between
+            except UserError as busy:
+                reason = str(busy)
+        if reason is None:
+            note.unlink(missing_ok=True)
         try:
-            stack.enter_context(sole_writer(claim, f"another process has {name}"))
-            mine = True
-        except UserError:
-            mine = False
-        yield mine
+            yield reason
+        except Exception:
+            write_atomically(note, json.dumps({"time": time.time(), "error": traceback.format_exc()}) + "\n")
+            raise
 
 
 def check_texts(data: str, *texts: str | None) -> None:
@@ -194,34 +226,35 @@ def main() -> int:
     check_texts(args.data, args.wikitext, args.books)
     work = args.work or args.out / "runs"
     args.out.mkdir(parents=True, exist_ok=True)
-    begin, pace, failed = time.perf_counter(), 0.0, False
+    began, pace, failed = time.time(), 0.0, False
     for name in names:
         path = args.out / f"{name}.json"
-        with claimed(work, name) as mine:
-            if not mine or path.exists():
-                print(f"{name}: {'kept' if mine else 'another process has it'}", flush=True)
-                continue
-            if time.perf_counter() - begin + pace * cost(name) + (OVERHEAD if pace else 0.0) > args.seconds:
-                print(f"{name}: no time left", flush=True)
-                continue
-            recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
-            recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=args.data))
-            if args.steps:
-                recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=args.steps))
-            try:
+        recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=args.data))
+        if args.steps:
+            recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=args.steps))
+        late = time.time() - began + pace * cost(name) + (OVERHEAD if pace else 0.0) > args.seconds
+        if late and settled(work, path, began) is None:
+            print(f"{name}: no time left", flush=True)
+            continue
+        try:
+            with claimed(work, path, began) as reason:
+                if reason is not None:
+                    print(f"{name}: {reason}", flush=True)
+                    continue
                 report = trained(name, recipe, work / name, path.with_suffix(".trained.json"))
                 measuring = time.perf_counter()
                 report["figures"] = measure(work / name, args, recipe)
                 measuring = time.perf_counter() - measuring
                 report["seconds"]["all"] = report["seconds"]["train"] + measuring
-            except Exception:  # the runs that follow are worth having all the same
-                failed = True
-                print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-                continue
-            write_atomically(path, json.dumps(lean(report)) + "\n")
-            path.with_suffix(".trained.json").unlink(missing_ok=True)
-            pace = max(pace, steady_seconds(report) / cost(name))
-            print(f"{name}: trained in {report['seconds']['train']:.0f} s, measured in {measuring:.0f} s", flush=True)
+                write_atomically(path, json.dumps(lean(report)) + "\n")
+        except Exception:  # the runs that follow are worth having all the same
+            failed = True
+            print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            continue
+        path.with_suffix(".trained.json").unlink(missing_ok=True)
+        pace = max(pace, steady_seconds(report) / cost(name))
+        print(f"{name}: trained in {report['seconds']['train']:.0f} s, measured in {measuring:.0f} s", flush=True)
     return int(failed)
 
 

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,24 @@ def test_a_lock_file_that_goes_once_is_made_again(tmp_path, monkeypatch):
     with sole_writer(tmp_path, "busy"):
         assert (tmp_path / LOCK).is_file()
     assert len(tries) == 2
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_lock_file_that_goes_while_it_is_looked_at_is_made_again(tmp_path, monkeypatch, look):
+    looks, stat = [], Path.stat
+
+    def late(path, **how):
+        looks.append(path)
+        if len(looks) == look:
+            (tmp_path / LOCK).unlink()
+        return stat(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", late)
+        with sole_writer(tmp_path, "busy"):
+            patch.undo()
+            assert (tmp_path / LOCK).is_file()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):

@@ -87,7 +87,11 @@ def sole_writer(directory: Path, busy: str) -> Iterator[None]:
             if not _locked(file):
                 break
             # Its last holder may have removed the file in between: then the lock on it is worth nothing.
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            try:
+                named = path.stat()
+            except FileNotFoundError:
+                continue
+            if not os.path.samestat(os.fstat(file.fileno()), named):
                 continue
             try:
                 yield

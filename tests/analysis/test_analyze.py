@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from rich.progress import Progress
 
+from ssa.analysis import measure
 from ssa.analysis.analyze import analyze
 from ssa.analysis.dense_pass import dense_pass
 from ssa.analysis.measure import measure_model
@@ -249,6 +251,21 @@ def test_two_ranks_give_the_figures_of_one(make_run, text, tmp_path, run_on_two_
     assert "kept mass" in said[0][0] and ("shortened" in said[0][0]) == (rows == 1) and said[1][0] == ""
     assert sorted(path.name for path in shared.iterdir()) == ["analysis.json", "report.html"]
     assert_alike(json.loads((shared / "analysis.json").read_text()), alone.runs[0].analysis)
+
+
+def test_the_bar_comes_to_its_end_where_another_rank_reads_the_other_rows(make_run, text, monkeypatch):
+    totals, steps = [], []
+    monkeypatch.setattr(Progress, "add_task", lambda self, name, total: totals.append(total))
+    monkeypatch.setattr(Progress, "advance", lambda self, task, done: steps.append(done))
+    monkeypatch.setattr(measure, "ROW_TOKENS", 64)
+    monkeypatch.setattr(measure, "meet", lambda: None)
+    monkeypatch.setattr(measure, "exchange", lambda value: [value])  # as if the other one had found nothing
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    analyze(
+        [make_run("one")], data=text, context=64, max_tokens=64 * 5, decode_steps=0, device="cpu", html=False, console=quiet()
+    )
+    assert totals == [2] and steps == [1, 1]
 
 
 def assert_alike(found, expected):

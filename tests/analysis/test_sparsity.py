@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssa.analysis.dense_pass import tile_shape
-from ssa.analysis.meter import SparsityMeter, mean_figures, selection_by_rule
+from ssa.analysis.meter import LayerSums, SparsityMeter, mean_figures, selection_by_rule
 from ssa.analysis.sparsity import AttentionFigures, attention_figures
 from ssa.attention import AttentionRecord
 from ssa.config import Budget
@@ -243,6 +243,14 @@ def test_the_sample_of_points_is_bounded_seeded_and_from_beyond_the_receptive_fi
     for point, again in zip(run(0, None), run(0, 7), strict=True):
         assert point == pytest.approx(again, rel=1e-5)
     assert run(0, None) != run(1, None)
+
+
+def test_no_two_points_of_a_large_text_draw_the_same_key():
+    """Their order would depend on who read which row."""
+    sums = LayerSums(1, 1, 200, (0, 0))
+    for row in range(8):
+        sums._draw(torch.zeros(1 << 18, 3), row)
+    assert len(sums.sample_keys.unique()) == 200
 
 
 @pytest.mark.parametrize("cuts", [(1,), (0,), (2,), (1, 2)])

@@ -1,5 +1,6 @@
 """What a run that was interrupted does when it is started again, and what is looked at before one begins."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -132,7 +133,7 @@ def test_trained_but_not_measured_is_not_kept(evidence, data, tmp_path, monkeypa
 
 
 def test_a_run_that_another_process_has_is_left_to_it(evidence, data, tmp_path, monkeypatch, capsys):
-    ready = "import sys, evidence, pathlib\nwith evidence.claimed(pathlib.Path(sys.argv[1]), 'full') as mine: print(mine, flush=True); sys.stdin.read()"
+    ready = "import sys, evidence, pathlib\nwith evidence.claimed(pathlib.Path(sys.argv[1]), pathlib.Path('full.json'), 0.0) as reason: print(reason, flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", ready, str(tmp_path / "out" / "runs")],
         stdin=-1,
@@ -141,7 +142,7 @@ def test_a_run_that_another_process_has_is_left_to_it(evidence, data, tmp_path, 
         cwd=Path(evidence.__file__).parent,
     ) as other:
         try:
-            assert other.stdout.readline() == "True\n"
+            assert other.stdout.readline() == "None\n"
             assert program(evidence, monkeypatch, data, tmp_path, "full,moba") == ["moba"]
             assert "full: another process has it" in capsys.readouterr().out
         finally:
@@ -149,12 +150,56 @@ def test_a_run_that_another_process_has_is_left_to_it(evidence, data, tmp_path, 
     assert program(evidence, monkeypatch, data, tmp_path, "full,moba") == ["full"]
 
 
+@pytest.mark.parametrize("module", ["evidence", "adapt"])
+def test_a_run_that_failed_is_tried_by_those_that_start_later_only(evidence, module, data, tmp_path, monkeypatch, capsys):
+    """Another process, which fails, is played by this one."""
+    module = importlib.import_module(module)
+    monkeypatch.setattr(module, "resolve_checkpoint", lambda path: path, raising=False)
+    model = [str(tmp_path / "model")] if module is not evidence else []
+    monkeypatch.setattr(
+        sys, "argv", ["x", *model, str(data), "--out", str(tmp_path / "out"), "--runs", "full,moba", "--recipe", "tiny"]
+    )
+    tried, works = [], False
+
+    def trained(name, *rest):
+        tried.append(name)
+        if name == "full":
+            with pytest.raises(RuntimeError), evidence.claimed(tmp_path / "out" / "runs", tmp_path / "out" / "moba.json", 0.0):
+                raise RuntimeError("in another process")
+        if not works:
+            raise RuntimeError("here")
+        return {"seconds": {"train": 5.0}, "recipe": make(data, 2).to_dict(), "curve": [{"loss": 1.0, "tokens_per_second": 32.0}]}
+
+    monkeypatch.setattr(module, "trained", trained)
+    monkeypatch.setattr(module, "measure", lambda *a: {})
+    notes = tmp_path / "out" / "runs" / ".claims"
+    assert module.main() == 1 and tried == ["full"]
+    assert "moba: failed in another process" in capsys.readouterr().out
+    assert "RuntimeError: here" in json.loads((notes / "full.failed").read_text())["error"]
+    works = True
+    assert module.main() == 0 and tried == ["full", "full"]  # the one of moba is newer again
+    assert module.main() == 0 and tried == ["full", "full", "moba"]
+    assert not list(notes.glob("*.failed"))
+
+
+def test_looking_at_a_run_takes_it_from_nobody(evidence, tmp_path, monkeypatch):
+    """While one process says that a run is finished, or that there is no time for it, another can have it."""
+    work, path = tmp_path / "runs", tmp_path / "full.json"
+    path.write_text("{}")
+    with evidence.claimed(work, path, 0.0) as reason:
+        path.unlink()
+        with evidence.claimed(work, path, 0.0) as other:
+            assert (reason, other) == ("kept", None)
+
+
 def test_no_run_begins_that_would_not_end_in_time(evidence, data, tmp_path, monkeypatch, capsys):
     """`program` has 60 seconds and FullAttn's steps take 2 of them, so SSA's 3 fit beside the overhead; then 40 as slow a step."""
     assert program(evidence, monkeypatch, data, tmp_path, "full,ssa,nsa") == ["full", "ssa", "nsa"]
     shutil.rmtree(tmp_path / "out")
     monkeypatch.setitem(evidence.COSTS, "ssa", 40.0)
-    assert program(evidence, monkeypatch, data, tmp_path, "full,ssa,nsa") == ["full", "nsa"]
+    claims, claimed = [], evidence.claimed
+    monkeypatch.setattr(evidence, "claimed", lambda work, path, began: claims.append(path.stem) or claimed(work, path, began))
+    assert program(evidence, monkeypatch, data, tmp_path, "full,ssa,nsa") == claims == ["full", "nsa"]
     assert "ssa: no time left" in capsys.readouterr().out
 
 

@@ -1,5 +1,7 @@
 """Ranks that wait for each other."""
 
+import socket
+
 import pytest
 
 from ssa.errors import UserError
@@ -23,6 +25,47 @@ def test_every_rank_has_what_all_say_and_the_end_of_one_ends_the_others(run_on_t
     (first, _), (second, _) = run_on_two_ranks("-c", RANK)
     assert second == "[{'of': 0}, {'of': 1}] [0, 10]\n"
     assert first == second + "rank 0 of 2 waited for a rank that has ended; see what that one says\n"
+
+
+NEVER = """
+import os, sys
+from datetime import timedelta
+from ssa.errors import UserError
+from ssa.eval import exchange
+if os.environ["RANK"] == "0":
+    exchange.MEETING = timedelta(seconds=2)
+    try:
+        exchange.meet()
+    except UserError as error:
+        print(error)
+else:
+    import time
+    from torch.distributed import TCPStore
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), 2) if "store" in sys.argv else None
+    time.sleep(10)
+"""
+
+
+@pytest.mark.parametrize("comes", ["nowhere", "store"])
+def test_a_rank_that_never_comes_is_noticed(run_on_two_ranks, comes):
+    """Whether or not it has reached the place where the ranks find each other."""
+    (first, _), _ = run_on_two_ranks("-c", NEVER, comes)
+    assert first.startswith("rank 0 of 2 cannot meet the others (") and first.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_named_as_such(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        for name, value in {
+            "WORLD_SIZE": 2,
+            "RANK": 0,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": taken.getsockname()[1],
+        }.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError, match=r"rank 0 of 2 cannot meet the others \(.*address already in use"):
+            exchange("nobody")
 
 
 def test_one_rank_and_ranks_that_cannot_meet(monkeypatch):

@@ -20,8 +20,10 @@ from ssa.testing import tiny_model
 pytest.importorskip("lm_eval", reason='needs pip install "sparse-sparse-attention[eval]"')
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook, CachingLM, hash_args
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
+from sqlitedict import SqliteDict
 
 from ssa.eval import harness
 from ssa.eval.harness import SSALM
@@ -220,21 +222,30 @@ def test_ssa_eval_through_lm_eval_is_ssa_eval_on_files(make_run, data_dir, local
 
 @pytest.mark.parametrize("data_dir", ["own"], indirect=True)
 def test_two_ranks_give_exactly_the_figures_of_one(make_run, data_dir, local_manager, tmp_path, monkeypatch, run_on_two_ranks):
-    """Few-shot draws included; they compute different batches, and rank 0 alone writes and speaks. Generation alike."""
+    """Few-shot draws included; they compute different batches, and rank 0 alone writes and speaks. Generation alike, with caches of lm-eval's
+    that differ: rank 0 finds all log-likelihoods and some texts in its own, rank 1 another text."""
     names = ["local_piqa", "local_wikitext"]
     how = {"perplexity": False, "tasks": names, "num_fewshot": {"local_piqa": 2}, "budgets": "2x4,full", "seeds": [1, 12],
            "max_length": 250}  # fmt: skip
     sampled = {"do_sample": True, "temperature": 5.0, "max_gen_toks": 5}
-    requests = [(f"{'Prompt ' * i}{i}", {"max_gen_toks": 5} if i % 2 else sampled) for i in range(1, 9)]
+    requests = [(f"{'Prompt ' * i}{i}", {"max_gen_toks": 5} if i % 2 else sampled) for i in range(1, 13)]
     monkeypatch.setattr("ssa.eval.loglikelihood.BATCH_TOKENS_CPU", 200)
     alone, shared = make_run(name="alone"), make_run(name="shared")
     entries = evaluate(alone, **how)["tasks"]
     torch.manual_seed(3)
-    texts = SSALM(str(alone), "full", batch_size=2, device="cpu").generate_until(instances("generate_until", requests))
+    one = SSALM(str(alone), "full", batch_size=2, device="cpu")
+    texts = one.generate_until(instances("generate_until", requests))
+    caches = [tmp_path / f"lm_rank{rank}.db" for rank in (0, 1)]
+    scored = CachingLM(one, str(caches[0])).loglikelihood(instances("loglikelihood", [(prompt, ".") for prompt, _ in requests]))
+    for cache, cached in zip(caches, (0, 2), strict=True):
+        CachingLM(one, str(cache)).generate_until(instances("generate_until", [requests[cached]]))
     rank = Path(__file__).with_name("harness_rank.py")
-    said = run_on_two_ranks(rank, shared, tmp_path / "tasks", json.dumps(requests), json.dumps(how))
+    said = run_on_two_ranks(rank, shared, tmp_path / "tasks", tmp_path / "lm", json.dumps(requests), json.dumps(how))
     results = [json.loads(output.rpartition("=")[2]) for output, _ in said]
     assert [r["texts"] for r in results] == [texts, texts]
+    assert [r["scored"] for r in results] == [[list(score) for score in scored]] * 2
+    kept = [dict(SqliteDict(str(cache)).items()) for cache in caches]
+    assert kept[0] == kept[1] and len(kept[0]) == 2 * len(requests)
     assert [set(r["budgets"]["local_piqa"]) for r in results] == [{"2x4", "full"}, set()]
     assert "acc_norm" in said[0][0] and said[1][0].startswith("=")
     assert "it/s" in said[0][1] and "it/s" not in said[1][1]  # progress bars
@@ -246,6 +257,22 @@ def test_two_ranks_give_exactly_the_figures_of_one(make_run, data_dir, local_man
     assert len(logs) == 4 and all(logs)  # two ranks at two budgets
     once = [json.loads(line)["index"] for path in alone.rglob("rank-*.jsonl") for line in path.read_text().splitlines()]
     assert sorted(once) == sorted(index for of_rank in logs for index in of_rank)
+
+
+def test_caches_of_ranks_that_were_interrupted_become_one(pair, monkeypatch, tmp_path):
+    """What rank 1 had generated before an interruption is there on rank 0, which keeps its own answer where they differ."""
+    _, ours = pair
+    a, b, c = (hash_args("generate_until", (name, {})) for name in "abc")
+    monkeypatch.setattr(ours, "shard", Shard(0, 2))
+    monkeypatch.setattr(ours, "_generate", lambda *a: pytest.fail("generated again"))
+    monkeypatch.setattr(harness, "exchange", lambda own: [own, {b: "other", c: "3"}])
+    with SqliteDict(str(tmp_path / "x.db"), autocommit=True) as before:
+        before.update({a: "1", b: "2"})
+    try:
+        cached = CachingLM(ours, str(tmp_path / "x.db"))
+        assert cached.generate_until(instances("generate_until", [(name, {}) for name in "abc"])) == ["1", "2", "3"]
+    finally:
+        ours.set_cache_hook(CacheHook(None))
 
 
 def test_ranks_that_were_asked_differently_say_so(pair, monkeypatch):

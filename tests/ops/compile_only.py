@@ -142,7 +142,8 @@ def main(capability: int, everything: bool) -> None:
     if everything:
         nsa(32, 2, 64, 16)
         alignment(32, 64)
-        sparse(32, 2, 64, 16, 16, tokens=16384)  # chunks of several blocks
+        sparse(8, 2, 64, 16, 16, tokens=16384)  # chunks of 4 blocks
+        sparse(8, 2, 64, 16, 16, tokens=40960)  # of 8
         with patch.object(key_side, "SPAN_BYTES", {"forward": 1, "backward": 1}):  # in spans, whose gradients add up
             sparse(8, 2, 128, 16, 64, tokens=2048, packed=True, bias=True)
         decode(8, 2, 128, 64, 32, columns=8192, queries=2)

@@ -82,13 +82,43 @@ def test_released_rule_with_chunks_and_a_tail(queries, keys, block_size, count, 
     check_selection(q, k, block_size=block_size, num_selected_blocks=count, rule="released")
 
 
-def test_selection_in_slabs(monkeypatch):
-    """128 queries at a time at least: more than that here, of packed documents."""
+@pytest.mark.parametrize(
+    "options",
+    [{"positions": document_positions([90, 60])}, {"rule": "released", "num_selected_blocks": 4}, {}],
+    ids=["documents", "released", "batch"],
+)
+def test_selection_in_slabs(monkeypatch, chunks, options):
+    """A tile of queries at a time, 64 here."""
     from ssa.ops.triton import select
 
     monkeypatch.setattr(select, "SCORE_BYTES", 1)
-    q, k, _ = (x.detach() for x in random_qkv(1, 150, 150, 2, 1, 16, dtype=torch.float32))
-    check_selection(q, k, block_size=4, num_selected_blocks=3, positions=document_positions([90, 60]))
+    q, k, _ = (x.detach() for x in random_qkv(1 if options else 2, 150, 150, 2, 1, 16, dtype=torch.float32))
+    check_selection(q, k, **{"block_size": 4, "num_selected_blocks": 3} | options)
+
+
+def test_nothing_to_select_or_attend_to():
+    for batch, tokens in ((0, 20), (1, 0)):
+        q, k, v = random_qkv(batch, tokens, 20, 2, 1, 16, dtype=torch.float32)
+        index, score = select_blocks(q, k, block_size=4, num_selected_blocks=3, impl="triton")
+        assert index.shape == score.shape == (batch, 1, tokens, 3)
+        out, lse = block_sparse_attention(q, k, v, index, block_size=4, impl="triton")
+        gradients = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
+        assert all(g.shape == x.shape and not g.any() for g, x in zip(gradients, (q, k, v), strict=True))
+
+
+def test_spans_weigh_partial_results_against_lists():
+    from ssa.ops.triton.key_side import SPAN_BYTES, span_of
+    from ssa.ops.triton.reader_lists import LIST_BYTES
+
+    shape = dict(R=8, M=16, G=4, D=128)
+    per_query = 16 * 4 * 128 * 2
+    for queries, names in ((32768, 512), (131072, 131072), (1 << 20, 1 << 20)):  # plain rows; packed ones name every column
+        length, rows = span_of("forward", 1, queries, names if names < 1000 else names // 64, names, shape, 2)
+        partial = length * rows * per_query
+        table = -(-queries // length) * 8 * names * LIST_BYTES
+        assert rows == 1 and length % 64 == 0
+        assert partial <= SPAN_BYTES["forward"] or partial <= 1.1 * table, "longer than lists ask for"
+        assert table <= SPAN_BYTES["forward"] or table <= 1.1 * partial + 8 * names * LIST_BYTES, "more lists than results"
 
 
 @pytest.mark.parametrize("sharpness", [30.0, 1e-3])
@@ -112,6 +142,8 @@ ATTENTIONS = {
     "segments": (1, 30, 30, 3, 3, 16, 4, 3, "group", None, False, 8),
     "heads choose": (1, 16, 16, 4, 2, 16, 4, 2, "head", None, True, 8),
     "documents": (1, 30, 30, 4, 2, 16, 4, 3, "group", PACKED, True, 8),
+    "steps within a block": (1, 40, 70, 16, 1, 16, 32, 2, "group", None, True, 256),
+    "own block alone": (1, 20, 20, 2, 1, 16, 16, 1, "group", None, False, 256),
     # from here on the key side computes outputs and query gradients, too
     "key side": (1, 40, 40, 2, 2, 16, 16, 3, "group", None, False, 256),
     "key side, spans and segments": (1, 80, 80, 2, 2, 16, 16, 3, "group", None, True, 8),

@@ -185,7 +185,7 @@ def _measure_run(
 ) -> dict[str, Any]:  # fmt: skip
     from rich.progress import Progress
 
-    from ssa.analysis.measure import measure_model
+    from ssa.analysis.measure import measure_model, own_rows
     from ssa.infer.load import check_budgets, load_model
     from ssa.train.environment import versions
 
@@ -199,7 +199,7 @@ def _measure_run(
         raise UserError(f"decode_steps = {decode_steps} exceeds the {config.max_position_embeddings} positions of {name}")
     step = re.fullmatch(r"step-(\d+)", checkpoint.name)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name.replace("[", r"\["), total=rows.about["rows"])
+        task = bar.add_task(name.replace("[", r"\["), total=len(own_rows(rows.about["rows"])))
         figures = measure_model(
             model, rows.input_ids, rows.position_ids, budget, seed=seed, decode_steps=decode_steps,
             progress=lambda done: bar.advance(task, done),

@@ -13,7 +13,7 @@ from ssa.analysis.decode import decode_overlap
 from ssa.analysis.divergence import DivergenceSums, token_divergence
 from ssa.analysis.meter import SparsityMeter, mean_figures, selection_of
 from ssa.config import Budget
-from ssa.eval.exchange import exchange
+from ssa.eval.exchange import exchange, meet
 from ssa.eval.long.item_log import Shard
 
 if TYPE_CHECKING:
@@ -33,24 +33,25 @@ def measure_model(
         input_ids, position_ids: int64 [rows, T] on any device; positions restart at 0 at each document.
         points: sampled (delta, error, bound) triples a layer and mode.
         decode_steps: tokens to generate after the longest document, for `decode_overlap`; 0 = leave that out.
-        progress: called with the number of rows done in each step.
+        progress: called with the number of rows done in each step; they add up to `own_rows`.
 
     Returns:
         `predictions`: {"all_tokens", "beyond_receptive_field"} of `DivergenceSums.means`, and `by_position`; `inference`: for the
         modes "sparse" and "full" the mean figures over layers and heads under the same two names' queries, and `layers`, each a
         `LayerFigures`; `decode`: see `decode_overlap`, on rank 0 alone.
     """
+    meet()
     device = model.device
     meters = {mode: SparsityMeter(selection_of(model), points=points, seed=seed) for mode in ("sparse", "full")}
     divergence = DivergenceSums()
     rows, context = input_ids.shape
     step = max(1, ROW_TOKENS // context)
     shard = Shard.from_environment()
-    begin, end = (rows * rank // shard.world for rank in (shard.rank, shard.rank + 1))
+    own = own_rows(rows)
     for meter in meters.values():
-        meter.skip(begin)
-    for i in range(begin, end, step):
-        ids, positions = (x[i : min(i + step, end)].to(device) for x in (input_ids, position_ids))
+        meter.skip(own.start)
+    for i in own[::step]:
+        ids, positions = (x[i : min(i + step, own.stop)].to(device) for x in (input_ids, position_ids))
         hidden = {
             mode: model.model(
                 input_ids=ids, position_ids=positions, use_cache=False, attention_mode=mode, budget=budget, observer=meter
@@ -79,6 +80,12 @@ def measure_model(
         "inference": inference,
         "decode": None if shard.rank else decode_overlap(model, _longest_document(input_ids, position_ids), budget, decode_steps),
     }  # fmt: skip
+
+
+def own_rows(rows: int) -> range:
+    """Those of `rows` rows that this rank reads; all of them where there is one rank."""
+    shard = Shard.from_environment()
+    return range(rows * shard.rank // shard.world, rows * (shard.rank + 1) // shard.world)
 
 
 def _longest_document(input_ids: Tensor, position_ids: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ class LayerSums:
         self.overlap = torch.zeros(selectors, len(LAGS), dtype=torch.float64)
         self.pairs = torch.zeros(len(LAGS), dtype=torch.int64)
         self.rows, self.seed = 0, seed
-        self.points, self.sample, self.sample_keys = points, torch.zeros(0, 3), torch.zeros(0)
+        self.points, self.sample, self.sample_keys = points, torch.zeros(0, 3), torch.zeros(0, dtype=torch.float64)
 
     def add(self, figures: AttentionFigures, index_BRTM: Tensor, position_BT: Tensor, budget: Budget, skipped: int) -> None:
         """One pass; `skipped`: rows before it that are not added here."""
@@ -216,8 +216,8 @@ class LayerSums:
             self.in_bin[b] += int(inside.sum())
 
     def _draw(self, points: Tensor, row: int) -> None:
-        """Every point draws a key, the same whoever reads the row."""
-        drawn = torch.from_numpy(np.random.default_rng((*self.seed, row)).random(len(points), np.float32))
+        """Every point draws a key, the same whoever reads the row; fp64, because among millions of points fp32 keys tie."""
+        drawn = torch.from_numpy(np.random.default_rng((*self.seed, row)).random(len(points)))
         best = drawn.topk(min(self.points, len(drawn))).indices
         self._keep(points[best.to(points.device)].float().cpu(), drawn[best])
 

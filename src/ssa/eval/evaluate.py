@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssa.config import Budget, parse_budgets
 from ssa.errors import UserError
+from ssa.eval.exchange import meet
 from ssa.eval.long.item_log import Shard
 from ssa.eval.long.rope import scaled
 from ssa.eval.needle import check_grid
@@ -15,7 +16,7 @@ from ssa.eval.perplexity import WINDOW_TOKENS
 from ssa.eval.run_directory import run_context, run_data
 from ssa.eval.subject import Subject, evaluation_directory, load_subject
 from ssa.eval.table1 import COLUMNS, write_table1
-from ssa.eval.tasks import PAPER_SHOTS, TaskRequest, is_complete, run_tasks
+from ssa.eval.tasks import HARNESS, PAPER_SHOTS, TaskRequest, is_complete, run_tasks, runner_of
 from ssa.eval.text_passes import TextRequest, run_needles, run_perplexity
 from ssa.files import check_directory
 
@@ -103,6 +104,9 @@ def evaluate(
     for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens), ("limit", limit)):
         if value is not None and value < 1:
             raise UserError(f"{name} = {value} must be at least 1")
+    data_dir = None if data_dir is None else Path(data_dir)
+    if any(runner_of(name, data_dir) == HARNESS for name in tasks):
+        meet()  # perplexity, which comes first, may take one rank much longer than another
     asked = None if budgets is None else _parsed(budgets)
     others = [evaluation_directory(other) for other in beside]
     subject = load_subject(run, Shard.local_device(device), dtype)
@@ -133,7 +137,7 @@ def evaluate(
     result["files"] = [directory / f"{name}.json" for name in ("perplexity", "needle") if (result[name] or {}).get("budgets")]
     if tasks:
         request = TaskRequest(
-            subject, chosen, directory, data_dir=None if data_dir is None else Path(data_dir), seeds=tuple(dict.fromkeys(seeds)),
+            subject, chosen, directory, data_dir=data_dir, seeds=tuple(dict.fromkeys(seeds)),
             num_fewshot=dict(num_fewshot) if isinstance(num_fewshot, Mapping) else num_fewshot, limit=limit, lengths=lengths,
             max_length=max_length, batch_tokens=batch_tokens, haystack=haystack, console=console,
         )  # fmt: skip

@@ -28,7 +28,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
-from ssa.eval.exchange import exchange
+from ssa.eval.exchange import exchange, meet
 from ssa.eval.loglikelihood import (
     Request,
     Score,
@@ -46,6 +46,7 @@ from ssa.infer.transcript import Transcript
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+    from lm_eval.api.model import CacheHook
     from transformers import PreTrainedTokenizerFast
 
     from ssa.model import SSAForCausalLM
@@ -89,6 +90,7 @@ class SSALM(TemplateLM):
             max_batch_size: Accepted because lm-eval passes it; batches are never searched for here.
         """
         super().__init__()
+        meet()
         mode, chosen = attention_choice(attention_mode, budget)
         if device == DEFAULT_DEVICE and not torch.cuda.is_available():
             logger.warning("no CUDA device: %s, which lm-eval asks for by default, becomes auto", device)
@@ -107,6 +109,23 @@ class SSALM(TemplateLM):
         """Where finished log-likelihoods are kept and looked up, for evaluations that may be interrupted."""
         self.shard = Shard.from_environment()
         self._device = self.model.device  # lm-eval's property `device` reads it
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """What lm-eval calls where it has a cache of answers (--use_cache), one a rank: each is given what any of them has.
+
+        Otherwise lm-eval would ask the ranks different questions, or some of them none. So a cache that one process has made serves
+        several, and so do those that an interruption has left.
+        """
+        super().set_cache_hook(cache_hook)
+        cache = cache_hook.dbdict
+        if cache is None or self.shard.world == 1:
+            return
+        own: dict[str, Any] = dict(cache.items())
+        united: dict[str, Any] = {}
+        for of_rank in reversed(exchange(own)):  # where two differ, the lower rank's counts, for all
+            united |= of_rank
+        cache.update({name: answer for name, answer in united.items() if name not in own or own[name] != answer})
+        cache.commit()
 
     @property
     def attention(self) -> dict[str, Any]:
@@ -196,8 +215,10 @@ class SSALM(TemplateLM):
     def _scores(self, requests: Sequence[Request]) -> list[Score]:
         """`log_likelihoods` over all ranks, but for what the log has already. Equal requests are computed once."""
         names = [_name(request) for request in requests]
-        logged = {} if self.log is None else {name: Score(*record["score"]) for name, record in self.log.records().items()}
-        known = exchange(logged)[0]  # a rank that reads later may find more, and would cut other batches
+        logged: dict[int, Score] = {}
+        if self.log is not None and self.shard.rank == 0:  # a rank that reads later may find more, and would cut other batches
+            logged = {name: Score(*record["score"]) for name, record in self.log.records().items()}
+        known = exchange(logged)[0]
         new = {name: request for name, request in zip(names, requests, strict=True) if name not in known}
         order = list(new)
         own: dict[int, Score] = {}
@@ -221,8 +242,7 @@ class SSALM(TemplateLM):
             found |= of_rank
         if any(key not in found for key in wanted):
             raise UserError(
-                f"rank {self.shard.rank} was asked other questions than the other ranks: all of them must read the same task files, "
-                "and an lm-eval cache (--use_cache) of the same state"
+                f"rank {self.shard.rank} was asked other questions than the other ranks: all of them must read the same task files"
             )
         return [found[key] for key in wanted]
 

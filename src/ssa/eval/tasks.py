@@ -109,6 +109,12 @@ def is_complete(entry: dict[str, Any], budgets: Sequence[Budget | None]) -> bool
     return all(budget_name(budget) in entry["budgets"] for budget in budgets)
 
 
+def runner_of(name: str, data_dir: Path | None) -> str:
+    """ "module:function" of what runs the task."""
+    target = TASKS.get(name, HARNESS)
+    return HARNESS if data_dir is None and target in NEEDS_FILES else target
+
+
 def run_tasks(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]:
     """{task: entry}, in the order of `names`; tasks of one runner are run together.
 
@@ -117,8 +123,7 @@ def run_tasks(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str,
     """
     groups: dict[str, list[str]] = {}
     for name in names:
-        target = TASKS.get(name, HARNESS)
-        groups.setdefault(HARNESS if request.data_dir is None and target in NEEDS_FILES else target, []).append(name)
+        groups.setdefault(runner_of(name, request.data_dir), []).append(name)
     entries: dict[str, dict[str, Any]] = {}
     of_table1: list[tuple[TaskRunner, list[str]]] = []
     for target, group in groups.items():

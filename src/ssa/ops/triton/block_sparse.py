@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.ops.triton import key_side
+from ssa.ops.triton import key_gradients, key_side
 from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E
 from ssa.ops.triton.online_softmax import softmax_end, softmax_step
@@ -60,7 +60,7 @@ def _keys_of_step(indices, query, c, position, start, M: tl.constexpr, BS: tl.co
     if BS % BN == 0:  # of one block: addresses are one base and steps known in advance
         block = tl.load(indices + query * M + c // BS)
         key = tl.maximum(block, 0) * BS + c % BS + j
-        seen = (block >= 0) & (key <= position)
+        seen = key <= tl.where(block < 0, -1, position)
         safe = seen
         column = start + key
     else:
@@ -180,11 +180,13 @@ def _run_forward(
     q, k, v, block_indices = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), block_indices.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
+    if not q.numel():
+        return out, lse
     shape = _geometry(q, k, block_indices)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_bias_strides(bias))
     plan = plan_of(q, k, v, block_indices, positions, bias, block_size, "forward", SEGMENT, *key_side.limits())
     if _from_the_key_side(q, shape, block_size, k.shape[1]):
-        span = key_side.span_of("forward", batch, queries, ceil_div(k.shape[1], block_size), shape, q.element_size())
+        span = _span("forward", q, k, positions, shape, block_size)
         lists = reader_lists(plan, block_indices, positions, k.shape[1], block_size, span, SEGMENT)
         key_side.forward(plan, q, k, v, block_indices, bias, lists, out, lse, scale, strides, shape, block_size)
         return out, lse
@@ -204,6 +206,12 @@ def _from_the_key_side(q: Tensor, shape: dict[str, Any], block_size: int, keys: 
     readers = q.shape[1] * shape["M"] * block_size / keys
     fits = block_size * shape["DP"] * q.element_size() <= key_side.BLOCK_BYTES
     return block_size >= 4 * shape["G"] and readers >= 32 and fits
+
+
+def _span(way: str, q: Tensor, k: Tensor, positions: Tensor | None, shape: dict[str, Any], block_size: int) -> tuple[int, int]:
+    row_blocks = ceil_div(k.shape[1], block_size)
+    names = row_blocks if positions is None else k.shape[1]
+    return key_side.span_of(way, q.shape[0], q.shape[1], row_blocks, names, shape, q.element_size())
 
 
 def _columns(shape: dict[str, Any], block_size: int) -> int:
@@ -226,6 +234,13 @@ def _run_backward(
     """d_q, d_k, d_v and d_bias (empty without a bias)."""
     batch, queries, _, size = q.shape
     keys = k.shape[1]
+    if not q.numel():
+        return (
+            torch.zeros_like(q),
+            torch.zeros_like(k),
+            torch.zeros_like(v),
+            q.new_empty(0) if bias is None else torch.zeros_like(bias),
+        )
     q, k, v, block_indices, d_out = (
         contiguous_rows(q),
         contiguous_rows(k),
@@ -257,8 +272,8 @@ def _run_backward(
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     all_from_keys = _from_the_key_side(q, shape, block_size, keys)
     if all_from_keys:
-        shift = key_side.shifts(plan, out, d_out, d_lse)
-        span = key_side.span_of("backward", batch, queries, ceil_div(keys, block_size), shape, q.element_size())
+        shift = key_gradients.shifts(plan, out, d_out, d_lse)
+        span = _span("backward", q, k, positions, shape, block_size)
     else:
         shift, span = torch.empty_like(lse), (queries, batch * selectors)
         launch(
@@ -279,7 +294,7 @@ def _run_backward(
     wide = k.dtype if own and lists.length >= queries else torch.float32
     d_k, d_v = (torch.zeros(batch, keys, selectors, size, dtype=wide, device=q.device) for _ in range(2))
     d_b = None if bias is None else torch.zeros(batch, keys, selectors, dtype=torch.float32, device=q.device)
-    key_side.backward(
+    key_gradients.backward(
         plan, q, k, v, block_indices, bias, lists, d_out, lse, shift, d_q if all_from_keys else None, d_k, d_v, d_b, scale, strides,
         shape, block_size,
     )  # fmt: skip

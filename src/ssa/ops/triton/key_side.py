@@ -1,9 +1,9 @@
 """The key side of block-sparse attention: programs that hold one key block and walk the queries that read it.
 
-The gradients of keys and values always come from here. Where a block's keys and values are many bytes beside its readers' queries
-(few query heads a kv head, large blocks), the outputs and the gradients of queries do too: every (query, block) pair writes a
-partial result, which `_combine_kernel` and `_add_dq_kernel` put together. Queries go through in spans, so that a span's partial results stay
-small. Lists longer than `segment` pairs are cut into segments whose sums are added in a fixed order: results are
+The gradients of keys and values always come from here (`key_gradients`). Where a block's keys and values are many bytes beside its
+readers' queries (few query heads a kv head, large blocks), the outputs and the gradients of queries do too: every (query, block)
+pair writes a partial result, and a second kernel adds up a query's. That is done by spans, some queries of some rows, so that partial
+results stay small. Lists longer than `segment` pairs are cut into segments whose sums are added in a fixed order: results are
 bitwise reproducible.
 
 Legend: B batch, T queries, S keys, H query heads, K kv heads, R = K or H (who selects), G = H / R, D head size, M selected
@@ -12,6 +12,7 @@ blocks. A row of a tile is one (pair, head of the group).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,11 +22,20 @@ from torch import Tensor
 
 from ssa.ops.triton.launch import Plan, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
-from ssa.ops.triton.reader_lists import ReaderLists
+from ssa.ops.triton.reader_lists import LIST_BYTES, ReaderLists
+
+SPAN_BYTES = {"forward": 1 << 28, "backward": 1 << 27}  # partial results held at once; the backward pass holds more beside them
+SPAN_BLOCKS = 512  # as many blocks in a span as keep the GPU busy
+BLOCK_BYTES = 1 << 15  # keys of a block up to which tiles of many rows fit beside keys and values
+TILES = {  # rows of a tile, warps, stages
+    "partial": (128, 4, 2),
+    "dkv": (64, 4, 2),
+    "dkv_dq": (32, 4, 3),
+}
 
 
 @triton.jit
-def _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT: tl.constexpr):
+def work_item(table, counts, item_list, span, num_blocks, span_items, SEGMENT: tl.constexpr):
     """(block or -1, list, segment of it, segments, first and last pair) of this program."""
     item = tl.program_id(0)
     alive = item < tl.load(counts + span * 2)
@@ -40,17 +50,11 @@ def _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT: tl.co
 
 
 @triton.jit
-def _place(block, first_row, row_blocks, unit, R: tl.constexpr):
+def block_place(block, first_row, row_blocks, unit, R: tl.constexpr):
     """(row of the span, batch row, who selects, first column) of a block's name."""
     local = block // row_blocks
     row = first_row + local
     return local, (row // R).to(tl.int64), row % R, (block % row_blocks) * unit
-
-
-@triton.jit
-def _last_query(pair_order, stop, M: tl.constexpr, T):
-    """The last query of a list; the pairs of a list are in the order of their queries."""
-    return (tl.load(pair_order + stop - 1) // M % T).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["span", "first_query", "first_row"])
@@ -61,10 +65,10 @@ def _partial_kernel(
     BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Normalised output and lse of every pair of a block, [pairs of the span, G, D] and [pairs of the span, G]."""
-    block, _, _, _, low, high = _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
+    block, _, _, _, low, high = work_item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
     if block < 0:
         return
-    local, b, r, first = _place(block, first_row, row_blocks, unit, R)
+    local, b, r, first = block_place(block, first_row, row_blocks, unit, R)
     kv = (r // (R // K)).to(tl.int64)
     i = tl.arange(0, BSP)
     d = tl.arange(0, DP)
@@ -100,7 +104,7 @@ def _partial_kernel(
 
 
 @triton.jit
-def _queries_of_span(
+def queries_of_span(
     first_query, first_row, span_length, T, R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +135,7 @@ def _combine_kernel(
     R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """A query's partial outputs, weighted by exp(lse of the pair - lse)."""
-    g, d, real, mask, slot, query, head = _queries_of_span(first_query, first_row, span_length, T, R, G, GP, D, DP, M, BT)
+    g, d, real, mask, slot, query, head = queries_of_span(first_query, first_row, span_length, T, R, G, GP, D, DP, M, BT)
     peak = tl.full([BT * GP], -1e30, tl.float32)
     total = tl.zeros([BT * GP], tl.float32)
     acc = tl.zeros([BT * GP, DP], tl.float32)
@@ -152,183 +156,24 @@ def _combine_kernel(
     tl.store(lse_out + head, tl.where(empty, float("-inf"), peak + natural_log(total)), mask=real)
 
 
-@triton.jit(do_not_specialize=["span", "first_query", "first_row"])
-def _dkv_kernel(
-    q, k, v, d_out, lse_in, shift_in, bias, pair_order, table, counts, item_list, d_k, d_v, d_b, part_k, part_v,
-    part_b, part_q, scale, T, S, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, first_query, first_row, span_length, num_blocks, row_blocks, unit, span_items,
-    R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A block's gradients from one segment of its readers; with DQ also every pair's part of its query's gradient. ADD: onto
-    what earlier spans left."""
-    block, which, part, segments, low, high = _item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
-    if block < 0:
-        return
-    local, b, r, first = _place(block, first_row, row_blocks, unit, R)
-    kv = (r // (R // K)).to(tl.int64)
-    i = tl.program_id(1) * BSP + tl.arange(0, BSP)  # keys of a block do not need each other: large ones are cut
-    d = tl.arange(0, DP)
-    rows = tl.arange(0, BP * GP)
-    inside = (i < BS) & (first + i < S)
-    column = (first + i).to(tl.int64)
-    key_mask = inside[:, None] & (d < D)[None, :]
-    keys = tl.load(k + b * k_b + kv * k_h + (column * k_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
-    values = tl.load(v + b * v_b + kv * v_h + (column * v_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
-    if BIAS:
-        key_bias = tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=inside, other=0.0).to(tl.float32)
-    sum_b = tl.zeros([BSP], tl.float32)
-    sum_k = tl.zeros([BSP, DP], tl.float32)
-    sum_v = tl.zeros([BSP, DP], tl.float32)
-    g = rows % GP
-    for c in range(low, high, BP):
-        e = c + rows // GP
-        pair = tl.load(pair_order + e, mask=e < high, other=0).to(tl.int32)  # it is divided: 64 bits take far longer
-        t = (pair // M % T).to(tl.int64)
-        real = (e < high) & (g < G)
-        mask = real[:, None] & (d < D)[None, :]
-        q_P = tl.load(q + b * q_b + (t * q_t + (r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
-        head = (b * T + t) * (R * G) + r * G + g
-        d_out_P = tl.load(d_out + (head * D)[:, None] + d[None, :], mask=mask, other=0.0)
-        lse = tl.load(lse_in + head, mask=real, other=0.0)
-        shift = tl.load(shift_in + head, mask=real, other=0.0)
-        logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
-        if BIAS:
-            logits += key_bias[:, None]
-        # causal by columns: the query stands at column S - T + t, and a block never leaves its query's document
-        seen = real[None, :] & inside[:, None] & ((first + i)[:, None] <= (S - T + t)[None, :])
-        p = tl.where(seen, tl.exp2((logits - lse[None, :]) * LOG2E), 0.0)
-        sum_v += tl.dot(p.to(d_out_P.dtype), d_out_P, input_precision=PRECISION)
-        d_logits = p * (tl.dot(values, tl.trans(d_out_P), input_precision=PRECISION) - shift[None, :])
-        if BIAS:
-            sum_b += tl.sum(d_logits, 1)
-        rounded = d_logits.to(q_P.dtype)
-        sum_k += tl.dot(rounded, q_P, input_precision=PRECISION)
-        if DQ:
-            slot = ((local * span_length + t - first_query) * M + pair % M) * G + g
-            d_q = tl.dot(tl.trans(rounded), keys, input_precision=PRECISION)
-            tl.store(part_q + (slot * D)[:, None] + d[None, :], d_q.to(part_q.dtype.element_ty), mask=mask)
-    if segments == 1:
-        # A document cut short by the next shares columns with it on paper only: nobody's query reads them there.
-        last = S - T + _last_query(pair_order, high, M, T)
-        to = (((b * S + column) * R + r) * D)[:, None] + d[None, :]
-        alive = key_mask & (column <= last)[:, None]
-        sum_k *= scale
-        if ADD:
-            sum_k += tl.load(d_k + to, mask=alive, other=0.0).to(tl.float32)
-            sum_v += tl.load(d_v + to, mask=alive, other=0.0).to(tl.float32)
-        tl.store(d_k + to, sum_k.to(d_k.dtype.element_ty), mask=alive)
-        tl.store(d_v + to, sum_v.to(d_v.dtype.element_ty), mask=alive)
-        if BIAS:
-            at_bias = d_b + (b * S + column) * R + r
-            if ADD:
-                sum_b += tl.load(at_bias, mask=inside & (column <= last), other=0.0)
-            tl.store(at_bias, sum_b, mask=inside & (column <= last))
-    else:
-        slot = tl.load(table + which * 3 + 2) + part
-        to = (slot.to(tl.int64) * BS + i)[:, None] * D + d[None, :]
-        tl.store(part_k + to, sum_k * scale, mask=(i < BS)[:, None] & (d < D)[None, :])
-        tl.store(part_v + to, sum_v, mask=(i < BS)[:, None] & (d < D)[None, :])
-        if BIAS:
-            tl.store(part_b + slot.to(tl.int64) * BS + i, sum_b, mask=i < BS)
-
-
-@triton.jit(do_not_specialize=["span", "first_row"])
-def _add_parts_kernel(
-    pair_order, table, d_k, d_v, d_b, part_k, part_v, part_b, T, S, span, first_row, num_blocks, row_blocks, unit,
-    R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, BSP: tl.constexpr,
-    SEGMENT: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0)
-    which = span * num_blocks + block
-    start = tl.load(table + which * 3)
-    stop = tl.load(table + which * 3 + 3)
-    segments = tl.cdiv(stop - start, SEGMENT)
-    if segments < 2:
-        return
-    _, b, r, first = _place(block, first_row, row_blocks, unit, R)
-    i = tl.arange(0, BSP)
-    d = tl.arange(0, DP)
-    mask = (i < BS)[:, None] & (d < D)[None, :]
-    sum_k = tl.zeros([BSP, DP], tl.float32)
-    sum_v = tl.zeros([BSP, DP], tl.float32)
-    sum_b = tl.zeros([BSP], tl.float32)
-    begin = tl.load(table + which * 3 + 2)
-    for slot in range(begin, begin + segments):
-        at = (slot * BS + i).to(tl.int64)
-        sum_k += tl.load(part_k + (at * D)[:, None] + d[None, :], mask=mask, other=0.0)
-        sum_v += tl.load(part_v + (at * D)[:, None] + d[None, :], mask=mask, other=0.0)
-        if BIAS:
-            sum_b += tl.load(part_b + at, mask=i < BS, other=0.0)
-    column = (first + i).to(tl.int64)
-    alive = (i < BS) & (column <= S - T + _last_query(pair_order, stop, M, T))
-    to = (((b * S + column) * R + r) * D)[:, None] + d[None, :]
-    there = alive[:, None] & (d < D)[None, :]
-    if ADD:
-        sum_k += tl.load(d_k + to, mask=there, other=0.0).to(tl.float32)
-        sum_v += tl.load(d_v + to, mask=there, other=0.0).to(tl.float32)
-    tl.store(d_k + to, sum_k.to(d_k.dtype.element_ty), mask=there)
-    tl.store(d_v + to, sum_v.to(d_v.dtype.element_ty), mask=there)
-    if BIAS:
-        at_bias = d_b + (b * S + column) * R + r
-        if ADD:
-            sum_b += tl.load(at_bias, mask=alive, other=0.0)
-        tl.store(at_bias, sum_b, mask=alive)
-
-
-@triton.jit
-def _shift_kernel(
-    out, d_out, d_lse, shift, heads, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr, D_LSE: tl.constexpr
-):  # fmt: skip
-    """d logits = p * (d_out . v - shift), shift = d_out . out - d_lse."""
-    h = tl.program_id(0).to(tl.int64) * BH + tl.arange(0, BH)
-    d = tl.arange(0, DP)
-    mask = (h < heads)[:, None] & (d < D)[None, :]
-    at = (h * D)[:, None] + d[None, :]
-    product = tl.load(out + at, mask=mask, other=0.0).to(tl.float32) * tl.load(d_out + at, mask=mask, other=0.0).to(tl.float32)
-    total = tl.sum(product, 1)
-    if D_LSE:
-        total -= tl.load(d_lse + h, mask=h < heads, other=0.0)
-    tl.store(shift + h, total, mask=h < heads)
-
-
-@triton.jit(do_not_specialize=["first_query", "first_row"])
-def _add_dq_kernel(
-    indices, part_q, d_q, scale, T, first_query, first_row, span_length,
-    R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    g, d, real, mask, slot, query, head = _queries_of_span(first_query, first_row, span_length, T, R, G, GP, D, DP, M, BT)
-    acc = tl.zeros([BT * GP, DP], tl.float32)
-    for m in range(M):
-        there = real & (tl.load(indices + query + m, mask=real, other=-1) >= 0)
-        at = ((slot + m) * G + g) * D
-        acc += tl.load(part_q + at[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-    tl.store(d_q + (head * D)[:, None] + d[None, :], (acc * scale).to(d_q.dtype.element_ty), mask=mask)
-
-
-SPAN_BYTES = {"forward": 1 << 28, "backward": 1 << 27}  # partial results held at once; the backward pass holds more beside them
-SPAN_BLOCKS = 512  # as many blocks in a span as keep the GPU busy
-BLOCK_BYTES = 1 << 15  # keys of a block up to which tiles of many rows fit beside keys and values
-TILES = {  # rows of a tile, warps, stages
-    "partial": (128, 4, 2),
-    "dkv": (64, 4, 2),
-    "dkv_dq": (32, 4, 3),
-}
-
-
 def limits() -> tuple[int, ...]:
     """What decides, beside the arguments, how the work is cut."""
     return *SPAN_BYTES.values(), SPAN_BLOCKS, BLOCK_BYTES
 
 
-def span_of(way: str, batch: int, queries: int, row_blocks: int, shape: dict[str, Any], itemsize: int) -> tuple[int, int]:
+def span_of(
+    way: str, batch: int, queries: int, row_blocks: int, names: int, shape: dict[str, Any], itemsize: int
+) -> tuple[int, int]:
     """Queries, a multiple of 64, and rows of a span: rows with SPAN_BLOCKS blocks between them, and queries whose partial results
-    fit into SPAN_BYTES."""
+    fit into SPAN_BYTES; more, where the table of lists (one for each of `names` a row and span, which with documents are many) would
+    outgrow the partial results."""
     rows = batch * shape["R"]
     while rows % 2 == 0 and rows // 2 * row_blocks >= SPAN_BLOCKS:
         rows //= 2
     per_query = rows * shape["M"] * shape["G"] * shape["D"] * itemsize
-    return min(queries, max(64, SPAN_BYTES[way] // per_query // 64 * 64)), rows
+    one_query_each = queries * batch * shape["R"] * names * LIST_BYTES  # the table if spans had one query
+    length = max(SPAN_BYTES[way] // per_query, math.isqrt(one_query_each // per_query))
+    return min(queries, max(64, length // 64 * 64)), rows
 
 
 def narrow(shape: dict[str, Any]) -> dict[str, Any]:
@@ -343,6 +188,8 @@ def forward(
     queries = q.shape[1]
     shape = narrow(shape)
     rows, warps, stages = TILES["partial"]
+    if 2 * block_size * shape["DP"] * q.element_size() > BLOCK_BYTES:  # large blocks leave room for half as many
+        rows //= 2
     slots = lists.rows * lists.length * shape["M"] * shape["G"]
     part_o = torch.empty(slots, shape["D"], dtype=q.dtype, device=q.device)
     part_lse = torch.empty(slots, dtype=torch.float32, device=q.device)
@@ -361,60 +208,3 @@ def forward(
             plan, _combine_kernel, (ceil_div(lists.length, few), lists.rows), block_indices, part_o, part_lse, out, lse,
             queries, *first, lists.length, BT=few, num_warps=4, num_stages=3, **small,
         )  # fmt: skip
-
-
-def backward(
-    plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, d_out: Tensor, lse: Tensor,
-    shift: Tensor, d_q: Tensor | None, d_k: Tensor, d_v: Tensor, d_b: Tensor | None, scale: float, strides: tuple[int, ...],
-    shape: dict[str, Any], block_size: int,
-) -> None:  # fmt: skip
-    """Fills d_k, d_v [B, S, R, D] and d_b [B, S, R], zero before, and d_q where it is given."""
-    queries, size = q.shape[1], q.shape[3]
-    keys, device = k.shape[1], q.device
-    padded = max(16, power_of_two(block_size))
-    part_k, part_v = (torch.empty(lists.span_parts, block_size, size, dtype=torch.float32, device=device) for _ in range(2))
-    part_b = None if bias is None else torch.empty(lists.span_parts, block_size, dtype=torch.float32, device=device)
-    part_q, tile = None, padded
-    if d_q is not None:
-        shape = narrow(shape)
-        slots = lists.rows * lists.length * shape["M"] * shape["G"]
-        part_q = torch.empty(slots, size, dtype=q.dtype, device=device)
-        rows, warps, stages = TILES["dkv_dq"]
-    else:
-        rows, warps, stages = TILES["dkv"]
-        tile = max(16, min(padded, BLOCK_BYTES // (shape["DP"] * q.element_size())))
-        if size <= 64:
-            rows, warps, stages = (128 if block_size <= 16 else 64), 2, 3
-    few = max(1, 16 // shape["GP"])
-    small = {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
-    for span in range(lists.spans):
-        first = span // lists.groups * lists.length, span % lists.groups * lists.rows
-        launch(
-            plan, _dkv_kernel, (lists.span_items, padded // tile),
-            q, k, v, d_out, lse, shift, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
-            d_k, d_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, *first, lists.length, lists.num_blocks,
-            lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
-            BIAS=bias is not None, DQ=part_q is not None, ADD=lists.spans > lists.groups, num_warps=warps, num_stages=stages, **shape,
-        )  # fmt: skip
-        launch(
-            plan, _add_parts_kernel, (lists.num_blocks,),
-            lists.pair_order, lists.table, d_k, d_v, d_b, part_k, part_v, part_b, queries, keys, span, first[1],
-            lists.num_blocks, lists.row_blocks, lists.unit, R=shape["R"], D=size, DP=shape["DP"], M=shape["M"], BS=block_size,
-            BSP=padded, SEGMENT=lists.segment, BIAS=bias is not None, ADD=lists.spans > lists.groups, num_warps=4,
-        )  # fmt: skip
-        if part_q is not None:
-            launch(
-                plan, _add_dq_kernel, (ceil_div(lists.length, few), lists.rows), block_indices, part_q, d_q, scale,
-                queries, *first, lists.length, BT=few, num_warps=4, num_stages=3, **small,
-            )  # fmt: skip
-
-
-def shifts(plan: Plan | None, out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
-    """fp32 [B, T, H], see `_shift_kernel`."""
-    shift = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    heads, size = shift.numel(), out.shape[3]
-    launch(
-        plan, _shift_kernel, (ceil_div(heads, 16),), out, d_out, d_lse, shift, heads, D=size, DP=power_of_two(size), BH=16,
-        D_LSE=d_lse is not None, num_warps=2,
-    )  # fmt: skip
-    return shift

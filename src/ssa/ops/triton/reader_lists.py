@@ -17,6 +17,8 @@ from torch import Tensor
 from ssa.errors import UserError
 from ssa.ops.triton.launch import Plan, ceil_div, launch
 
+LIST_BYTES = 12
+"""A list's line in the table."""
 _NAMES = 1024
 _LISTS = 128
 
@@ -75,6 +77,11 @@ def reader_lists(
     num_blocks = rows * row_blocks
     spans = ceil_div(queries, length) * groups
     lists = spans * num_blocks
+    if lists * LIST_BYTES >= 2**33:
+        raise UserError(
+            f"{queries:,} queries of {keys:,} packed keys need {lists:,} lists, the kernels take less than {2**33 // LIST_BYTES:,}: "
+            "shorten the rows or split the batch"
+        )
     # keys of two bytes halve the passes of the radix sort
     name = torch.empty(pairs, dtype=torch.int16 if lists < 2**15 else torch.int32, device=device)
     span_pairs = rows * min(length, queries) * selected

@@ -1,4 +1,5 @@
-"""Exact block selection in two kernels, which hold at most SCORE_BYTES of scores: queries go through in slabs.
+"""Exact block selection in two kernels (and a small one for a bound), which hold about SCORE_BYTES of scores: queries go through in
+slabs.
 
 1. `_score_kernel`: per tile of queries, a first sweep over the block keys for every head's log-sum-exp, a second for the group's
    summed probabilities, of which only the maximum of each chunk of CHUNK consecutive blocks is stored.
@@ -165,7 +166,7 @@ def _pick_range(
 ):  # fmt: skip
     """Writes the best `count` of the row blocks low..high in order, from place `taken_before` on; returns how many there are.
 
-    `row` holds the chunk maxima; the candidates' scores go to `candidate_row`, their chunks to `chosen`.
+    `row` holds the chunk maxima. Unless chunks are single blocks, the candidates' scores go to `candidate_row`, their chunks to `chosen`.
     """
     hint = tl.full([], NOTHING, tl.int32)
     column = tl.arange(0, CP)
@@ -280,6 +281,8 @@ def _run(
     device = q_BTHD.device
     indices = torch.empty(batch, selectors, queries, num_selected, dtype=torch.int32, device=device)
     scores = torch.empty(indices.shape, dtype=torch.float32, device=device)
+    if not q_BTHD.numel():
+        return indices, scores
     if blocks == 0:  # fewer keys than a block: every query has its own block alone
         block_keys_BNKD, blocks = block_keys_BNKD.new_zeros(batch, 1, kv_heads, size), 1
     block_keys = block_keys_BNKD.contiguous()
@@ -290,13 +293,15 @@ def _run(
     released = rule == "released" and num_selected > max(1, block_size // 2)
     candidates = 0 if chunk == 1 else padded * chunk
     row_length = num_chunks + candidates if released else max(num_chunks, candidates)
-    slab = min(queries, max(128, SCORE_BYTES // (4 * batch * selectors * row_length) // 128 * 128))
+    wide, padded_size = power_of_two(group), max(16, power_of_two(size))
+    columns = SCORE_TILE["columns"] * 256 // max(256, padded_size * q.element_size())  # wide heads leave less shared memory
+    per_tile = max(1, columns // wide)
+    slab = min(queries, max(1, SCORE_BYTES // (4 * batch * selectors * row_length * per_tile)) * per_tile)
     chunk_max = torch.empty(batch, selectors, slab, row_length, dtype=torch.float32, device=device)
     lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=device)
     tiles = ceil_div(blocks, BOUND_TILE.value)
     key_bounds = torch.empty(batch * kv_heads, tiles, dtype=torch.float32, device=device)
     chosen = torch.empty(batch, selectors, slab, padded if chunk > 1 else 0, dtype=torch.int32, device=device)
-    wide, padded_size = power_of_two(group), max(16, power_of_two(size))
     common = dict(
         R=selectors, K=kv_heads, G=group, D=size, DP=padded_size, BS=block_size, CHUNK=chunk,
         PLAIN=positions_BT is None, SOFTMAX=scoring == "softmax", PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
@@ -311,15 +316,16 @@ def _run(
             plan, _bound_kernel, (tiles, batch * kv_heads), block_keys, key_bounds, blocks, K=kv_heads, D=size, DP=padded_size,
             num_warps=4,
         )  # fmt: skip
-    columns = SCORE_TILE["columns"] * 256 // max(256, padded_size * q.element_size())  # wide heads leave less shared memory
-    per_tile = max(1, columns // wide)
+    stages = (
+        SCORE_TILE["stages"] if padded_size <= 64 else 1
+    )  # one stage of wide heads leaves room for another program (measured)
     for start in range(0, queries, slab):
         here = min(slab, queries - start)
         launch(
             plan, _score_kernel, (ceil_div(here, per_tile), batch * selectors),
             q, block_keys, positions_BT, first_block_BT, key_bounds, lse, chunk_max, scale2, start, slab, queries, num_keys, blocks,
             row_length, num_chunks, *strides, GP=wide, BT=per_tile, BC=SCORE_TILE["blocks"], TP=power_of_two(tiles),
-            num_warps=SCORE_TILE["warps"], num_stages=SCORE_TILE["stages"] if padded_size <= 64 else 1,
+            num_warps=SCORE_TILE["warps"], num_stages=stages,
             maxnreg=SCORE_TILE["registers"] if columns == SCORE_TILE["columns"] else None, **common,
         )  # fmt: skip
         launch(

@@ -28,6 +28,7 @@ from ssa.ops.triton.operation import operation
 
 PROGRAMS = 512  # of the key side, where splitting the readers helps: a few for every multiprocessor
 MOST_PARTS = 32
+PART_BYTES = 1 << 26  # of them that serve precision
 
 
 @triton.jit
@@ -218,7 +219,7 @@ def _run_backward(
         d_out.contiguous(),
     )
     d_lse = None if d_lse is None else d_lse.contiguous()
-    plan = plan_of(q, k, v, low, high, out, lse, d_out, d_lse, "backward", PROGRAMS, MOST_PARTS)
+    plan = plan_of(q, k, v, low, high, out, lse, d_out, d_lse, "backward", PROGRAMS, MOST_PARTS, PART_BYTES)
     shape = _geometry(q, k, True)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     shift = torch.empty_like(lse)
@@ -236,8 +237,8 @@ def _run_backward(
     first_reader = torch.searchsorted(high, first_key, right=True, out_int32=True)
     last_reader = torch.searchsorted(low, first_key + shape["BN"], out_int32=True)
     parts = max(1, PROGRAMS // (tiles * batch * shape["K"]))
-    if q.dtype == torch.float32:  # long chains of sums lose its last bits
-        parts = max(parts, ceil_div(queries, shape["BT"]))
+    if q.dtype == torch.float32:  # long chains of sums lose the last bits of fp32
+        parts = max(parts, min(ceil_div(queries, shape["BT"]), PART_BYTES // (4 * k.numel())))
     parts = min(MOST_PARTS, parts)
     d_k, d_v = (torch.empty(parts, *k.shape, dtype=k.dtype if parts == 1 else torch.float32, device=q.device) for _ in range(2))
     launch(
