@@ -56,14 +56,22 @@ def check_selection(q, k, **options):
     assert torch.equal(finite, torch.isfinite(score)) and torch.equal(index < 0, expected < 0)
 
 
-@pytest.fixture(params=[1, 4, 8], ids=lambda n: f"chunks of {n}")
+@pytest.fixture
 def chunks(request, monkeypatch):
+    """The same selection from chunks of so many blocks."""
     from ssa.ops.triton import select
 
     monkeypatch.setattr(select, "CHUNKS", ((1 << 31, request.param),))
 
 
-@pytest.mark.parametrize("case", SELECTIONS)
+MANY = [case for case in SELECTIONS if "many" in case]
+
+
+@pytest.mark.parametrize(
+    ("case", "chunks"),
+    [*((case, 1) for case in SELECTIONS), *((case, n) for case in [*MANY, "documents"] for n in (4, 8))],
+    indirect=["chunks"],
+)
 def test_selection(case, chunks):
     batch, queries, keys, heads, kv_heads, size, block_size, count, scope, scoring, positions = SELECTIONS[case]
     q, k, _ = (x.detach() for x in random_qkv(batch, queries, keys, heads, kv_heads, size, dtype=torch.float32))
@@ -71,11 +79,12 @@ def test_selection(case, chunks):
 
 
 @pytest.mark.parametrize("positions", [None, PACKED], ids=["plain", "packed"])
-def test_selection_by_the_released_rule(positions, chunks):
+def test_selection_by_the_released_rule(positions):
     q, k, _ = (x.detach() for x in random_qkv(1, 30, 30, 2, 1, 16, dtype=torch.float32))
     check_selection(q, k, block_size=2, num_selected_blocks=2, rule="released", positions=positions)
 
 
+@pytest.mark.parametrize("chunks", [1, 4], indirect=True)
 @pytest.mark.parametrize(("queries", "keys", "block_size", "count"), [(8, 160, 4, 4), (3, 645, 16, 16)])
 def test_released_rule_with_chunks_and_a_tail(queries, keys, block_size, count, chunks):
     q, k, _ = (x.detach() for x in random_qkv(1, queries, keys, 2, 1, 16, dtype=torch.float32))
@@ -83,16 +92,17 @@ def test_released_rule_with_chunks_and_a_tail(queries, keys, block_size, count, 
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"positions": document_positions([90, 60])}, {"rule": "released", "num_selected_blocks": 4}, {}],
+    ("options", "chunks"),
+    [({"positions": document_positions([90, 60])[:, -80:]}, 4), ({"rule": "released", "num_selected_blocks": 4}, 4), ({}, 1)],
     ids=["documents", "released", "batch"],
+    indirect=["chunks"],
 )
 def test_selection_in_slabs(monkeypatch, chunks, options):
     """A tile of queries at a time, 64 here."""
     from ssa.ops.triton import select
 
     monkeypatch.setattr(select, "SCORE_BYTES", 1)
-    q, k, _ = (x.detach() for x in random_qkv(1 if options else 2, 150, 150, 2, 1, 16, dtype=torch.float32))
+    q, k, _ = (x.detach() for x in random_qkv(1 if options else 2, 80, 150, 2, 1, 16, dtype=torch.float32))
     check_selection(q, k, **{"block_size": 4, "num_selected_blocks": 3} | options)
 
 
