@@ -26,6 +26,22 @@ def _last_query(pair_order, stop, M: tl.constexpr, T):
     return (tl.load(pair_order + stop - 1) // M % T).to(tl.int32)
 
 
+@triton.jit
+def _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, at, alive, d, D: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr):
+    """Stores a block's gradients at its keys' places in [B, S, R]. ADD: onto what earlier spans left."""
+    to = (at * D)[:, None] + d[None, :]
+    there = alive[:, None] & (d < D)[None, :]
+    if ADD:
+        sum_k += tl.load(d_k + to, mask=there, other=0.0).to(tl.float32)
+        sum_v += tl.load(d_v + to, mask=there, other=0.0).to(tl.float32)
+    tl.store(d_k + to, sum_k.to(d_k.dtype.element_ty), mask=there)
+    tl.store(d_v + to, sum_v.to(d_v.dtype.element_ty), mask=there)
+    if BIAS:
+        if ADD:
+            sum_b += tl.load(d_b + at, mask=alive, other=0.0)
+        tl.store(d_b + at, sum_b, mask=alive)
+
+
 @triton.jit(do_not_specialize=["span", "first_query", "first_row"])
 def _dkv_kernel(
     q, k, v, d_out, lse_in, shift_in, bias, pair_order, table, counts, item_list, d_k, d_v, d_b, part_k, part_v,
@@ -85,19 +101,8 @@ def _dkv_kernel(
     if segments == 1:
         # A document cut short by the next shares columns with it on paper only: nobody's query reads them there.
         last = S - T + _last_query(pair_order, high, M, T)
-        to = (((b * S + column) * R + r) * D)[:, None] + d[None, :]
-        alive = key_mask & (column <= last)[:, None]
-        sum_k *= scale
-        if ADD:
-            sum_k += tl.load(d_k + to, mask=alive, other=0.0).to(tl.float32)
-            sum_v += tl.load(d_v + to, mask=alive, other=0.0).to(tl.float32)
-        tl.store(d_k + to, sum_k.to(d_k.dtype.element_ty), mask=alive)
-        tl.store(d_v + to, sum_v.to(d_v.dtype.element_ty), mask=alive)
-        if BIAS:
-            at_bias = d_b + (b * S + column) * R + r
-            if ADD:
-                sum_b += tl.load(at_bias, mask=inside & (column <= last), other=0.0)
-            tl.store(at_bias, sum_b, mask=inside & (column <= last))
+        at = (b * S + column) * R + r
+        _leave(d_k, d_v, d_b, sum_k * scale, sum_v, sum_b, at, inside & (column <= last), d, D, BIAS, ADD)
     else:
         slot = tl.load(table + which * 3 + 2) + part
         to = (slot.to(tl.int64) * BS + i)[:, None] * D + d[None, :]
@@ -136,18 +141,7 @@ def _add_parts_kernel(
             sum_b += tl.load(part_b + at, mask=i < BS, other=0.0)
     column = (first + i).to(tl.int64)
     alive = (i < BS) & (column <= S - T + _last_query(pair_order, stop, M, T))
-    to = (((b * S + column) * R + r) * D)[:, None] + d[None, :]
-    there = alive[:, None] & (d < D)[None, :]
-    if ADD:
-        sum_k += tl.load(d_k + to, mask=there, other=0.0).to(tl.float32)
-        sum_v += tl.load(d_v + to, mask=there, other=0.0).to(tl.float32)
-    tl.store(d_k + to, sum_k.to(d_k.dtype.element_ty), mask=there)
-    tl.store(d_v + to, sum_v.to(d_v.dtype.element_ty), mask=there)
-    if BIAS:
-        at_bias = d_b + (b * S + column) * R + r
-        if ADD:
-            sum_b += tl.load(at_bias, mask=alive, other=0.0)
-        tl.store(at_bias, sum_b, mask=alive)
+    _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, (b * S + column) * R + r, alive, d, D, BIAS, ADD)
 
 
 @triton.jit
@@ -204,8 +198,7 @@ def backward(
             rows, warps, stages = (128 if block_size <= 16 else 64), 2, 3
         elif shape["DP"] * q.element_size() > 256:  # by the shared memory of compute capability 10.0
             rows //= 2
-    few = max(1, 16 // shape["GP"])
-    small = {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
+    few, small = key_side.of_a_query(shape)
     for span in range(lists.spans):
         first = span // lists.groups * lists.length, span % lists.groups * lists.rows
         launch(

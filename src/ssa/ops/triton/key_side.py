@@ -181,6 +181,11 @@ def narrow(shape: dict[str, Any]) -> dict[str, Any]:
     return shape | {"GP": power_of_two(shape["G"])}
 
 
+def of_a_query(shape: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """Queries of a tile that adds up partial results, and the rest of its geometry."""
+    return max(1, 16 // shape["GP"]), {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
+
+
 def forward(
     plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, out: Tensor, lse: Tensor,
     scale: float, strides: tuple[int, ...], shape: dict[str, Any], block_size: int,
@@ -193,8 +198,7 @@ def forward(
     slots = lists.rows * lists.length * shape["M"] * shape["G"]
     part_o = torch.empty(slots, shape["D"], dtype=q.dtype, device=q.device)
     part_lse = torch.empty(slots, dtype=torch.float32, device=q.device)
-    few = max(1, 16 // shape["GP"])
-    small = {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
+    few, small = of_a_query(shape)
     for span in range(lists.spans):
         first = span // lists.groups * lists.length, span % lists.groups * lists.rows
         launch(
