@@ -104,7 +104,7 @@ def _dkv_kernel(
         at = (b * S + column) * R + r
         _leave(d_k, d_v, d_b, sum_k * scale, sum_v, sum_b, at, inside & (column <= last), d, D, BIAS, ADD)
     else:
-        slot = tl.load(table + which * 3 + 2) + part
+        slot = tl.load(table + which * 2 + 1) + part
         to = (slot.to(tl.int64) * BS + i)[:, None] * D + d[None, :]
         tl.store(part_k + to, sum_k * scale, mask=(i < BS)[:, None] & (d < D)[None, :])
         tl.store(part_v + to, sum_v, mask=(i < BS)[:, None] & (d < D)[None, :])
@@ -120,8 +120,8 @@ def _add_parts_kernel(
 ):  # fmt: skip
     block = tl.program_id(0)
     which = span * num_blocks + block
-    start = tl.load(table + which * 3)
-    stop = tl.load(table + which * 3 + 3)
+    start = tl.load(table + which * 2)
+    stop = tl.load(table + which * 2 + 2)
     segments = tl.cdiv(stop - start, SEGMENT)
     if segments < 2:
         return
@@ -132,7 +132,7 @@ def _add_parts_kernel(
     sum_k = tl.zeros([BSP, DP], tl.float32)
     sum_v = tl.zeros([BSP, DP], tl.float32)
     sum_b = tl.zeros([BSP], tl.float32)
-    begin = tl.load(table + which * 3 + 2)
+    begin = tl.load(table + which * 2 + 1)
     for slot in range(begin, begin + segments):
         at = (slot * BS + i).to(tl.int64)
         sum_k += tl.load(part_k + (at * D)[:, None] + d[None, :], mask=mask, other=0.0)

@@ -39,11 +39,12 @@ def work_item(table, counts, item_list, span, num_blocks, span_items, SEGMENT: t
     """(block or -1, list, segment of it, segments, first and last pair) of this program."""
     item = tl.program_id(0)
     alive = item < tl.load(counts + span * 2)
-    which = tl.load(item_list + span.to(tl.int64) * span_items + item, mask=alive, other=0)
-    start = tl.load(table + which * 3)
-    stop = tl.load(table + which * 3 + 3)
+    item = tl.load(item_list + span.to(tl.int64) * span_items + item, mask=alive, other=0)
+    which = (item & 0xFFFFFFFF).to(tl.int32)
+    part = (item >> 32).to(tl.int32)
+    start = tl.load(table + which * 2)
+    stop = tl.load(table + which * 2 + 2)
     segments = tl.cdiv(stop - start, SEGMENT)
-    part = item - tl.load(table + which * 3 + 1)
     low = start + part * SEGMENT
     high = tl.minimum(low + SEGMENT, stop)
     return tl.where(alive, which - span * num_blocks, -1), which, part, segments, low, high
