@@ -38,7 +38,8 @@ def compiled(capability: int, *words: str) -> dict:
 def test_the_main_kernels_compile(capability):
     kernels = set(compiled(capability)["shared"])
     assert {
-        "decode._choose_kernel",
+        "decode._span_kernel",
+        "decode._candidate_kernel",
         "decode._attend_kernel",
         "cross_entropy._cross_entropy_kernel",
     } <= kernels

@@ -26,16 +26,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("by_query", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_every_pair_is_in_the_list_of_its_block(case, by_query):
+def test_every_pair_is_in_the_list_of_its_block(case):
     from ssa.ops.triton.reader_lists import reader_lists
 
     batch, queries, keys, heads, block_size, count, span, segment, positions = CASES[case]
     q, k, _ = random_qkv(batch, queries, keys, heads, heads, 16, dtype=torch.float32)
     index, _ = select_blocks(q, k, block_size=block_size, num_selected_blocks=count, positions=positions, impl="reference")
     on_device = None if positions is None else positions.contiguous().to(device)
-    lists = reader_lists(None, index.to(device), on_device, keys, block_size, span, segment, by_query)
+    lists = reader_lists(None, index.to(device), on_device, keys, block_size, span, segment)
     table, counts, items = lists.table.cpu(), lists.counts.cpu(), lists.item_list.cpu()
     order = lists.pair_order.cpu()
 
@@ -56,9 +55,6 @@ def test_every_pair_is_in_the_list_of_its_block(case, by_query):
         segments = {i: -(-len(expected[i]) // segment) for i in of_span}
         taken = [(item % 2**32, item >> 32) for item in items[s, : counts[s, 0]].tolist()]
         assert sorted(taken) == [(i, part) for i in of_span for part in range(segments[i])]
-        if by_query:
-            begins = [expected[i][part * segment] // count % queries for i, part in taken]
-            assert begins == sorted(begins)
         parts = sorted((int(table[i, 1]), n) for i, n in segments.items() if n > 1)
         assert [begin for begin, _ in parts] == [sum(n for _, n in parts[:j]) for j in range(len(parts))]
         assert sum(n for _, n in parts) == counts[s, 1] <= lists.span_parts and counts[s, 0] <= lists.span_items

@@ -1,17 +1,17 @@
-"""Decoding: a few queries of each row against its cache, in two kernels whose grids depend on shapes alone.
+"""Decoding: a few queries of each row against its cache, in three kernels whose grids depend on shapes alone.
 
-1. `_choose_kernel`: for a span of block means, first every head's largest logit and the sum of exponentials beside it; then, once
-   all spans of the row have left theirs, the heads' normalisers, the span's scores and its best M - 1 blocks, which hold all of the
-   row's best that lie in it. The second program of a span comes soon after the first, while its means are in the L2 cache: the
-   memory is read once, and nothing of the size of the scores is written.
-2. `_attend_kernel`: per query, the best M - 1 candidates of all spans and the own block, then attention over them. Budgets of
+1. `_span_kernel`: per span of block means, every head's terms 2^(logit - peak of the span), their sum and the peak. The means, the
+   bulk of what selection reads, are read once.
+2. `_candidate_kernel`: per query and segment of spans, the heads' log-sum-exps from all sums, the blocks' scores, and the segment's
+   best M - 1 blocks, which hold all of the row's best that lie in it.
+3. `_attend_kernel`: per query, the best M - 1 candidates of all segments and the own block, then attention over them. Budgets of
    more than PART_KEYS keys are cut into parts, and `_combine_kernel` adds them up.
 
 Lengths are read on the device and programs past a row's end return at once, so a CUDA graph captured at one length serves all.
-Nothing but counts is added atomically: results are bitwise reproducible, and a row's do not depend on the rows beside it.
+Nothing is added atomically: results are bitwise reproducible, and a row's do not depend on the rows beside it.
 
-Legend: B batch, T queries, S cache columns, H query heads, K kv heads, R = K or H (who selects), G heads that share a kv head, P those
-of them that select together (G or 1), D head size, N blocks, M selected blocks.
+Legend: B batch, T queries, S cache columns, H query heads, K kv heads, R = K or H (who selects), G heads that share a kv head or a
+selection, D head size, N blocks, M selected blocks.
 """
 
 from __future__ import annotations
@@ -27,122 +27,55 @@ from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.online_softmax import softmax_end, softmax_step
 from ssa.ops.triton.operation import operation
 
-AHEAD = 1024
-"""Programs between the two of a span: enough that the second need not wait, few enough that its means are still in the cache."""
-NARROWER = 2
-"""A span's means take 16 KiB, half of what a step of attention takes: more programs at once."""
+SEGMENT = 256
+"""Blocks that one program ranks."""
+RANKING_WARPS = 1  # reductions stay within a warp
 PART_KEYS = 1024
 """Keys that one program attends to."""
 
 
-@triton.jit
-def _order(ticket, units, spans, lead):
-    """(second, item) of a ticket: the first programs of `lead` units, then firsts and seconds by turns, then the seconds left over.
-
-    A second program waits for first ones with lower tickets only, and tickets are drawn by programs that run: no order of execution
-    can have it wait for ever.
-    """
-    ahead = lead * spans
-    turns = 2 * (units - lead) * spans
-    turn = ticket - ahead
-    second = (turn >= turns) | ((turn >= 0) & (turn % 2 == 1))
-    item = tl.where(turn < 0, ticket, tl.where(turn < turns, turn // 2 + tl.where(second, 0, ahead), ticket - units * spans))
-    return second, item
-
-
-@triton.jit
-def _normaliser(peaks, totals, at, pitch, live, real, RT: tl.constexpr, C: tl.constexpr):
-    """Log-sum-exps in powers of two [RT], of what `live` spans left; taken past the L1 cache, which may be older than they."""
-    top = tl.full([RT], -1e30, tl.float32)
-    total = tl.zeros([RT], tl.float32)
-    for start in range(0, live, C):
-        s = start + tl.arange(0, C)
-        mask = real[:, None] & (s < live)[None, :]
-        cells = (at * pitch)[:, None] + s[None, :]
-        peak = tl.load(peaks + cells, mask=mask, other=-1e30, cache_modifier=".cg")
-        part = tl.load(totals + cells, mask=mask, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(top, tl.max(peak, 1))
-        total = total * tl.exp2(top - higher) + tl.sum(part * tl.exp2(peak - higher[:, None]), 1)
-        top = higher
-    return top + tl.log2(total)
-
-
-@triton.jit(do_not_specialize=["N", "units", "spans", "lead"])
-def _choose_kernel(
-    q, means, lengths, counts, peaks, totals, ranks, blocks, factor, N, units, spans, lead, q_b, q_t, q_h, m_b, m_n, m_k,
-    T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, QT: tl.constexpr, RT: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SPAN: tl.constexpr, SOFTMAX: tl.constexpr,
-    SHARED: tl.constexpr, RELEASED: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "spans"])
+def _span_kernel(
+    q, means, lengths, peaks, totals, terms, factor, N, spans, q_b, q_t, q_h, m_b, m_n, m_k,
+    T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, RT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr,
+    SPAN: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`factor` takes a product to its logit, in powers of two for the softmax. A unit is a tile of QT queries of a kv head; `counts` [1 + units]
-    are zero. SHARED: the softmax is over more than one span."""
-    TILES: tl.constexpr = (T + QT - 1) // QT
-    if SHARED:
-        second, item = _order(tl.atomic_add(counts, 1, sem="relaxed"), units, spans, lead)
-    else:
-        second = True
-        item = tl.program_id(0)
-    unit = item // spans
-    span = item % spans
-    tile = unit % TILES
-    kv = unit // TILES % K
-    b = (unit // TILES // K).to(tl.int64)
+    """`factor` takes a product to its logit, in powers of two for the softmax."""
+    TILES: tl.constexpr = (T * G + RT - 1) // RT
+    tile = tl.program_id(0) % TILES
+    row = tl.program_id(0) // TILES
+    span = tl.program_id(1)
+    b = (row // K).to(tl.int64)
+    kv = row % K
     length = tl.load(lengths + b).to(tl.int32)
     first = span * SPAN
-    live = tl.cdiv(length // BS, SPAN)
-    if span >= live:
+    if first >= length // BS:
         return
-    i = tl.arange(0, RT)
-    t = tile * QT + i // G
+    i = tile * RT + tl.arange(0, RT)
+    t = i // G
     head = kv * G + i % G
-    real = (i < QT * G) & (t < T)
+    real = i < T * G
     d = tl.arange(0, DP)
     q_rows = q + b * q_b + t.to(tl.int64) * q_t + head.to(tl.int64) * q_h
     q_I = tl.load(q_rows[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
     n = first + tl.arange(0, SPAN)
     key_rows = means + b * m_b + kv.to(tl.int64) * m_k + n.to(tl.int64) * m_n
-    keys = tl.load(key_rows[:, None] + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+    # means are read once; what is written here, soon again: it should find room in the cache
+    keys = tl.load(
+        key_rows[:, None] + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_first"
+    )
+    term = tl.dot(q_I, tl.trans(keys), input_precision=PRECISION) * factor
     complete = tl.where(real, (length - T + t + 1) // BS, 0)
     seen = n[None, :] < complete[:, None]
     at = (b * T + t) * (K * G) + head
-    if second:
-        if SHARED:
-            while tl.atomic_add(counts + 1 + unit, 0, sem="acquire") < live:
-                pass
-            tl.debug_barrier()
-        term = tl.dot(q_I, tl.trans(keys), input_precision=PRECISION) * factor
-        if SOFTMAX:
-            if SHARED:
-                lse = _normaliser(peaks, totals, at, spans, live, real, RT, 32)
-            else:
-                term = tl.where(seen, term, -1e30)
-                top = tl.max(term, 1)
-                lse = top + tl.log2(tl.sum(tl.where(seen, tl.exp2(term - top[:, None]), 0.0), 1))
-            term = tl.where(seen, tl.exp2(term - lse[:, None]), 0.0)
-        else:
-            term = tl.where(real[:, None], term, 0.0)
-        for s in range(0, QT * G // P):  # those who select
-            its = term if QT * G // P == 1 else tl.where((i // P == s)[:, None], term, 0.0)
-            rank = ordered(tl.sum(its, 0))
-            query = tile * QT + s * P // G
-            r = kv * (G // P) + s % (G // P)
-            position = length - T + query
-            own = tl.where((query < T) & (position >= 0), position // BS, 0)
-            chosen = _best(tl.where(n < own, rank, NOTHING), n, own, NOTHING, M, BS, RELEASED)
-            place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-            out = (((b * (K * G // P) + r) * T + query) * spans + span) * MP
-            tl.store(ranks + out + place, rank, mask=chosen)
-            tl.store(blocks + out + place, n, mask=chosen)
-            rest = tl.arange(0, MP)
-            taken = tl.where(query < T, tl.sum(chosen.to(tl.int32), 0), MP)
-            tl.store(ranks + out + rest, tl.full([MP], NOTHING, tl.int32), mask=rest >= taken)
-    else:
-        term = tl.where(seen, tl.dot(q_I, tl.trans(keys), input_precision=PRECISION) * factor, -1e30)
-        top = tl.max(term, 1)
-        tl.store(peaks + at * spans + span, top, mask=real)
-        tl.store(totals + at * spans + span, tl.sum(tl.where(seen, tl.exp2(term - top[:, None]), 0.0), 1), mask=real)
-        tl.debug_barrier()  # all threads have left theirs
-        tl.atomic_add(counts + 1 + unit, 1, sem="release")
+    if SOFTMAX:
+        term = tl.where(seen, term, -1e30)
+        peak = tl.max(term, 1)
+        term = tl.where(seen, tl.exp2(term - peak[:, None]), 0.0)
+        tl.store(peaks + at * spans + span, peak, mask=real)
+        tl.store(totals + at * spans + span, tl.sum(term, 1), mask=real)
+    pitch = spans.to(tl.int64) * SPAN
+    tl.store(terms + (at * pitch)[:, None] + n[None, :], term, mask=real[:, None])
 
 
 @triton.jit
@@ -159,12 +92,56 @@ def _best(rank, block, own, hint, M: tl.constexpr, BS: tl.constexpr, RELEASED: t
     return chosen
 
 
-@triton.jit(do_not_specialize=["spans"])
+@triton.jit(do_not_specialize=["spans", "segments"])
+def _candidate_kernel(
+    terms, peaks, totals, lengths, ranks, blocks, spans, segments,
+    T: tl.constexpr, R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    SPANS: tl.constexpr, SPAN: tl.constexpr, J: tl.constexpr, SOFTMAX: tl.constexpr, RELEASED: tl.constexpr,
+):  # fmt: skip
+    query = tl.program_id(0)
+    segment = tl.program_id(1)
+    t = query % T
+    r = query // T % R
+    b = (query // T // R).to(tl.int64)
+    position = tl.load(lengths + b).to(tl.int32) - T + t
+    own = position // BS
+    first_span = segment * J
+    if (position < 0) | (first_span * SPAN >= own):
+        return
+    g = tl.arange(0, GP)
+    at = (b * T + t) * (R * G) + r * G + g
+    j = first_span + tl.arange(0, J)
+    n = j[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+    cells = terms + (at * (spans.to(tl.int64) * SPAN))[:, None, None] + n[None, :, :]
+    term = tl.load(cells, mask=(g < G)[:, None, None] & (n < own)[None, :, :], other=0.0)
+    if SOFTMAX:
+        live = tl.cdiv((position + 1) // BS, SPAN)
+        s = tl.arange(0, SPANS)
+        mask = (g < G)[:, None] & (s < live)[None, :]
+        peak = tl.load(peaks + (at * spans)[:, None] + s[None, :], mask=mask, other=-1e30)
+        total = tl.load(totals + (at * spans)[:, None] + s[None, :], mask=mask, other=0.0)
+        top = tl.max(peak, 1)
+        lse = top + tl.log2(tl.sum(total * tl.exp2(peak - top[:, None]), 1))
+        mask = (g < G)[:, None] & (j < live)[None, :]
+        weight = tl.exp2(tl.load(peaks + (at * spans)[:, None] + j[None, :], mask=mask, other=-1e30) - lse[:, None])
+        term *= tl.where(mask, weight, 0.0)[:, :, None]
+    score = tl.reshape(tl.sum(term, 0), [J * SPAN])
+    n = tl.reshape(n, [J * SPAN])
+    chosen = _best(tl.where(n < own, ordered(score), NOTHING), n, own, NOTHING, M, BS, RELEASED)
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    out = (query.to(tl.int64) * segments + segment) * MP
+    tl.store(ranks + out + place, ordered(score), mask=chosen)
+    tl.store(blocks + out + place, n, mask=chosen)
+    rest = tl.arange(0, MP)
+    tl.store(ranks + out + rest, tl.full([MP], NOTHING, tl.int32), mask=rest >= tl.sum(chosen.to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["segments"])
 def _attend_kernel(
-    q, k, v, lengths, starts, bias, ranks, blocks, indices, out, lse_out, scale, spans,
+    q, k, v, lengths, starts, bias, ranks, blocks, indices, out, lse_out, scale, segments,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h,
     T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
+    BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
     PARTS: tl.constexpr, SELECT: tl.constexpr, RELEASED: tl.constexpr, STARTS: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -180,12 +157,12 @@ def _attend_kernel(
     count = 0
     if SELECT:
         c = tl.arange(0, CP)
-        # spans that hold a block before the own one; the others' places were never written
-        live = c // MP < tl.minimum(tl.cdiv(own, SPAN), spans)
-        at = query.to(tl.int64) * spans * MP + c
+        # segments that hold a block before the own one; the others' places were never written
+        live = c // MP < tl.minimum(tl.cdiv(own, WIDTH), segments)
+        at = query.to(tl.int64) * segments * MP + c
         rank = tl.load(ranks + at, mask=live, other=NOTHING)
         candidate = tl.load(blocks + at, mask=live, other=0)
-        # the weakest of a span's M - 1 candidates
+        # the weakest of a segment's M - 1 candidates
         weakest = tl.min(tl.where(tl.arange(0, MP)[None, :] < M - 1, tl.reshape(rank, [CP // MP, MP]), 2147483647), 1)
         chosen = _best(rank, candidate, own, tl.max(weakest, 0), M, BS, RELEASED)
         place = tl.cumsum(chosen.to(tl.int32), 0) - 1
@@ -262,8 +239,22 @@ def _run(
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     rows = batch * selectors * queries
     plan = plan_of(
-        q, k, v, block_means, lengths, starts, bias, block_size, num_selected, scope, scoring, rule, AHEAD, NARROWER, PART_KEYS
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        block_means,
+        lengths,
+        starts,
+        bias,
+        block_size,
+        num_selected,
+        scope,
+        scoring,
+        rule,
+        SEGMENT,
+        PART_KEYS,
+        RANKING_WARPS,
+    )
 
     def workspace(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -275,28 +266,31 @@ def _run(
     num_blocks = (k.shape[1] - 1) // block_size
     select = num_selected > 1 and num_blocks > 0
     released = rule == "released" and num_selected > max(1, block_size // 2)
-    spans, span, ranks, blocks = 1, 1, None, None
+    segments, ranks, blocks = 1, None, None
     if select:
-        per_kv = heads // kv_heads
-        together = max(1, min(queries, 64 // per_kv))  # queries of a program
-        tile = max(16, power_of_two(together * per_kv))
-        span = max(16, min(_tile(size, q.dtype) // NARROWER, 2**14 // tile))
-        spans = ceil_div(max(num_blocks, k.shape[1] // block_size), span)
-        units = batch * kv_heads * ceil_div(queries, together)
+        num_blocks = max(num_blocks, k.shape[1] // block_size)
+        span = _tile(size, q.dtype)
+        spans = ceil_div(num_blocks, span)
+        per_segment = max(1, SEGMENT // span)
+        segments = ceil_div(spans, per_segment)
         softmax = scoring == "softmax"
-        shared = softmax and spans > 1
-        counts, peaks, totals = None, None, None
-        if shared:
-            counts = torch.zeros(1 + units, dtype=torch.int32, device=q.device)
-            peaks, totals = (workspace(batch, queries, heads, spans) for _ in range(2))
-        ranks, blocks = (workspace(rows, spans, places, dtype=torch.int32) for _ in range(2))
+        peaks, totals = (workspace(batch, queries, heads, spans) if softmax else None for _ in range(2))
+        terms = workspace(batch, queries, heads, spans * span)
+        per_kv = heads // kv_heads
+        tile = min(64, max(16, power_of_two(queries * per_kv)))
         launch(
-            plan, _choose_kernel, (units * spans * (2 if shared else 1),),
-            q, block_means, lengths, counts, peaks, totals, ranks, blocks, scale * (LOG2E.value if softmax else 1.0),
-            block_means.shape[1], units, spans, min(units, max(1, AHEAD // spans)), *q.stride()[:3], *block_means.stride()[:3],
-            T=queries, K=kv_heads, G=per_kv, P=group, QT=together, RT=tile, D=size, DP=padded_size, BS=block_size, M=num_selected,
-            MP=places, SPAN=span, SOFTMAX=softmax, SHARED=shared, RELEASED=released, PRECISION=precision,
-            num_warps=4 if tile * span <= 8192 else 8,
+            plan, _span_kernel, (batch * kv_heads * ceil_div(queries * per_kv, tile), spans),
+            q, block_means, lengths, peaks, totals, terms, scale * (LOG2E.value if softmax else 1.0), block_means.shape[1], spans,
+            *q.stride()[:3], *block_means.stride()[:3], T=queries, K=kv_heads, G=per_kv, RT=tile, D=size, DP=padded_size,
+            BS=block_size, SPAN=span, SOFTMAX=softmax, PRECISION=precision, num_warps=4 if tile * span <= 8192 else 8,
+        )  # fmt: skip
+        ranks, blocks = (workspace(rows, segments, places, dtype=torch.int32) for _ in range(2))
+        wide = power_of_two(group)
+        launch(
+            plan, _candidate_kernel, (rows, segments),
+            terms, peaks, totals, lengths, ranks, blocks, spans, segments, T=queries, R=selectors, G=group, GP=wide, BS=block_size,
+            M=num_selected, MP=places, SPANS=power_of_two(spans), SPAN=span, J=per_segment, SOFTMAX=softmax,
+            RELEASED=released, num_warps=RANKING_WARPS if wide <= 16 else 2 * RANKING_WARPS,
         )  # fmt: skip
 
     columns = max(16, min(_tile(size, q.dtype), power_of_two(budget)))
@@ -309,10 +303,10 @@ def _run(
         part_out, part_lse = workspace(batch, queries, heads, parts, size), workspace(batch, queries, heads, parts)
     launch(
         plan, _attend_kernel, (rows, parts),
-        q, k, v, lengths, starts, bias, ranks, blocks, indices, part_out, part_lse, scale, spans, *q.stride()[:3],
+        q, k, v, lengths, starts, bias, ranks, blocks, indices, part_out, part_lse, scale, segments, *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if bias is None else bias.stride()), T=queries, R=selectors, K=kv_heads,
         G=group, GP=max(16, power_of_two(group)), D=size, DP=padded_size, BS=block_size, M=num_selected, MP=places,
-        CP=power_of_two(spans) * places, SPAN=span, BN=columns, PART=part, PARTS=parts,
+        CP=power_of_two(segments) * places, WIDTH=per_segment * span if select else 1, BN=columns, PART=part, PARTS=parts,
         SELECT=select, RELEASED=released, STARTS=starts is not None, BIAS=bias is not None, PRECISION=precision,
         num_warps=4 if columns * padded_size <= 8192 else 8, num_stages=2,
     )  # fmt: skip

@@ -34,8 +34,8 @@ class ReaderLists(NamedTuple):
     counts: Tensor
     """int32 [spans, 2]: work items of a span, and those among them whose list needs several."""
     item_list: Tensor
-    """int64 [spans, span_items]: the list of each item and, times 2^32, which of the list's segments it is; in the GPU's order, or by
-    the segment's first query."""
+    """int64 [spans, span_items]: the list of each item and, times 2^32, which of the list's segments it is; in the
+    GPU's order."""
     num_blocks: int
     """Block names: lists of one span."""
     row_blocks: int
@@ -61,10 +61,9 @@ def reader_lists(
     block_size: int,
     span: tuple[int, int],
     segment: int,
-    by_query: bool = False,
 ) -> ReaderLists:
     """`block_indices` int32 [B, R, T, M] contiguous; `positions` int64 [B, T] contiguous, None = plain rows. `span`: queries and rows of
-    a span; its rows divide B * R. `by_query`: items that begin at nearby queries are neighbours."""
+    a span; its rows divide B * R."""
     batch, selectors, queries, selected = block_indices.shape
     device, pairs = block_indices.device, block_indices.numel()
     if pairs >= 2**31:
@@ -96,14 +95,11 @@ def reader_lists(
     name, pair_order = name.sort(stable=True)
     table = torch.empty(lists + 1, 2, dtype=torch.int32, device=device)
     item_list = torch.empty(spans, span_items, dtype=torch.int64, device=device)
-    begins = torch.full((spans, span_items), queries, dtype=torch.int32, device=device) if by_query else None
     launch(
         plan, _list_kernel, (ceil_div(num_blocks, _LISTS), spans),
-        name, pair_order, table, counts, item_list, begins, pairs, num_blocks, span_items, queries,
-        pairs.bit_length(), M=selected, SEGMENT=segment, X=_LISTS, num_warps=4,
+        name, table, counts, item_list, pairs, num_blocks, span_items,
+        pairs.bit_length(), SEGMENT=segment, X=_LISTS, num_warps=4,
     )  # fmt: skip
-    if begins is not None:
-        item_list = item_list.gather(1, begins.sort(1).indices)
     return ReaderLists(
         pair_order, table, counts, item_list, num_blocks, row_blocks, unit, spans, length, rows, groups, segment, span_items,
         2 * (span_pairs // segment) + 1,
@@ -133,8 +129,8 @@ def _name_kernel(
 
 @triton.jit(do_not_specialize=["steps"])
 def _list_kernel(
-    name, pair_order, table, counts, item_list, begins, pairs, num_blocks, span_items, T, steps,
-    M: tl.constexpr, SEGMENT: tl.constexpr, X: tl.constexpr,
+    name, table, counts, item_list, pairs, num_blocks, span_items, steps,
+    SEGMENT: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     """Where lists begin, and room for their items.
 
@@ -154,12 +150,9 @@ def _list_kernel(
     first = tl.atomic_add(counts + span * 2, tl.sum(segments, 0)) + tl.cumsum(segments, 0) - segments
     first_part = tl.atomic_add(counts + span * 2 + 1, tl.sum(several, 0)) + tl.cumsum(several, 0) - several
     tl.store(table + which * 2 + 1, first_part, mask=real)
-    to = span.to(tl.int64) * span_items + first
+    to = item_list + span.to(tl.int64) * span_items + first
     for s in range(tl.max(segments, 0)):
-        tl.store(item_list + to + s, which + ((segments * 0 + s).to(tl.int64) << 32), mask=s < segments)
-        if begins is not None:
-            pair = tl.load(pair_order + start + s * SEGMENT, mask=s < segments, other=0)
-            tl.store(begins + to + s, (pair // M % T).to(tl.int32), mask=s < segments)
+        tl.store(to + s, which + ((segments * 0 + s).to(tl.int64) << 32), mask=s < segments)
 
 
 @triton.jit
