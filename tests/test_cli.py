@@ -319,3 +319,15 @@ def test_doctor(monkeypatch, capsys):
     monkeypatch.setitem(doctor.SMOKE_TESTS, "a test", broken)
     assert main(["doctor"]) == 1
     assert "a test: FAILED: ArithmeticError: tokens differ" in capsys.readouterr().out
+
+
+def test_other_ranks_leave_errors_to_the_first_and_stay_until_it_has_spoken(monkeypatch, capsys):
+    from ssa.cli import training
+
+    waits = []
+    monkeypatch.setattr(training.time, "sleep", waits.append)
+    for rank, said, waited in (("0", "train.steps = 0", []), ("1", "", [training.PATIENCE])):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", "tiny", "--train.steps", "0"]) == 2
+        error = capsys.readouterr().err
+        assert (said in error if said else not error) and waits == waited

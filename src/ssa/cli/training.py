@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from ssa.cli.metavars import DIRECTORY, INPUT, NAME, RECIPE, TOKENIZER
 from ssa.config import Recipe, load_recipe
 from ssa.errors import UserError
+
+PATIENCE = 5.0
+"""Seconds."""
 
 
 def prepare(
@@ -62,7 +66,7 @@ def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrit
         recipe = load_recipe(config, overrides)
     except UserError:
         if rank:  # all ranks read the same words: one of them complains
-            return 2
+            return _after_the_first_rank()
         raise
     _check_started(overrides, recipe)
     if rank == 0 and (warning := _covered(recipe)):
@@ -75,12 +79,19 @@ def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrit
         result = train_model(recipe, run, resume=resume, overwrite=overwrite)
     except SharedError:
         if rank:
-            return 2
+            return _after_the_first_rank()
         raise
     if result.validation is not None and rank == 0:
         losses = ", ".join(f"{mode} {loss:.4f}" for mode, loss in result.validation.items())
         print(f"done: step {result.step}, validation loss {losses} nats a token; model in {result.checkpoint}")
     return 128 + signal.SIGINT if result.stopped_by == "SIGINT" else 0
+
+
+def _after_the_first_rank() -> int:
+    """The status of a rank that leaves an error to rank 0. It stays a while: torchrun stops all ranks as soon as one has ended, and what
+    rank 0 was about to say would be lost."""
+    time.sleep(PATIENCE)
+    return 2
 
 
 def demo(out: DIRECTORY = "runs/demo", steps: int = 0, seed: int = 1, overwrite: bool = False) -> None:
