@@ -76,6 +76,8 @@ def test_json_round_trip():
         ("[train]\nlr = 1" + "0" * 400, "too large for a float"),
         ("[train]\nsteps = 1" + "0" * 5000, "cannot be read"),
         ("[train]\nbetas = [0.9]", "train.betas"),
+        ("[train]\nwarmup = 1.5", r"train.warmup = 1.5 is a share of the steps, which lies in 0..1"),
+        ("[train]\nalignment_warmup = -0.1", r"train.alignment_warmup = -0.1 is a share of the steps, which lies in 0..1"),
         ("[train]\nseed = 9223372036854775808", "train.seed"),
         ("[model]\nmethod = 'sas'", "model.method = 'sas' is not 'full' or 'moba'"),
         ("[model]\nnum_attention_heads = 4\nnum_key_value_heads = 3", "must be a multiple of model.num_key_value_heads"),

@@ -134,6 +134,8 @@ class TrainRecipe:
     min_lr: float = 0.0
     warmup: float = 0.01
     """Share of the steps over which the learning rate rises to `lr`; the rest is a cosine to `min_lr`."""
+    alignment_warmup: float = 0.0
+    """SSA: share of the steps over which the weight of the alignment rises from 0 to `model.alignment_weight`; 0 = constant."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -261,7 +263,8 @@ def _check(recipe: Recipe) -> None:
     need(t.seed < 2**63, "train.seed", t.seed, "must be below 2**63")
     need(t.lr > 0, "train.lr", t.lr, "must be positive")
     need(t.min_lr <= t.lr, "train.min_lr", t.min_lr, f"exceeds train.lr = {t.lr}")
-    need(0 <= t.warmup <= 1, "train.warmup", t.warmup, "is a share of the steps, 0..1")
+    for name in ("warmup", "alignment_warmup"):
+        need(0 <= getattr(t, name) <= 1, f"train.{name}", getattr(t, name), "is a share of the steps, which lies in 0..1")
     need(all(0 <= b < 1 for b in t.betas), "train.betas", t.betas, "must lie in 0..1, 1 excluded")
 
 

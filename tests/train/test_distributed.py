@@ -82,6 +82,7 @@ def outs(make, tmp_path_factory):
         "single": make(save_every=5),
         "muon": make(optimizer="muon", steps=4),
         "nsa": make(method="nsa", steps=3),
+        "rising": make(alignment_warmup=1.0, steps=4),
         "half precision": make(dtype="bfloat16", steps=3),
     }
     for name, recipe in single.items():
@@ -100,6 +101,8 @@ def outs(make, tmp_path_factory):
             "recipe": make(context_parallel=2, **fsdp, **half, accumulation=2, reshard_after_forward=False,
                            reduce_every_micro_batch=True, activation_checkpointing=True)
         },
+        "rising ddp": {"recipe": make(**twice | {"save_every": 0}, parallel="ddp", alignment_warmup=1.0, steps=4)},
+        "rising context of fsdp": {"recipe": make(context_parallel=2, **fsdp, alignment_warmup=1.0, steps=4)},
         "context of nsa": {"recipe": make(context_parallel=2, method="nsa", steps=3)},
         "half precision fsdp": {"recipe": make(**half, **fsdp, dtype="bfloat16", steps=3)},
         "muon fsdp": {"recipe": make(**half, **fsdp, optimizer="muon", steps=4)},
@@ -130,6 +133,14 @@ def test_two_ranks_train_what_one_trains(outs, name):
 def test_other_methods_share_a_context_too(outs):
     base, _ = outs
     assert_same_run(base / "nsa", base / "context of nsa", step=3)
+
+
+@pytest.mark.parametrize("name", ["rising ddp", "rising context of fsdp"])
+def test_the_weight_of_the_alignment_rises_on_all_ranks(outs, name):
+    base, _ = outs
+    assert_same_run(base / "rising", base / name, step=4)
+    one = lines(base / "rising")[2]
+    assert one["loss"] == pytest.approx(one["cross_entropy"] + 5 * (one["sparsity_loss"] + one["commitment_loss"]), rel=1e-5)
 
 
 def test_half_precision_rounds_the_same_weights(outs):

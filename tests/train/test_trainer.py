@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssa.config import TrainRecipe
 from ssa.errors import UserError
 from ssa.train import trainer as module
 from ssa.train.checkpoint import find_checkpoints, resolve_checkpoint
+from ssa.train.loss import StepLoss, alignment_share, is_target
 from ssa.train.trainer import train
 
 
@@ -161,6 +163,74 @@ def test_micro_batches_add_up_to_the_batch(recipe, tmp_path, method):
     for a, b in zip(lines(one.out), lines(four.out), strict=True):
         for name in ("loss", "cross_entropy", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), (name, a["step"])
+
+
+def test_the_rise_of_the_alignment_is_linear_from_0():
+    def shares(warmup, steps=10):
+        return [alignment_share(step, TrainRecipe(steps=steps, alignment_warmup=warmup)) for step in range(steps)]
+
+    assert shares(0.4) == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]
+    assert shares(1.0) == pytest.approx([i / 10 for i in range(10)])
+    assert shares(0.01) == [0] + [1] * 9  # some rise, however short
+    assert shares(0.0, 1) == [1] and alignment_share(12, TrainRecipe(steps=10, alignment_warmup=1.0)) == 1
+
+
+def test_without_a_warm_up_the_alignment_weighs_what_it_did(recipe, tmp_path, monkeypatch):
+    """Bit for bit what a loss with a constant weight trains."""
+
+    def constant(self, rows, stream, targets):
+        output = self.model(**rows, use_cache=False, stream=stream, num_items_in_batch=targets)
+        own = is_target(rows).sum() / targets
+        loss = output.loss + (1 / self.parts - own) * self.alignment_weight * output.alignment.sum()
+        return loss, torch.cat([(output.cross_entropy * own).view(1), output.alignment.detach() / self.parts])
+
+    now = train(recipe(steps=4, accumulation=2), tmp_path / "now")
+    monkeypatch.setattr(StepLoss, "_of_rows", constant)
+    before = train(recipe(steps=4, accumulation=2), tmp_path / "before")
+    assert_same_state(now.checkpoint, before.checkpoint)
+    assert timeless(lines(now.out)) == timeless(lines(before.out))
+
+
+def test_the_weight_of_the_alignment_rises(recipe, tmp_path):
+    """In the logged loss and in the gradients, and however a step is cut."""
+    how = {"steps": 5, "alignment_warmup": 0.8, "save_every": 1, "keep_last": 9}
+    rising = train(recipe(**how), tmp_path / "rising")
+    for row, share in zip(lines(rising.out), (0, 0.25, 0.5, 0.75, 1), strict=True):
+        alignment = row["sparsity_loss"] + row["commitment_loss"]
+        assert alignment > 0
+        assert row["loss"] == pytest.approx(row["cross_entropy"] + share * 10 * alignment, rel=1e-5), row["step"]
+    none = train(recipe(steps=5, alignment_weight=0.0, save_every=1, keep_last=9), tmp_path / "none")
+    first, second, unaligned, later = (
+        load_file(find_checkpoints(run.out)[i] / "model.safetensors") for run in (rising, none) for i in (0, 1)
+    )
+    assert all(torch.allclose(first[name], unaligned[name], rtol=1e-5, atol=1e-7) for name in first)
+    assert not all(torch.allclose(second[name], later[name], rtol=1e-5, atol=1e-7) for name in first)
+    cut = train(recipe(**how, batch_size=1, accumulation=2), tmp_path / "cut")
+    for a, b in zip(lines(rising.out), lines(cut.out), strict=True):
+        for name in ("loss", "sparsity_loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (name, a["step"])
+
+
+def test_a_resumed_run_goes_on_with_the_rise(recipe, tmp_path):
+    import shutil
+
+    r = recipe(steps=6, alignment_warmup=1.0, save_every=3)
+    whole = train(r, tmp_path / "whole")
+    shutil.copytree(whole.out, tmp_path / "run")
+    shutil.rmtree(find_checkpoints(tmp_path / "run")[-1])
+    resumed = train(r, tmp_path / "run", resume=True)
+    assert_same_state(whole.checkpoint, resumed.checkpoint)
+    assert timeless(lines(whole.out)) == timeless(lines(resumed.out))
+    with pytest.raises(UserError, match=r"train.alignment_warmup = 0.5 differs from the run's 1.0"):
+        train(recipe(steps=6, alignment_warmup=0.5, save_every=3), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    "change, said", [({"method": "moba"}, True), ({"alignment_loss": "none"}, True), ({"alignment_weight": 0.0}, True), ({}, False)]
+)
+def test_a_warm_up_of_no_alignment_is_said_to_have_no_effect(recipe, tmp_path, capsys, change, said):
+    train(recipe(steps=1, alignment_warmup=0.5, **change), tmp_path / "run")
+    assert ("train.alignment_warmup = 0.5 has no effect" in capsys.readouterr().out) is said
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -7,17 +7,31 @@ that is why micro-batches and ranks of different numbers of targets give what on
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from ssa.config import TrainRecipe
     from ssa.train.context_parallel import ContextParallel
+
+
+def alignment_share(step: int, recipe: TrainRecipe) -> float:
+    """What share of `model.alignment_weight` step `step` (0-based) has: a linear rise over the first `alignment_warmup` of the steps.
+
+    It is 0 in the first step and 1 from the first step after the rise.
+    """
+    rising = math.ceil(recipe.alignment_warmup * recipe.steps)
+    return step / rising if step < rising else 1.0
 
 
 class StepLoss(nn.Module):
     """`SSAForCausalLM` with the loss of training around it."""
+
+    alignment_share: float = 1.0
+    """Of the alignment's weight, set before each step. No layer sees it: a compiled one would be compiled again for each value."""
 
     def __init__(self, model: Any, alignment_weight: float, parts: int, context: ContextParallel | None = None) -> None:
         """`parts`: equal shares of tokens that make up a step, micro-batches times ranks."""
@@ -40,7 +54,7 @@ class StepLoss(nn.Module):
         loss = self.model.summed_nll(output.last_hidden_state, rows["targets"]) / targets
         shares = torch.cat([loss.detach().view(1), loss.new_zeros(2)])
         if output.alignment is not None:
-            loss = loss + self.alignment_weight / self.parts * output.alignment.sum()
+            loss = loss + self.alignment_share * self.alignment_weight / self.parts * output.alignment.sum()
             shares[1:] = output.alignment.detach() / self.parts
         return loss, shares
 
@@ -49,7 +63,7 @@ class StepLoss(nn.Module):
         loss, own = output.loss, is_target(rows).sum() / targets
         shares = torch.cat([(output.cross_entropy * own).view(1), own.new_zeros(2)])
         if output.alignment is not None:  # which the model weighs by the micro-batch's targets, too
-            loss = loss + (1 / self.parts - own) * self.alignment_weight * output.alignment.sum()
+            loss = loss + (self.alignment_share / self.parts - own) * self.alignment_weight * output.alignment.sum()
             shares[1:] = output.alignment.detach() / self.parts
         return loss, shares
 

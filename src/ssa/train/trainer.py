@@ -152,15 +152,17 @@ class _Run:
             self.optimizer.found_inf = self.found_inf  # type: ignore[union-attr]
         self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.metrics: Metrics | None = None
+        aligned = recipe.model.method == "ssa" and recipe.model.alignment_loss != "none"
         with ranks.together(out):
             if ranks.main:
                 environment = start_record(recipe, self.data, ranks, self.parallel, dtype, self.num_parameters)
                 record_start(out, recipe, {"step": self.start_step} | environment)
-                aligned = recipe.model.method == "ssa" and recipe.model.alignment_loss != "none"
                 peak = run_peak_flops(self.device, dtype, ranks.world)
                 self.metrics = Metrics(out, self.start_step, t.steps, aligned, track=t.track, peak_flops=peak, device=self.device)
         if self.parallel == "none" and t.parallel != "auto":
             self._say(f"one process: train.parallel = {t.parallel!r} has no effect (torchrun --nproc-per-node N starts N)")
+        if t.alignment_warmup and not (aligned and recipe.model.alignment_weight):
+            self._say(f"no alignment to warm up: train.alignment_warmup = {t.alignment_warmup} has no effect")
         if resume:
             self._say(f"resuming from {found[0]}" if found else f"nothing to resume in {out}: starting at step 0")
 
@@ -217,7 +219,7 @@ class _Run:
         """One optimizer step over `accumulation` micro-batches; on CUDA nothing here waits for the device."""
         import torch
 
-        from ssa.train.loss import is_target
+        from ssa.train.loss import alignment_share, is_target
         from ssa.train.optim import learning_rate
         from ssa.train.parallel import micro_batch
         from ssa.train.streams import draw_stream
@@ -234,6 +236,7 @@ class _Run:
         lr = learning_rate(step, t)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.loss.alignment_share = alignment_share(step, t)
         sums = torch.zeros(3, device=self.device)
         for i in range(t.accumulation):
             rows = {name: x[i * t.batch_size : (i + 1) * t.batch_size] for name, x in batch.items()}
@@ -241,7 +244,7 @@ class _Run:
                 sums += self._backward(rows, stream, targets)
         self.ranks.sum(sums)
         norm = self._gradient_norm(t.clip).float()
-        loss = sums[0] + m.alignment_weight * (sums[1] + sums[2])
+        loss = sums[0] + self.loss.alignment_share * m.alignment_weight * (sums[1] + sums[2])
         verdict = self.guard.judge(loss, norm)
         tokens = self.loader.tokens_per_step
         known = {
