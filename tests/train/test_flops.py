@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ssa.model import SSAConfig, SSAForCausalLM
-from ssa.train.flops import matmul_weights, peak_flops, run_peak_flops, training_flops
+from ssa.train.flops import flops_record, matmul_weights, peak_flops, run_peak_flops, training_flops
 
 SHAPE = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "block_size": 4, "num_selected_blocks": 2, "window_size": 5}  # fmt: skip
@@ -60,6 +60,15 @@ def test_ssa_computes_both_streams_whichever_goes_on(stream):
     alone = training_flops(config("ssa", alignment_loss="none"), POSITIONS, stream)
     expected = full if stream == "full" else moba
     assert (alone.dense, alone.sparse, alone.selection) == (expected.dense, expected.sparse, expected.selection)
+
+
+def test_a_run_records_streams_apart_where_they_differ():
+    for c in (config("full"), config("moba"), config("nsa"), config("ssa")):
+        figures = training_flops(c, POSITIONS, "sparse")
+        assert flops_record(c, POSITIONS) == figures._asdict() | {"total": figures.total}
+    apart = flops_record(config("ssa", alignment_loss="none"), POSITIONS)
+    assert apart.keys() == {"full", "sparse"}
+    assert apart["full"]["sparse"] == 0 < apart["full"]["dense"] and apart["sparse"]["dense"] == 0 < apart["sparse"]["sparse"]
 
 
 def test_a_forward_pass_has_a_third_of_the_matrix_products():

@@ -56,6 +56,9 @@ def test_a_run_learns_and_leaves_what_it_promises(recipe, tmp_path, capsys):
     assert json.loads((result.out / "recipe.json").read_text()) == json.loads(recipe(steps=30, eval_every=10).to_json())
     environment = json.loads((result.out / "environment.json").read_text())["starts"][0]
     assert environment["versions"]["torch"] == torch.__version__ and environment["seed"] == 1
+    work = environment["flops_per_token"]
+    assert 0 < work["sparse"] < work["dense"] < work["matmul"] and work["compression"] == 0 and environment["peak_flops"] is None
+    assert work["total"] == pytest.approx(sum(value for name, value in work.items() if name != "total"))
     assert "step 30/30" in capsys.readouterr().out
 
 
@@ -226,7 +229,8 @@ def test_a_resumed_run_goes_on_with_the_rise(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, said", [({"method": "moba"}, True), ({"alignment_loss": "none"}, True), ({"alignment_weight": 0.0}, True), ({}, False)]
+    "change, said",
+    [({"method": "moba"}, True), ({"alignment_loss": "none"}, True), ({"alignment_weight": 0.0}, True), ({}, False)],
 )
 def test_a_warm_up_of_no_alignment_is_said_to_have_no_effect(recipe, tmp_path, capsys, change, said):
     train(recipe(steps=1, alignment_warmup=0.5, **change), tmp_path / "run")

@@ -21,7 +21,7 @@ softmax the paper reuses, and once for the selection, which here computes them a
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +98,16 @@ def training_flops(config: SSAConfig, position_ids: Tensor, stream: str | None =
         parts["compression"] = 12 * pair * ((position + 1) / size).floor().mean().item()
         parts["window"] = 12 * pair * (position + 1).clamp(max=config.window_size).mean().item()
     return TokenFlops(6.0 * matmul_weights(config), **parts)
+
+
+def flops_record(config: SSAConfig, position_ids: Tensor) -> dict[str, Any]:
+    """What a run records of its work: FLOPs a token by what they are spent on, and their "total".
+
+    SSA without an alignment loss computes the stream that was drawn; the record then has those of each under "full" and "sparse".
+    """
+    full, sparse = (training_flops(config, position_ids, stream) for stream in ("full", "sparse"))
+    records = {name: flops._asdict() | {"total": flops.total} for name, flops in (("full", full), ("sparse", sparse))}
+    return records["full"] if full == sparse else records
 
 
 def matmul_weights(config: SSAConfig) -> int:

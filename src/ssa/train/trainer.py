@@ -87,7 +87,7 @@ class _Run:
         from ssa.train.build import build_model, open_data
         from ssa.train.checkpoint import find_checkpoints, load_checkpoint
         from ssa.train.environment import start_record
-        from ssa.train.flops import run_peak_flops
+        from ssa.train.flops import flops_record, run_peak_flops
         from ssa.train.guard import Guard
         from ssa.train.layers import prepare_layers
         from ssa.train.loss import StepLoss
@@ -156,8 +156,10 @@ class _Run:
         with ranks.together(out):
             if ranks.main:
                 environment = start_record(recipe, self.data, ranks, self.parallel, dtype, self.num_parameters)
-                record_start(out, recipe, {"step": self.start_step} | environment)
                 peak = run_peak_flops(self.device, dtype, ranks.world)
+                positions = self.loader.batch(self.start_step)["position_ids"]
+                work = {"flops_per_token": flops_record(self.model.config, positions), "peak_flops": peak}
+                record_start(out, recipe, {"step": self.start_step} | environment | work)
                 self.metrics = Metrics(out, self.start_step, t.steps, aligned, track=t.track, peak_flops=peak, device=self.device)
         if self.parallel == "none" and t.parallel != "auto":
             self._say(f"one process: train.parallel = {t.parallel!r} has no effect (torchrun --nproc-per-node N starts N)")
