@@ -131,7 +131,7 @@ def environment(device: str) -> dict[str, Any]:
             "memory_gib": round(properties.total_memory / 2**30, 1), "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         }  # fmt: skip
-    return {"hardware": hardware, "versions": versions() | _installed("triton", "fla-core"), "git": git_state()}
+    return {"hardware": hardware, "versions": versions() | _installed("fla-core"), "git": git_state()}
 
 
 def _installed(*packages: str) -> dict[str, str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +21,46 @@ if TYPE_CHECKING:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the project and of what decides its numbers."""
+    """Versions of the project and of what decides its numbers; those of Triton, CUDA, cuDNN and the driver only where there are such."""
     import numpy
     import torch
     import transformers
 
     import ssa
 
-    return {
+    found: dict[str, object] = {
         "ssa": ssa.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
     }
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["triton"] = metadata.version("triton")
+    if torch.cuda.is_available():
+        found |= {"cuda": torch.version.cuda, "driver": driver_version()}
+        with contextlib.suppress(RuntimeError):  # a cuDNN that PyTorch was not built for
+            found["cudnn"] = torch.backends.cudnn.version()
+    return {name: str(version) for name, version in found.items() if version is not None}
+
+
+@functools.cache
+def driver_version() -> str | None:
+    """That of NVIDIA's driver, e.g. "570.86.15", from its own library, which no process has to be started for; None where it does not say."""
+    version = ctypes.create_string_buffer(80)
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInitWithFlags(_NVML_NO_GPUS | _NVML_NO_ATTACH):
+            return None
+        failed = nvml.nvmlSystemGetDriverVersion(version, len(version))
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):  # no library, or one without these functions
+        return None
+    return None if failed else version.value.decode(errors="replace")
+
+
+_NVML_NO_GPUS, _NVML_NO_ATTACH = 1, 2
+"""The library need not look at the GPUs, which takes time, to know its version."""
 
 
 def start_record(
