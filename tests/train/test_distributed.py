@@ -1,4 +1,4 @@
-"""Two ranks (gloo, CPU) against one: the same run, however it is cut."""
+"""Two ranks (gloo, CPU), and four, against one: the same run, however it is cut."""
 
 import dataclasses
 import json
@@ -252,6 +252,31 @@ def test_ranks_that_do_not_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80_000_000_000))
     assert [resolve_parallel(TrainRecipe(), on_gpu, n) for n in (60_000_000, 1_300_000_000)] == ["ddp", "fsdp"]
     assert resolve_parallel(TrainRecipe(parallel="fsdp"), Ranks(torch.device("cpu")), 10) == "none"
+
+
+@pytest.mark.slow
+def test_copies_of_parts_train_what_one_trains(make, tmp_path):
+    """Four ranks as two groups of two; what they save, a file of each rank, goes on with one."""
+    train(make(), tmp_path / "single")
+    how = {"batch_size": 1, "parallel": "hsdp", "shard_ranks": 2, "save_every": 5}
+    cuts = {
+        "hsdp": {},
+        "micro-batches": {"accumulation": 2, "batch_size": 1, "context_parallel": 2, "reduce_every_micro_batch": True},
+    }
+    jobs = [
+        {"recipe": make(**how | cut).to_json(), "out": str(tmp_path / name), "file_bytes": 1000} for name, cut in cuts.items()
+    ]
+    results = run_ranks(jobs, world=4)
+    assert [[job["step"] for job in rank] for rank in results] == [[STEPS] * 2] * 4
+    for name in cuts:
+        assert_same_run(tmp_path / "single", tmp_path / name)
+        start = json.loads((tmp_path / name / "environment.json").read_text())["starts"][0]
+        assert (start["ranks"], start["parallel"], start["tokens_per_step"]) == (4, "hsdp", 128)
+    newest = find_checkpoints(tmp_path / "hsdp")[-1]
+    assert (newest / "model-00004-of-00004.safetensors").is_file()
+    shutil.rmtree(newest)
+    assert train(make(), tmp_path / "hsdp", resume=True).step == STEPS
+    assert_same_run(tmp_path / "single", tmp_path / "hsdp")
 
 
 @pytest.mark.slow
