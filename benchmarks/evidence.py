@@ -1,7 +1,9 @@
 """The paper's comparison at a small scale, on real text: train each method and ablation alike, then measure all of them alike.
 
     ssa prepare TEXT... --out data/33m --train-bpe 16384
-    python benchmarks/evidence.py data/33m --out benchmarks/results/h200/evidence --wikitext wiki.jsonl --books long_books.jsonl
+    python benchmarks/evidence.py data/33m --out runs/evidence --eval-tokens 200000 --wikitext wiki.jsonl --books long_books.jsonl
+
+What is committed (benchmarks/results/h200/evidence) was measured so. With --out there, finished runs would be kept, not trained again.
 
 One JSON for each run, with its recipe, environment, curve and every figure; finished ones are kept. Started again, it measures what was
 only trained (RUN.trained.json) and goes on from checkpoints. On several GPUs, start it once for each, with the same --out and --work: each
@@ -153,6 +155,7 @@ def trained(name: str, recipe: Recipe, run: Path, path: Path) -> dict[str, Any]:
         "name": name, "command": " ".join(["python", *sys.argv]), "recipe": recipe.to_dict(),
         "environment": json.loads((run / "environment.json").read_text()),
         "seconds": {"train": time.perf_counter() - started}, "validation": result.validation, "curve": curve(run),
+        "data_wait": data_wait(run),
     }  # fmt: skip
     write_atomically(path, json.dumps(lean(report)) + "\n")  # the training is kept if a measurement fails
     return report
@@ -178,6 +181,13 @@ def measure(run: Path, args: argparse.Namespace, recipe: Recipe) -> dict[str, An
     analysis = analyze([run], data=args.data, max_tokens=65536, html=False, out=run / "measured")
     figures["analysis"] = json.loads(analysis.files[0].read_text())
     return figures
+
+
+def data_wait(run: Path) -> dict[str, float]:
+    """How long a step waited for its batch, in milliseconds, the mean and the largest of all steps, the first of each start among them."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    waits = [1e3 * line["data_wait"] for line in lines if line["kind"] == "train"]
+    return {"mean_ms": statistics.fmean(waits), "largest_ms": max(waits)}
 
 
 def curve(run: Path, points: int = 250) -> list[dict[str, Any]]:

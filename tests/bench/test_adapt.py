@@ -41,6 +41,9 @@ def test_a_complete_training_is_only_measured(evidence, data, tmp_path, monkeypa
     run, path = tmp_path / "run", tmp_path / "x.json"
     first = evidence.trained("x", make(data, 2), run, path)
     assert [line["step"] for line in first["curve"] if "loss" in line] == [1, 2]
+    waits = [1e3 * line["data_wait"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()[:2])]
+    expected = pytest.approx({"mean_ms": sum(waits) / 2, "largest_ms": max(waits)}, rel=1e-5)
+    assert first["data_wait"] == expected and json.loads(path.read_text())["data_wait"] == expected
 
     def fail(*args, **kwargs):
         raise AssertionError("trained again")
