@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def driver_version() -> str | None:
-    """That of NVIDIA's driver, e.g. "570.86.15", from its own library, which no process has to be started for; None where it does not say."""
+    """That of NVIDIA's driver, e.g. "570.86.15", from its library, so without starting a process; None where it does not say."""
     version = ctypes.create_string_buffer(80)
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
