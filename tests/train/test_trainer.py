@@ -406,10 +406,11 @@ def test_a_full_disk_while_logging_is_one_line(recipe, tmp_path, monkeypatch):
         train(recipe(), tmp_path / "run")
 
 
-def test_going_on_from_a_checkpoint_with_another_method(recipe, tmp_path):
+def test_going_on_from_a_checkpoint_with_another_method(recipe, tmp_path, capsys):
     base = train(recipe(steps=2, method="full"), tmp_path / "base")
     r = recipe(steps=1, method="ssa", init_from=str(base.out), hidden_size=64, num_selected_blocks=3, rope_factor=4.0)
     result = train(r, tmp_path / "more")
+    assert f"model.rope_factor = 4 scales the positions of {base.out}; 1 keeps them as they are" in capsys.readouterr().out
     config = json.loads((result.checkpoint / "config.json").read_text())
     assert (config["method"], config["hidden_size"], config["num_selected_blocks"]) == ("ssa", 32, 3)
     assert config["rope_parameters"]["factor"] == 4.0 and config["attention_mode"] == "sparse"

@@ -165,6 +165,10 @@ class _Run:
             self._say(f"one process: train.parallel = {t.parallel!r} has no effect (torchrun --nproc-per-node N starts N)")
         if t.alignment_warmup and not (aligned and recipe.model.alignment_weight):
             self._say(f"no alignment to warm up: train.alignment_warmup = {t.alignment_warmup} has no effect")
+        if recipe.model.init_from and not found and recipe.model.rope_factor > 1:
+            self._say(
+                f"model.rope_factor = {recipe.model.rope_factor:g} scales the positions of {recipe.model.init_from}; 1 keeps them as they are"
+            )
         if resume:
             self._say(f"resuming from {found[0]}" if found else f"nothing to resume in {out}: starting at step 0")
 
