@@ -49,6 +49,6 @@ def test_the_main_kernels_compile(capability):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
 def test_every_kernel_compiles_at_every_size(capability):
     assert compiled(capability, "all")["missed"] == []

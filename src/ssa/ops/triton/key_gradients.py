@@ -196,8 +196,8 @@ def backward(
         tile = max(16, min(padded, key_side.BLOCK_BYTES // (shape["DP"] * q.element_size())))
         if size <= 64:
             rows, warps, stages = (128 if block_size <= 16 else 64), 2, 3
-        elif shape["DP"] * q.element_size() > 256:  # by the shared memory of compute capability 10.0
-            rows //= 2
+        elif shape["DP"] * q.element_size() > 256:  # by the shared memory of compute capabilities 8.9 and 10.0
+            rows, tile = rows // 2, max(16, tile // 2)
     few, small = key_side.of_a_query(shape)
     for span in range(lists.spans):
         first = span // lists.groups * lists.length, span % lists.groups * lists.rows
