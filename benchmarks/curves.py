@@ -2,7 +2,7 @@
 
 ssa prepare builtin:python --out data/python
 python benchmarks/curves.py data/python --out tiny.json
-python benchmarks/curves.py data/python --recipe 60m --context 1024 --batch-size 4 --devices cuda:0,cuda:1 --out 60m.json
+python benchmarks/curves.py data/python --recipe 60m --context 1024 --batch-size 4 --devices cuda:0,cuda:1 --out 60m.json --train.lr 3e-4
 
 Rounding alone parts two curves in time, since it decides now and then which block is selected. How far it does is what the controls tell:
 the reference against itself with the rows of every batch in reverse, which is the same sum in another order, and in bfloat16 also against
@@ -28,6 +28,7 @@ from ssa.config import load_recipe
 from ssa.data.loader import PackedLoader
 from ssa.data.shards import TokenShards
 from ssa.data.tokenizer import vocabulary_size
+from ssa.errors import UserError
 from ssa.files import write_atomically
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.train.environment import git_state, versions
@@ -63,7 +64,7 @@ def curve(way: Way, device: str, args: argparse.Namespace) -> list[float]:
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("highest")  # no TF32
     torch.backends.cudnn.allow_tf32 = False
-    recipe = load_recipe(args.recipe, ["--train.steps", str(args.steps), "--train.warmup", "0.05"])
+    recipe = load_recipe(args.recipe, ["--train.steps", str(args.steps), "--train.warmup", "0.05", *args.overrides])
     data = TokenShards(args.data, "train")
     vocab_size = recipe.model.vocab_size or vocabulary_size(data.load_tokenizer())
     model = SSAForCausalLM(SSAConfig.from_recipe(recipe.model, vocab_size)).to(device).train()
@@ -120,7 +121,11 @@ def main() -> None:
     parser.add_argument(
         "--devices", default="cuda:0", help="dealt out to the curves, in their order: reference, triton, controls"
     )
-    args = parser.parse_args()
+    args, args.overrides = parser.parse_known_args()  # what it does not know is for the recipe, e.g. --train.lr 3e-4
+    try:
+        load_recipe(args.recipe, args.overrides)
+    except UserError as error:
+        parser.error(str(error))
     if args.batch_size < 2:
         parser.error(
             f"--batch-size {args.batch_size}: the control adds up the rows of a batch in another order, which takes at least 2"
@@ -133,7 +138,7 @@ def main() -> None:
     distances = apart(curves)
     report = {
         "command": " ".join(["python", *sys.argv]), "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": versions(), "git": git_state(), "recipe": args.recipe, "context": args.context, "batch_size": args.batch_size,
+        "versions": versions(), "git": git_state(), "recipe": args.recipe, "overrides": args.overrides, "context": args.context, "batch_size": args.batch_size,
         "dtype": args.dtype, "ways": {name: way._asdict() for name, way in found.items()}, "apart": distances,
     }  # fmt: skip
     write_atomically(args.out, json.dumps(report | curves, indent=1) + "\n")

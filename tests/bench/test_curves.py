@@ -23,7 +23,7 @@ def test_controls_differ_by_rounding_alone(curves, tmp_path):
     lines = [json.dumps({"text": "to select is to attend to a few blocks of many" + "." * i}) for i in range(60)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     prepare([tmp_path / "text.jsonl"], tmp_path / "data", workers=1, valid_fraction=0.1, show_progress=False)
-    args = Namespace(data=tmp_path / "data", recipe="tiny", context=32, batch_size=3, steps=3, seconds=0.0)
+    args = Namespace(data=tmp_path / "data", recipe="tiny", context=32, batch_size=3, steps=3, seconds=0.0, overrides=[])
     ways = curves.ways("bfloat16")
     first = curves.curve(curves.Way("reference", "float32"), "cpu", args)
     assert first == curves.curve(ways["float32"], "cpu", args)
@@ -40,13 +40,14 @@ def test_the_report_holds_kernels_and_controls(curves, monkeypatch, tmp_path):
     monkeypatch.setattr(curves, "curve", lambda way, device, args: losses[tuple(way)])
     threads = concurrent.futures.ThreadPoolExecutor
     monkeypatch.setattr(curves.concurrent.futures, "ProcessPoolExecutor", lambda number, context: threads(number))
-    arguments = ["data", "--out", str(tmp_path / "c.json"), "--dtype", "bfloat16", "--devices", "cpu"]
+    arguments = ["data", "--out", str(tmp_path / "c.json"), "--dtype", "bfloat16", "--devices", "cpu", "--train.lr", "2e-4"]
     monkeypatch.setattr("sys.argv", ["curves.py", *arguments])
     curves.main()
     report = json.loads((tmp_path / "c.json").read_text())
     assert report["apart"]["triton"] == {"steps": 20, "largest": 0.5, "mean": 0.25, "mean_by_tenth": [0.0] * 5 + [0.5] * 5}
     assert (report["apart"]["reversed"]["steps"], report["apart"]["reversed"]["largest"]) == (12, 0.25)
     assert report["apart"]["float32"]["largest"] == 0 and report["triton"] == losses["triton", "bfloat16", False]
+    assert report["overrides"] == ["--train.lr", "2e-4"]
     assert report["dtype"] == "bfloat16" and report["ways"]["reversed"]["reverse"]
 
 
