@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -22,13 +23,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from evidence import check_texts, claimed, lean, trained
+from evidence import check_texts, claimed, finish, trained
 
 from ssa.analysis.analyze import analyze
 from ssa.config import load_recipe, override
 from ssa.errors import UserError
 from ssa.eval.evaluate import evaluate
-from ssa.files import write_atomically
 from ssa.train.checkpoint import resolve_checkpoint
 from ssa.train.environment import git_state, versions
 
@@ -97,16 +97,11 @@ def main() -> int:
                     }  # fmt: skip
                 else:
                     report = trained(name, recipe, run, path.with_suffix(".trained.json"))
-                started = time.perf_counter()
-                report["figures"] = measure(run, args, recipe.data.context)
-                measuring = time.perf_counter() - started
-                report["seconds"]["all"] = report["seconds"].get("train", 0.0) + measuring
-                write_atomically(path, json.dumps(lean(report)) + "\n")
+                measuring = finish(path, report, functools.partial(measure, run, args, recipe.data.context))
         except Exception:  # the runs that follow are worth having all the same
             failed = True
             print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             continue
-        path.with_suffix(".trained.json").unlink(missing_ok=True)
         print(f"{name}: {report['seconds']['all']:.0f} s, of it {measuring:.0f} s measuring", flush=True)
     return int(failed)
 

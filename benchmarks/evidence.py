@@ -16,13 +16,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,17 @@ def data_wait(run: Path) -> dict[str, float]:
     return {"mean_ms": statistics.fmean(waits), "largest_ms": max(waits)}
 
 
+def finish(path: Path, report: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> float:
+    """Measures a trained run, writes its JSON in the place of what training alone left, and returns the seconds that measuring took."""
+    begin = time.perf_counter()
+    report["figures"] = measure()
+    seconds = time.perf_counter() - begin
+    report["seconds"]["all"] = report["seconds"].get("train", 0.0) + seconds
+    write_atomically(path, json.dumps(lean(report)) + "\n")
+    path.with_suffix(".trained.json").unlink(missing_ok=True)
+    return seconds
+
+
 def curve(run: Path, points: int = 250) -> list[dict[str, Any]]:
     """The run's metrics, thinned evenly; validations and probes are all kept."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -253,16 +265,11 @@ def main() -> int:
                     print(f"{name}: {reason}", flush=True)
                     continue
                 report = trained(name, recipe, work / name, path.with_suffix(".trained.json"))
-                measuring = time.perf_counter()
-                report["figures"] = measure(work / name, args, recipe)
-                measuring = time.perf_counter() - measuring
-                report["seconds"]["all"] = report["seconds"]["train"] + measuring
-                write_atomically(path, json.dumps(lean(report)) + "\n")
+                measuring = finish(path, report, functools.partial(measure, work / name, args, recipe))
         except Exception:  # the runs that follow are worth having all the same
             failed = True
             print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             continue
-        path.with_suffix(".trained.json").unlink(missing_ok=True)
         pace = max(pace, steady_seconds(report) / cost(name))
         print(f"{name}: trained in {report['seconds']['train']:.0f} s, measured in {measuring:.0f} s", flush=True)
     return int(failed)

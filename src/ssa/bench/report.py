@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,7 +120,7 @@ def environment(device: str) -> dict[str, Any]:
     """Hardware, versions and git state, for a report's header."""
     import torch
 
-    from ssa.train.environment import git_state, versions
+    from ssa.train.environment import git_state, installed, versions
 
     hardware: dict[str, Any] = {"device": device}
     if device.startswith("cuda"):
@@ -129,19 +128,8 @@ def environment(device: str) -> dict[str, Any]:
         hardware = {
             "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
             "memory_gib": round(properties.total_memory / 2**30, 1), "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         }  # fmt: skip
-    return {"hardware": hardware, "versions": versions() | _installed("fla-core"), "git": git_state()}
-
-
-def _installed(*packages: str) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"hardware": hardware, "versions": versions() | installed("fla-core"), "git": git_state()}
 
 
 def _command() -> str:

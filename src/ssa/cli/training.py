@@ -13,7 +13,8 @@ from ssa.config import Recipe, load_recipe
 from ssa.errors import UserError
 
 PATIENCE = 5.0
-"""Seconds."""
+"""Seconds that a rank stays when rank 0 has an error to tell: torchrun stops all ranks as soon as one has ended, and the message would be
+lost."""
 
 
 def prepare(
@@ -88,8 +89,7 @@ def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrit
 
 
 def _after_the_first_rank() -> int:
-    """The status of a rank that leaves an error to rank 0. It stays a while: torchrun stops all ranks as soon as one has ended, and what
-    rank 0 was about to say would be lost."""
+    """The status of a rank that leaves an error to rank 0."""
     time.sleep(PATIENCE)
     return 2
 

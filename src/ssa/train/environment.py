@@ -35,13 +35,21 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
     }
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        found["triton"] = metadata.version("triton")
+    found |= installed("triton")
     if torch.cuda.is_available():
         found |= {"cuda": torch.version.cuda, "driver": driver_version()}
         with contextlib.suppress(RuntimeError):  # a cuDNN that PyTorch was not built for
             found["cudnn"] = torch.backends.cudnn.version()
     return {name: str(version) for name, version in found.items() if version is not None}
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """Versions of those of the packages that are there."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 @functools.cache
