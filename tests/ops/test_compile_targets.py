@@ -38,8 +38,7 @@ def compiled(capability: int, *words: str) -> dict:
 def test_the_main_kernels_compile(capability):
     kernels = set(compiled(capability)["shared"])
     assert {
-        "decode._span_kernel",
-        "decode._candidate_kernel",
+        "decode._score_kernel",
         "decode._attend_kernel",
         "cross_entropy._cross_entropy_kernel",
     } <= kernels

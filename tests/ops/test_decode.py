@@ -119,9 +119,8 @@ def check_kernels(cache, options):
 def test_the_kernels_equal_the_reference(monkeypatch, name, tiles):
     from ssa.ops.triton import decode as kernels
 
-    if tiles == "small":  # many spans, segments and parts in rows that the interpreter gets through
+    if tiles == "small":  # many spans and parts in rows that the interpreter gets through
         monkeypatch.setattr(kernels, "_tile", lambda size, dtype: 16)
-        monkeypatch.setattr(kernels, "SEGMENT", 16)
         monkeypatch.setattr(kernels, "PART_KEYS", 16)
     check_kernels(*case(name))
 
@@ -154,7 +153,6 @@ def test_ties_go_to_the_lower_block(monkeypatch):
     from ssa.ops.triton import decode as kernels
 
     monkeypatch.setattr(kernels, "_tile", lambda size, dtype: 16)
-    monkeypatch.setattr(kernels, "SEGMENT", 16)
     cache = a_cache([200], columns=200, block_size=4)
     cache["block_means"][:] = 1.0
     _, _, index = decode_attention(**cache, block_size=4, num_selected_blocks=5, impl="triton")

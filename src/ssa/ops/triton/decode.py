@@ -1,20 +1,23 @@
-"""Decoding: a few queries of each row against its cache, in three kernels whose grids depend on shapes alone.
+"""Decoding: a few queries of each row against its cache, in two kernels whose grids depend on shapes alone.
 
-1. `_span_kernel`: per span of block means, every head's terms 2^(logit - peak of the span), their sum and the peak. The means, the
-   bulk of what selection reads, are read once.
-2. `_candidate_kernel`: per query and segment of spans, the heads' log-sum-exps from all sums, the blocks' scores, and the segment's
-   best M - 1 blocks, which hold all of the row's best that lie in it.
-3. `_attend_kernel`: per query, the best M - 1 candidates of all segments and the own block, then attention over them. Budgets of
-   more than PART_KEYS keys are cut into parts, and `_combine_kernel` adds them up.
+1. `_score_kernel`: per span of block means, every head's terms 2^(logit - peak), whose peak and sum it leaves for the others of its
+   row. As soon as all have left theirs it knows the heads' normalisers and writes the span's scores. The terms stay in registers, and
+   the means, the bulk of what decoding reads, are read once. Rows of more spans than may wait for each other take two launches,
+   one that leaves the sums and one that reads the means again.
+2. `_attend_kernel`: per query, the best M - 1 families of neighbouring blocks by the best block of each, the best M - 1 blocks in
+   them, which are the best of all, and attention over these and the own block. Budgets of more than PART_KEYS keys are cut into
+   parts, and `_combine_kernel` adds them up.
 
 Lengths are read on the device and programs past a row's end return at once, so a CUDA graph captured at one length serves all.
 Nothing is added atomically: results are bitwise reproducible, and a row's do not depend on the rows beside it.
 
-Legend: B batch, T queries, S cache columns, H query heads, K kv heads, R = K or H (who selects), G heads that share a kv head or a
-selection, D head size, N blocks, M selected blocks.
+Legend: B batch, T queries, S cache columns, H query heads, K kv heads, R = K or H (who selects), G heads that share a kv head (in
+`_attend_kernel` a selection), P those that select together (G or 1), D head size, N blocks, M selected blocks.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -27,55 +30,107 @@ from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.online_softmax import softmax_end, softmax_step
 from ssa.ops.triton.operation import operation
 
-SEGMENT = 256
-"""Blocks that one program ranks."""
-RANKING_WARPS = 1  # reductions stay within a warp
+FAMILY = 16
+"""Blocks whose best score is searched before their own."""
 PART_KEYS = 1024
 """Keys that one program attends to."""
 
 
-@triton.jit(do_not_specialize=["N", "spans"])
-def _span_kernel(
-    q, means, lengths, peaks, totals, terms, factor, N, spans, q_b, q_t, q_h, m_b, m_n, m_k,
-    T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, RT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr,
-    SPAN: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "spans", "leaves", "writes"])
+def _score_kernel(
+    q, means, lengths, sums, scores, tops, factor, N, spans, leaves, writes, q_b, q_t, q_h, m_b, m_k, m_n: tl.constexpr,
+    T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, QT: tl.constexpr, RT: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, BS: tl.constexpr, SPAN: tl.constexpr, FAMILY: tl.constexpr, SOFTMAX: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`factor` takes a product to its logit, in powers of two for the softmax."""
-    TILES: tl.constexpr = (T * G + RT - 1) // RT
-    tile = tl.program_id(0) % TILES
-    row = tl.program_id(0) // TILES
-    span = tl.program_id(1)
-    b = (row // K).to(tl.int64)
-    kv = row % K
+    """A unit is a tile of QT queries of a kv head, and RT its rows: heads of queries. `factor` takes a product to its logit, in powers of
+    two for the softmax. `leaves`: the span's sums are left for the others; `writes`: its scores are written."""
+    TILES: tl.constexpr = (T + QT - 1) // QT
+    unit = tl.program_id(0) // spans
+    span = tl.program_id(0) % spans
+    tile = unit % TILES
+    kv = unit // TILES % K
+    b = (unit // TILES // K).to(tl.int64)
     length = tl.load(lengths + b).to(tl.int32)
-    first = span * SPAN
-    if first >= length // BS:
+    live = tl.cdiv(length // BS, SPAN)
+    if span >= live:
         return
-    i = tile * RT + tl.arange(0, RT)
-    t = i // G
+    i = tl.arange(0, RT)
+    t = tile * QT + i // G
     head = kv * G + i % G
-    real = i < T * G
+    real = (i < QT * G) & (t < T)
     d = tl.arange(0, DP)
     q_rows = q + b * q_b + t.to(tl.int64) * q_t + head.to(tl.int64) * q_h
     q_I = tl.load(q_rows[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-    n = first + tl.arange(0, SPAN)
-    key_rows = means + b * m_b + kv.to(tl.int64) * m_k + n.to(tl.int64) * m_n
-    # means are read once; what is written here, soon again: it should find room in the cache
-    keys = tl.load(
-        key_rows[:, None] + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_first"
-    )
-    term = tl.dot(q_I, tl.trans(keys), input_precision=PRECISION) * factor
-    complete = tl.where(real, (length - T + t + 1) // BS, 0)
-    seen = n[None, :] < complete[:, None]
-    at = (b * T + t) * (K * G) + head
+    first = span * SPAN
+    n = tl.arange(0, SPAN)
+    rows = means + b * m_b + kv.to(tl.int64) * m_k + first.to(tl.int64) * m_n + n[:, None] * m_n + d[None, :]
+    mask = (n < N - first)[:, None] & (d < D)[None, :]
+    # read once: what follows should find room in the cache
+    keys = tl.load(rows, mask=mask, other=0.0, eviction_policy="evict_first")
+    term = tl.dot(q_I, tl.trans(keys), input_precision=PRECISION)
+    if (first + SPAN) * BS > length - T + 1:  # some query's complete blocks end here
+        term = tl.where(first + n[None, :] < ((length - T + t + 1) // BS)[:, None], term, -1e30)
+    weight = tl.where(real, 1.0, 0.0)
     if SOFTMAX:
-        term = tl.where(seen, term, -1e30)
-        peak = tl.max(term, 1)
-        term = tl.where(seen, tl.exp2(term - peak[:, None]), 0.0)
-        tl.store(peaks + at * spans + span, peak, mask=real)
-        tl.store(totals + at * spans + span, tl.sum(term, 1), mask=real)
-    pitch = spans.to(tl.int64) * SPAN
-    tl.store(terms + (at * pitch)[:, None] + n[None, :], term, mask=real[:, None])
+        peak = tl.max(term, 1) * factor
+        term = tl.exp2(term * factor - peak[:, None])
+        left = sums + unit.to(tl.int64) * spans * RT
+        if leaves != 0:
+            tl.store(left + span * RT + i, _packed(peak, tl.sum(term, 1)))
+        if writes == 0:
+            return
+        lse = _normaliser(left, live, RT, 32)
+        weight = tl.exp2(tl.where(real, peak - lse, float("-inf")))
+    else:
+        term *= factor
+    for s in range(0, QT * G // P):  # those who select
+        its = weight if QT * G // P == 1 else tl.where(i // P == s, weight, 0.0)
+        query = tile * QT + s * P // G
+        row = (b * (K * G // P) + kv * (G // P) + s % (G // P)) * T + query
+        score = tl.sum(term * its[:, None], 0)
+        own = (length - T + query) // BS
+        if first + SPAN > own:  # the own block and those after it are no candidates
+            score = tl.where(first + n < own, score, float("-inf"))
+        to = row * (spans * SPAN) + first
+        tl.store(scores + to + n, score, mask=n < tl.where(query < T, SPAN, 0))
+        family = tl.arange(0, SPAN // FAMILY)
+        top = tl.max(tl.reshape(score, [SPAN // FAMILY, FAMILY]), 1)
+        tl.store(tops + to // FAMILY + family, top, mask=family < tl.where(query < T, SPAN, 0))
+
+
+@triton.jit
+def _packed(peak, total):
+    """Both as one integer, which is there whole or not at all, and is not 0 since a total is at least 1."""
+    peak = tl.minimum(peak, 3e38)
+    return (peak.to(tl.int32, bitcast=True).to(tl.int64) << 32) | total.to(tl.int32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _arrived(left, start, live, RT: tl.constexpr, C: tl.constexpr):
+    """(highest peak [RT], infinite as long as one is missing; peaks [C, RT]; totals)."""
+    s = start + tl.arange(0, C)
+    mask = (s < live)[:, None]
+    pair = tl.load(left + s[:, None] * RT + tl.arange(0, RT)[None, :], mask=mask, other=0, volatile=True)
+    peak = tl.where(pair == 0, float("inf"), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+    peak = tl.where(mask, peak, -1e30)
+    return tl.max(peak, 0), peak, pair.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _normaliser(left, live, RT: tl.constexpr, C: tl.constexpr):
+    """Log-sum-exps in powers of two [RT] of what the row's `live` spans leave, as soon as all have. The values are their own flags: flags
+    beside them would need fences."""
+    top = tl.full([RT], -1e30, tl.float32)
+    total = tl.zeros([RT], tl.float32)
+    for start in range(0, live, C):
+        higher, peak, part = _arrived(left, start, live, RT, C)
+        while tl.max(higher, 0) == float("inf"):
+            higher, peak, part = _arrived(left, start, live, RT, C)
+        higher = tl.maximum(top, higher)
+        total = total * tl.exp2(top - higher) + tl.sum(part * tl.exp2(peak - higher[None, :]), 0)
+        top = higher
+    return top + tl.log2(total)
 
 
 @triton.jit
@@ -92,56 +147,12 @@ def _best(rank, block, own, hint, M: tl.constexpr, BS: tl.constexpr, RELEASED: t
     return chosen
 
 
-@triton.jit(do_not_specialize=["spans", "segments"])
-def _candidate_kernel(
-    terms, peaks, totals, lengths, ranks, blocks, spans, segments,
-    T: tl.constexpr, R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-    SPANS: tl.constexpr, SPAN: tl.constexpr, J: tl.constexpr, SOFTMAX: tl.constexpr, RELEASED: tl.constexpr,
-):  # fmt: skip
-    query = tl.program_id(0)
-    segment = tl.program_id(1)
-    t = query % T
-    r = query // T % R
-    b = (query // T // R).to(tl.int64)
-    position = tl.load(lengths + b).to(tl.int32) - T + t
-    own = position // BS
-    first_span = segment * J
-    if (position < 0) | (first_span * SPAN >= own):
-        return
-    g = tl.arange(0, GP)
-    at = (b * T + t) * (R * G) + r * G + g
-    j = first_span + tl.arange(0, J)
-    n = j[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
-    cells = terms + (at * (spans.to(tl.int64) * SPAN))[:, None, None] + n[None, :, :]
-    term = tl.load(cells, mask=(g < G)[:, None, None] & (n < own)[None, :, :], other=0.0)
-    if SOFTMAX:
-        live = tl.cdiv((position + 1) // BS, SPAN)
-        s = tl.arange(0, SPANS)
-        mask = (g < G)[:, None] & (s < live)[None, :]
-        peak = tl.load(peaks + (at * spans)[:, None] + s[None, :], mask=mask, other=-1e30)
-        total = tl.load(totals + (at * spans)[:, None] + s[None, :], mask=mask, other=0.0)
-        top = tl.max(peak, 1)
-        lse = top + tl.log2(tl.sum(total * tl.exp2(peak - top[:, None]), 1))
-        mask = (g < G)[:, None] & (j < live)[None, :]
-        weight = tl.exp2(tl.load(peaks + (at * spans)[:, None] + j[None, :], mask=mask, other=-1e30) - lse[:, None])
-        term *= tl.where(mask, weight, 0.0)[:, :, None]
-    score = tl.reshape(tl.sum(term, 0), [J * SPAN])
-    n = tl.reshape(n, [J * SPAN])
-    chosen = _best(tl.where(n < own, ordered(score), NOTHING), n, own, NOTHING, M, BS, RELEASED)
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    out = (query.to(tl.int64) * segments + segment) * MP
-    tl.store(ranks + out + place, ordered(score), mask=chosen)
-    tl.store(blocks + out + place, n, mask=chosen)
-    rest = tl.arange(0, MP)
-    tl.store(ranks + out + rest, tl.full([MP], NOTHING, tl.int32), mask=rest >= tl.sum(chosen.to(tl.int32), 0))
-
-
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit(do_not_specialize=["pitch"])
 def _attend_kernel(
-    q, k, v, lengths, starts, bias, ranks, blocks, indices, out, lse_out, scale, segments,
+    q, k, v, lengths, starts, bias, scores, tops, families, indices, out, lse_out, scale, pitch,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h,
     T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
+    BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, FAMILY: tl.constexpr, FAMILIES: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
     PARTS: tl.constexpr, SELECT: tl.constexpr, RELEASED: tl.constexpr, STARTS: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -153,24 +164,6 @@ def _attend_kernel(
     kv = (r // (R // K)).to(tl.int64)
     position = tl.load(lengths + b).to(tl.int32) - T + t
     own = tl.where(position < 0, -1, position // BS)
-    to = indices + query.to(tl.int64) * M
-    count = 0
-    if SELECT:
-        c = tl.arange(0, CP)
-        # segments that hold a block before the own one; the others' places were never written
-        live = c // MP < tl.minimum(tl.cdiv(own, WIDTH), segments)
-        at = query.to(tl.int64) * segments * MP + c
-        rank = tl.load(ranks + at, mask=live, other=NOTHING)
-        candidate = tl.load(blocks + at, mask=live, other=0)
-        # the weakest of a segment's M - 1 candidates
-        weakest = tl.min(tl.where(tl.arange(0, MP)[None, :] < M - 1, tl.reshape(rank, [CP // MP, MP]), 2147483647), 1)
-        chosen = _best(rank, candidate, own, tl.max(weakest, 0), M, BS, RELEASED)
-        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(to + place, candidate, mask=chosen)  # every part writes the same
-        count = tl.sum(chosen.to(tl.int32), 0)
-    m = tl.arange(0, MP)
-    tl.store(to + m, tl.where(m == count, own, -1), mask=(m >= count) & (m < M))
-    tl.debug_barrier()  # the places written above are read back by other threads
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
     head = r * G + g
@@ -178,6 +171,31 @@ def _attend_kernel(
     q_rows = q + b * q_b + t.to(tl.int64) * q_t + head.to(tl.int64) * q_h
     q_G = tl.load(q_rows[:, None] + d[None, :], mask=tile_mask, other=0.0)
     start = tl.load(starts + b).to(tl.int64) if STARTS else b * 0
+    to = indices + query.to(tl.int64) * M
+    count = 0
+    if SELECT:
+        # the best blocks lie in the families whose best are the best
+        family = tl.arange(0, FAMILIES)
+        row = query.to(tl.int64) * pitch
+        before = family * FAMILY < own
+        top = tl.where(before, ordered(tl.load(tops + row // FAMILY + family, mask=before, other=0.0)), NOTHING)
+        chosen = _best(top, family * FAMILY, own, NOTHING, M, BS, RELEASED)
+        least = tl.min(tl.where(chosen, top, 2147483647), 0)
+        places = families + query.to(tl.int64) * MP
+        tl.store(places + tl.cumsum(chosen.to(tl.int32), 0) - 1, family, mask=chosen)
+        count = tl.sum(chosen.to(tl.int32), 0)
+        tl.debug_barrier()  # what is written here is read back by other threads
+        c = tl.arange(0, MP * FAMILY)
+        candidate = tl.load(places + c // FAMILY, mask=c // FAMILY < count, other=0) * FAMILY + c % FAMILY
+        listed = (c // FAMILY < count) & (candidate < own)
+        rank = tl.where(listed, ordered(tl.load(scores + row + candidate, mask=listed, other=0.0)), NOTHING)
+        chosen = _best(rank, candidate, own, least, M, BS, RELEASED)
+        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(to + place, candidate, mask=chosen)  # every part writes the same
+        count = tl.sum(chosen.to(tl.int32), 0)
+    m = tl.arange(0, MP)
+    tl.store(to + m, tl.where(m == count, own, -1), mask=(m >= count) & (m < M))
+    tl.debug_barrier()
     k_row = k + b * k_b + kv * k_h
     v_row = v + b * v_b + kv * v_h
     peak = tl.full([GP], -1e30, tl.float32)
@@ -239,22 +257,8 @@ def _run(
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     rows = batch * selectors * queries
     plan = plan_of(
-        q,
-        k,
-        v,
-        block_means,
-        lengths,
-        starts,
-        bias,
-        block_size,
-        num_selected,
-        scope,
-        scoring,
-        rule,
-        SEGMENT,
-        PART_KEYS,
-        RANKING_WARPS,
-    )
+        q, k, v, block_means, lengths, starts, bias, block_size, num_selected, scope, scoring, rule, FAMILY, PART_KEYS
+    )  # fmt: skip
 
     def workspace(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -266,32 +270,31 @@ def _run(
     num_blocks = (k.shape[1] - 1) // block_size
     select = num_selected > 1 and num_blocks > 0
     released = rule == "released" and num_selected > max(1, block_size // 2)
-    segments, ranks, blocks = 1, None, None
+    # the released rule tells chunks of `block_size` blocks apart
+    family = math.gcd(FAMILY, block_size) if released else FAMILY
+    pitch, scores, tops, families = family, None, None, None
     if select:
-        num_blocks = max(num_blocks, k.shape[1] // block_size)
-        span = _tile(size, q.dtype)
-        spans = ceil_div(num_blocks, span)
-        per_segment = max(1, SEGMENT // span)
-        segments = ceil_div(spans, per_segment)
-        softmax = scoring == "softmax"
-        peaks, totals = (workspace(batch, queries, heads, spans) if softmax else None for _ in range(2))
-        terms = workspace(batch, queries, heads, spans * span)
         per_kv = heads // kv_heads
-        tile = min(64, max(16, power_of_two(queries * per_kv)))
-        launch(
-            plan, _span_kernel, (batch * kv_heads * ceil_div(queries * per_kv, tile), spans),
-            q, block_means, lengths, peaks, totals, terms, scale * (LOG2E.value if softmax else 1.0), block_means.shape[1], spans,
-            *q.stride()[:3], *block_means.stride()[:3], T=queries, K=kv_heads, G=per_kv, RT=tile, D=size, DP=padded_size,
-            BS=block_size, SPAN=span, SOFTMAX=softmax, PRECISION=precision, num_warps=4 if tile * span <= 8192 else 8,
-        )  # fmt: skip
-        ranks, blocks = (workspace(rows, segments, places, dtype=torch.int32) for _ in range(2))
-        wide = power_of_two(group)
-        launch(
-            plan, _candidate_kernel, (rows, segments),
-            terms, peaks, totals, lengths, ranks, blocks, spans, segments, T=queries, R=selectors, G=group, GP=wide, BS=block_size,
-            M=num_selected, MP=places, SPANS=power_of_two(spans), SPAN=span, J=per_segment, SOFTMAX=softmax,
-            RELEASED=released, num_warps=RANKING_WARPS if wide <= 16 else 2 * RANKING_WARPS,
-        )  # fmt: skip
+        together = max(1, min(queries, 64 // per_kv))  # queries of a program
+        tile = max(16, power_of_two(together * per_kv))
+        span = max(family, 16, min(_tile(size, q.dtype), 2**14 // tile))
+        spans = ceil_div(max(num_blocks, k.shape[1] // block_size), span)
+        units = batch * kv_heads * ceil_div(queries, together)
+        softmax = scoring == "softmax"
+        sums = torch.zeros(units, spans, tile, dtype=torch.int64, device=q.device) if softmax else None
+        pitch = spans * span
+        scores, tops = workspace(rows, pitch), workspace(rows, pitch // family)
+        families = workspace(rows, places, dtype=torch.int32)
+        at_once = not softmax or spans <= _may_wait(q)
+        for leaves, writes in [(1, 1)] if at_once else [(1, 0), (0, 1)]:
+            launch(
+                plan, _score_kernel, (units * spans,),
+                q, block_means, lengths, sums, scores, tops, scale * (LOG2E.value if softmax else 1.0), block_means.shape[1], spans,
+                leaves, writes, *q.stride()[:3], block_means.stride(0), block_means.stride(2), m_n=block_means.stride(1),
+                T=queries, K=kv_heads, G=per_kv, P=group, QT=together, RT=tile, D=size, DP=padded_size, BS=block_size, SPAN=span,
+                FAMILY=family, SOFTMAX=softmax, PRECISION=precision, num_warps=4 if tile * span <= 8192 else 8,
+                **({"maxnreg": 80} if tile == 16 else {}),  # six programs a multiprocessor
+            )  # fmt: skip
 
     columns = max(16, min(_tile(size, q.dtype), power_of_two(budget)))
     part = min(ceil_div(budget, columns) * columns, PART_KEYS)
@@ -303,12 +306,12 @@ def _run(
         part_out, part_lse = workspace(batch, queries, heads, parts, size), workspace(batch, queries, heads, parts)
     launch(
         plan, _attend_kernel, (rows, parts),
-        q, k, v, lengths, starts, bias, ranks, blocks, indices, part_out, part_lse, scale, segments, *q.stride()[:3],
+        q, k, v, lengths, starts, bias, scores, tops, families, indices, part_out, part_lse, scale, pitch, *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if bias is None else bias.stride()), T=queries, R=selectors, K=kv_heads,
         G=group, GP=max(16, power_of_two(group)), D=size, DP=padded_size, BS=block_size, M=num_selected, MP=places,
-        CP=power_of_two(segments) * places, WIDTH=per_segment * span if select else 1, BN=columns, PART=part, PARTS=parts,
+        FAMILY=family, FAMILIES=power_of_two(pitch // family), BN=columns, PART=part, PARTS=parts,
         SELECT=select, RELEASED=released, STARTS=starts is not None, BIAS=bias is not None, PRECISION=precision,
-        num_warps=4 if columns * padded_size <= 8192 else 8, num_stages=2,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     if parts > 1:
         launch(
@@ -316,6 +319,12 @@ def _run(
             D=size, DP=padded_size, num_warps=1,
         )  # fmt: skip
     return out, lse, indices
+
+
+def _may_wait(q: Tensor) -> int:
+    """Programs that may wait for each other: all must run at once, in order of their numbers, and so few that several calls at once do
+    not take each other's places. In the interpreter, which runs one after another, 1."""
+    return torch.cuda.get_device_properties(q.device).multi_processor_count // 3 if q.is_cuda else 1
 
 
 def _tile(size: int, dtype: torch.dtype) -> int:
