@@ -275,10 +275,13 @@ def _run(
     pitch, scores, tops, families = family, None, None, None
     if select:
         per_kv = heads // kv_heads
-        together = max(1, min(queries, 64 // per_kv))  # queries of a program
+        together = max(1, min(queries, 16 // per_kv))  # queries of a program: a tile of 16 rows is what fits into few registers
         tile = max(16, power_of_two(together * per_kv))
         span = max(family, 16, min(_tile(size, q.dtype), 2**14 // tile))
-        spans = ceil_div(max(num_blocks, k.shape[1] // block_size), span)
+        blocks = max(num_blocks, k.shape[1] // block_size)
+        if tile == 16 and ceil_div(blocks, span) > _may_wait(q) > 1:
+            span *= 2  # slower than more programs, faster than a second reading
+        spans = ceil_div(blocks, span)
         units = batch * kv_heads * ceil_div(queries, together)
         softmax = scoring == "softmax"
         sums = torch.zeros(units, spans, tile, dtype=torch.int64, device=q.device) if softmax else None
@@ -292,8 +295,8 @@ def _run(
                 q, block_means, lengths, sums, scores, tops, scale * (LOG2E.value if softmax else 1.0), block_means.shape[1], spans,
                 leaves, writes, *q.stride()[:3], block_means.stride(0), block_means.stride(2), m_n=block_means.stride(1),
                 T=queries, K=kv_heads, G=per_kv, P=group, QT=together, RT=tile, D=size, DP=padded_size, BS=block_size, SPAN=span,
-                FAMILY=family, SOFTMAX=softmax, PRECISION=precision, num_warps=4 if tile * span <= 8192 else 8,
-                **({"maxnreg": 80} if tile == 16 else {}),  # six programs a multiprocessor
+                FAMILY=family, SOFTMAX=softmax, PRECISION=precision, num_warps=4 if tile * span <= 4096 else 8,
+                **({"maxnreg": 80} if tile == 16 else {}),  # six programs of four warps a multiprocessor
             )  # fmt: skip
 
     columns = max(16, min(_tile(size, q.dtype), power_of_two(budget)))
@@ -324,7 +327,7 @@ def _run(
 def _may_wait(q: Tensor) -> int:
     """Programs that may wait for each other: all must run at once, in order of their numbers, and so few that several calls at once do
     not take each other's places. In the interpreter, which runs one after another, 1."""
-    return torch.cuda.get_device_properties(q.device).multi_processor_count // 3 if q.is_cuda else 1
+    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
 
 
 def _tile(size: int, dtype: torch.dtype) -> int:
