@@ -279,8 +279,9 @@ def _run(
         tile = max(16, power_of_two(together * per_kv))
         span = max(family, 16, min(_tile(size, q.dtype), 2**14 // tile))
         blocks = max(num_blocks, k.shape[1] // block_size)
+        warps = 4 if tile * span <= 4096 else 8
         if tile == 16 and ceil_div(blocks, span) > _may_wait(q) > 1:
-            span *= 2  # slower than more programs, faster than a second reading
+            span, warps = 2 * span, 8  # slower than twice as many programs, faster than a second reading
         spans = ceil_div(blocks, span)
         units = batch * kv_heads * ceil_div(queries, together)
         softmax = scoring == "softmax"
@@ -295,7 +296,7 @@ def _run(
                 q, block_means, lengths, sums, scores, tops, scale * (LOG2E.value if softmax else 1.0), block_means.shape[1], spans,
                 leaves, writes, *q.stride()[:3], block_means.stride(0), block_means.stride(2), m_n=block_means.stride(1),
                 T=queries, K=kv_heads, G=per_kv, P=group, QT=together, RT=tile, D=size, DP=padded_size, BS=block_size, SPAN=span,
-                FAMILY=family, SOFTMAX=softmax, PRECISION=precision, num_warps=4 if tile * span <= 4096 else 8,
+                FAMILY=family, SOFTMAX=softmax, PRECISION=precision, num_warps=warps,
                 **({"maxnreg": 80} if tile == 16 else {}),  # six programs of four warps a multiprocessor
             )  # fmt: skip
 
