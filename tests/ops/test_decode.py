@@ -65,6 +65,10 @@ CASES = {
         dict(num_selected_blocks=3, scope="head", scoring="logit"),
     ),
     "group of logits, own scale": (dict(lengths=[50], columns=50), dict(num_selected_blocks=3, scoring="logit", scale=0.7)),
+    "a span that only the last query sees": (
+        dict(lengths=[68, 132, 64], columns=140, queries=3),
+        dict(num_selected_blocks=4),
+    ),
     "released rule": (dict(lengths=[100, 15], columns=100, queries=2), dict(num_selected_blocks=4, rule="released")),
     "own block only": (dict(lengths=[17, 9], columns=20, heads=2), dict(num_selected_blocks=1)),
     "fewer columns than a block": (dict(lengths=[5, 3], columns=6, block_size=16), dict(num_selected_blocks=2)),

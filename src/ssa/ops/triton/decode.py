@@ -70,10 +70,11 @@ def _score_kernel(
     keys = tl.load(rows, mask=mask, other=0.0, eviction_policy="evict_first")
     term = tl.dot(q_I, tl.trans(keys), input_precision=PRECISION)
     if (first + SPAN) * BS > length - T + 1:  # some query's complete blocks end here
-        term = tl.where(first + n[None, :] < ((length - T + t + 1) // BS)[:, None], term, -1e30)
+        seen = first + n[None, :] < ((length - T + t + 1) // BS)[:, None]
+        term = tl.where(seen, term, float("-inf") if SOFTMAX else 0.0)
     weight = tl.where(real, 1.0, 0.0)
     if SOFTMAX:
-        peak = tl.max(term, 1) * factor
+        peak = tl.maximum(tl.max(term, 1) * factor, -1e30)  # finite where a row sees nothing of the span: its terms are 0
         term = tl.exp2(term * factor - peak[:, None])
         left = sums + unit.to(tl.int64) * spans * RT
         if leaves != 0:
@@ -101,7 +102,7 @@ def _score_kernel(
 
 @triton.jit
 def _packed(peak, total):
-    """Both as one integer, which is there whole or not at all, and is not 0 since a total is at least 1."""
+    """Both as one integer, which is there whole or not at all. It is not 0: a total is 1 at least, or the peak is -1e30."""
     peak = tl.minimum(peak, 3e38)
     return (peak.to(tl.int32, bitcast=True).to(tl.int64) << 32) | total.to(tl.int32, bitcast=True).to(tl.int64)
 
