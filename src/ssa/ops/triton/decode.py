@@ -17,6 +17,7 @@ Legend: B batch, T queries, S cache columns, H query heads, K kv heads, R = K or
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -281,7 +282,7 @@ def _run(
         span = max(family, 16, min(_tile(size, q.dtype), 2**14 // tile))
         blocks = max(num_blocks, k.shape[1] // block_size)
         warps = 4 if tile * span <= 4096 else 8
-        if tile == 16 and ceil_div(blocks, span) > _may_wait(q) > 1:
+        if tile == 16 and ceil_div(blocks, span) > _may_wait(q.device) > 1:
             span, warps = 2 * span, 8  # slower than twice as many programs, faster than a second reading
         spans = ceil_div(blocks, span)
         units = batch * kv_heads * ceil_div(queries, together)
@@ -290,7 +291,7 @@ def _run(
         pitch = spans * span
         scores, tops = workspace(rows, pitch), workspace(rows, pitch // family)
         families = workspace(rows, places, dtype=torch.int32)
-        at_once = not softmax or spans <= _may_wait(q)
+        at_once = not softmax or spans <= _may_wait(q.device)
         for leaves, writes in [(1, 1)] if at_once else [(1, 0), (0, 1)]:
             launch(
                 plan, _score_kernel, (units * spans,),
@@ -326,10 +327,12 @@ def _run(
     return out, lse, indices
 
 
-def _may_wait(q: Tensor) -> int:
-    """Programs that may wait for each other: all must run at once, in order of their numbers, and so few that several calls at once do
-    not take each other's places. In the interpreter, which runs one after another, 1."""
-    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+@functools.cache
+def _may_wait(device: torch.device) -> int:
+    """Programs that may wait for each other. All must run at once, so they are one a multiprocessor, where at least three find room: the
+    GPU starts programs in the order of their numbers, and three calls at once cannot take each other's places. In the interpreter, which
+    runs one program after another, 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _tile(size: int, dtype: torch.dtype) -> int:
