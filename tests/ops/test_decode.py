@@ -164,6 +164,18 @@ def test_ties_go_to_the_lower_block(monkeypatch):
 
 
 @needs_triton
+def test_a_length_beyond_the_cache_is_not_waited_for(monkeypatch):
+    """Lengths on a GPU are not checked; spans that nobody computes would be waited for without end."""
+    from ssa.ops.triton import decode as kernels
+
+    monkeypatch.setattr(kernels, "_tile", lambda size, dtype: 16)
+    q, k, v, means, lengths = (a_cache([140], columns=140)[n] for n in ("q", "k", "v", "block_means", "lengths"))
+    room = (q, k[:, :128], v[:, :128], means[:, :32], lengths)  # of what is there
+    _, _, index = kernels.decode_attention(*room, None, None, 4, 5, "group", "softmax", "exact", 0.25)
+    assert (index[..., -1] == 34).all() and (index[..., :-1] < 32).all()
+
+
+@needs_triton
 def test_results_do_not_depend_on_room_neighbours_or_repetition():
     cache, options = (
         a_cache([57, 20], [2, 40], columns=60, queries=2),

@@ -31,8 +31,6 @@ from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.online_softmax import softmax_end, softmax_step
 from ssa.ops.triton.operation import operation
 
-FAMILY = 16
-"""Blocks whose best score is searched before their own."""
 PART_KEYS = 1024
 """Keys that one program attends to."""
 
@@ -53,7 +51,7 @@ def _score_kernel(
     kv = unit // TILES % K
     b = (unit // TILES // K).to(tl.int64)
     length = tl.load(lengths + b).to(tl.int32)
-    live = tl.cdiv(length // BS, SPAN)
+    live = tl.minimum(tl.cdiv(length // BS, SPAN), spans)  # a length that the cache has no room for must not be waited for
     if span >= live:
         return
     i = tl.arange(0, RT)
@@ -179,7 +177,7 @@ def _attend_kernel(
         # the best blocks lie in the families whose best are the best
         family = tl.arange(0, FAMILIES)
         row = query.to(tl.int64) * pitch
-        before = family * FAMILY < own
+        before = family * FAMILY < tl.minimum(own, pitch)
         top = tl.where(before, ordered(tl.load(tops + row // FAMILY + family, mask=before, other=0.0)), NOTHING)
         chosen = _best(top, family * FAMILY, own, NOTHING, M, BS, RELEASED)
         least = tl.min(tl.where(chosen, top, 2147483647), 0)
@@ -259,7 +257,7 @@ def _run(
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     rows = batch * selectors * queries
     plan = plan_of(
-        q, k, v, block_means, lengths, starts, bias, block_size, num_selected, scope, scoring, rule, FAMILY, PART_KEYS
+        q, k, v, block_means, lengths, starts, bias, block_size, num_selected, scope, scoring, rule, PART_KEYS
     )  # fmt: skip
 
     def workspace(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -272,15 +270,16 @@ def _run(
     num_blocks = (k.shape[1] - 1) // block_size
     select = num_selected > 1 and num_blocks > 0
     released = rule == "released" and num_selected > max(1, block_size // 2)
-    # the released rule tells chunks of `block_size` blocks apart
-    family = math.gcd(FAMILY, block_size) if released else FAMILY
-    pitch, scores, tops, families = family, None, None, None
+    family, pitch, scores, tops, families = 1, 1, None, None, None
     if select:
         per_kv = heads // kv_heads
         together = max(1, min(queries, 16 // per_kv))  # queries of a program: a tile of 16 rows is what fits into few registers
         tile = max(16, power_of_two(together * per_kv))
-        span = max(family, 16, min(_tile(size, q.dtype), 2**14 // tile))
+        span = max(16, min(_tile(size, q.dtype), 2**14 // tile))
         blocks = max(num_blocks, k.shape[1] // block_size)
+        # about as many families as blocks in those chosen; the released rule tells chunks of `block_size` blocks apart
+        family = max(1, min(span, power_of_two(math.isqrt(blocks // places) + 1) // 2))
+        family = math.gcd(family, block_size) if released else family
         warps = 4 if tile * span <= 4096 else 8
         if tile == 16 and ceil_div(blocks, span) > _may_wait(q.device) > 1:
             span, warps = 2 * span, 8  # slower than twice as many programs, faster than a second reading
