@@ -66,12 +66,11 @@ def chunked(dtype: torch.dtype) -> None:
         sparse(2, 1, 16, 4, 2, 150, dtype)
 
 
-def decode(heads: int, kv_heads: int, size: int, block: int, k: int, dtype: torch.dtype) -> None:
+def decode(heads: int, kv_heads: int, size: int, block: int, k: int, dtype: torch.dtype, blocks: int = 5) -> None:
     """Two queries over ragged rows of a cache, after its block means took a token more."""
-    keys = 5 * block + 3
+    keys = blocks * block + 3
     q, key, v = (x.detach() for x in random_qkv(2, 2, keys, heads, kv_heads, size, dtype=dtype))
-    blocks = keys // block + 1
-    means = [torch.zeros(2, blocks, kv_heads, size, dtype=dtype, device=q.device) for _ in range(2)]
+    means = [torch.zeros(2, blocks + 1, kv_heads, size, dtype=dtype, device=q.device) for _ in range(2)]
     sums = [torch.zeros(2, kv_heads, size, dtype=torch.float32, device=q.device) for _ in range(2)]
     starts = torch.tensor([0, block + 1], device=q.device)
     extend_block_means(key, v, means, sums, torch.tensor(keys, device=q.device), starts, block, impl="triton")
@@ -122,6 +121,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         "bias": lambda: sparse(8, 1, 64, 16, 3, 90, dtype, bias=True),
         "heads choose, released rule": lambda: sparse(2, 1, 16, 16, 16, 290, dtype, scope="head", rule="released"),
         "decode": lambda: decode(32, 2, 64, 16, 4, dtype),
+        "decode, programs that wait for each other": lambda: decode(2, 1, 256, 16, 4, dtype, blocks=130),
         "decode, few heads a kv head, a large budget": lambda: decode(4, 2, 64, 128, 16, dtype),
         "compression, window, gates": lambda: branches(8, 2, 64, 16, dtype),
         "alignment": lambda: alignment(4, 64, dtype),
