@@ -66,6 +66,12 @@ def chunked(dtype: torch.dtype) -> None:
         sparse(2, 1, 16, 4, 2, 150, dtype)
 
 
+def sorted_lists(dtype: torch.dtype) -> None:
+    """Readers of a block as they are listed among many keys: by sorting."""
+    with mock.patch.object(importlib.import_module("ssa.ops.triton.reader_lists"), "MAP_BYTES", 0):
+        sparse(16, 1, 64, 16, 4, 103, dtype)
+
+
 def decode(heads: int, kv_heads: int, size: int, block: int, k: int, dtype: torch.dtype, blocks: int = 5) -> None:
     """Two queries over ragged rows of a cache, after its block means took a token more."""
     keys = blocks * block + 3
@@ -117,6 +123,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         "one head, one block, head size 96": lambda: sparse(2, 2, 96, 16, 1, 37, dtype),
         "popular blocks": lambda: sparse(2, 1, 16, 16, 2, 290, dtype, sink=True),
         "many blocks": lambda: chunked(dtype),
+        "lists by sorting": lambda: sorted_lists(dtype),
         "documents": lambda: sparse(6, 2, 64, 16, 3, 90, dtype, packed=True),
         "bias": lambda: sparse(8, 1, 64, 16, 3, 90, dtype, bias=True),
         "heads choose, released rule": lambda: sparse(2, 1, 16, 16, 16, 290, dtype, scope="head", rule="released"),

@@ -32,7 +32,7 @@ from ssa.ops import (
 )
 from ssa.ops.cross_entropy import linear_cross_entropy
 from ssa.ops.running_means import extend_block_means
-from ssa.ops.triton import key_side
+from ssa.ops.triton import key_side, reader_lists
 
 shared: dict[str, int] = {}
 
@@ -139,6 +139,8 @@ def main(capability: int, everything: bool) -> None:
     running_means(2, 64)
     vocabulary()
     sparse(8, 2, 128, 16, 64, tokens=2048, packed=True, bias=True)  # from the key side
+    with patch.object(reader_lists, "MAP_BYTES", 0):  # lists of readers by sorting
+        sparse(32, 2, 64, 16, 16)
     if everything:
         nsa(32, 2, 64, 16)
         alignment(32, 64)

@@ -21,20 +21,23 @@ CASES = {
     "spans of single rows": (2, 40, 40, 2, 8, 4, (16, 1), 8, None),
     "spans of two rows": (2, 40, 44, 2, 8, 4, (40, 2), 8, None),
     "one long list": (1, 70, 70, 1, 70, 1, (70, 1), 4, None),
-    "documents": (1, 40, 40, 1, 8, 3, (13, 1), 8, document_positions([17, 1, 22])),
+    "documents": (1, 40, 40, 1, 8, 3, (16, 1), 8, document_positions([17, 1, 22])),
     "more lists than a program takes": (1, 300, 300, 1, 1, 2, (300, 1), 4, None),
 }
 
 
+@pytest.mark.parametrize("way", ["by a map", "by sorting"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_pair_is_in_the_list_of_its_block(case):
-    from ssa.ops.triton.reader_lists import reader_lists
+def test_every_pair_is_in_the_list_of_its_block(case, way, monkeypatch):
+    from ssa.ops.triton import reader_lists as module
 
+    if way == "by sorting":
+        monkeypatch.setattr(module, "MAP_BYTES", 0)
     batch, queries, keys, heads, block_size, count, span, segment, positions = CASES[case]
     q, k, _ = random_qkv(batch, queries, keys, heads, heads, 16, dtype=torch.float32)
     index, _ = select_blocks(q, k, block_size=block_size, num_selected_blocks=count, positions=positions, impl="reference")
     on_device = None if positions is None else positions.contiguous().to(device)
-    lists = reader_lists(None, index.to(device), on_device, keys, block_size, span, segment)
+    lists = module.reader_lists(None, index.to(device), on_device, keys, block_size, span, segment)
     table, counts, items = lists.table.cpu(), lists.counts.cpu(), lists.item_list.cpu()
     order = lists.pair_order.cpu()
 
@@ -47,14 +50,14 @@ def test_every_pair_is_in_the_list_of_its_block(case):
             length, rows = span
             of_span = t // length * (batch * heads // rows) + row // rows
             expected[of_span * lists.num_blocks + row % rows * lists.row_blocks + name].append(pair)
-    found = [order[table[i, 0] : table[i + 1, 0]].tolist() for i in range(len(expected))]
+    found = [order[table[i, 0] : table[i, 1]].tolist() for i in range(len(expected))]
     assert found == expected  # in the order of the queries, too
 
     for s in range(lists.spans):
         of_span = list(range(s * lists.num_blocks, (s + 1) * lists.num_blocks))
         segments = {i: -(-len(expected[i]) // segment) for i in of_span}
-        taken = [(item % 2**32, item >> 32) for item in items[s, : counts[s, 0]].tolist()]
+        taken = [(item % 2**32, item >> 32) for item in items[s, : counts[s] % 2**32].tolist()]
         assert sorted(taken) == [(i, part) for i in of_span for part in range(segments[i])]
-        parts = sorted((int(table[i, 1]), n) for i, n in segments.items() if n > 1)
+        parts = sorted((int(table[i, 2]), n) for i, n in segments.items() if n > 1)
         assert [begin for begin, _ in parts] == [sum(n for _, n in parts[:j]) for j in range(len(parts))]
-        assert sum(n for _, n in parts) == counts[s, 1] <= lists.span_parts and counts[s, 0] <= lists.span_items
+        assert sum(n for _, n in parts) == counts[s] >> 32 <= lists.span_parts and counts[s] % 2**32 <= lists.span_items

@@ -23,7 +23,7 @@ from ssa.ops.triton.reader_lists import ReaderLists
 @triton.jit
 def _last_query(pair_order, stop, M: tl.constexpr, T):
     """The last query of a list; the pairs of a list are in the order of their queries."""
-    return (tl.load(pair_order + stop - 1) // M % T).to(tl.int32)
+    return tl.load(pair_order + stop - 1) // M % T
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _dkv_kernel(
     g = rows % GP
     for c in range(low, high, BP):
         e = c + rows // GP
-        pair = tl.load(pair_order + e, mask=e < high, other=0).to(tl.int32)  # it is divided: 64 bits take far longer
+        pair = tl.load(pair_order + e, mask=e < high, other=0)
         t = (pair // M % T).to(tl.int64)
         real = (e < high) & (g < G)
         mask = real[:, None] & (d < D)[None, :]
@@ -104,7 +104,7 @@ def _dkv_kernel(
         at = (b * S + column) * R + r
         _leave(d_k, d_v, d_b, sum_k * scale, sum_v, sum_b, at, inside & (column <= last), d, D, BIAS, ADD)
     else:
-        slot = tl.load(table + which * 2 + 1) + part
+        slot = tl.load(table + which * 3 + 2) + part
         to = (slot.to(tl.int64) * BS + i)[:, None] * D + d[None, :]
         tl.store(part_k + to, sum_k * scale, mask=(i < BS)[:, None] & (d < D)[None, :])
         tl.store(part_v + to, sum_v, mask=(i < BS)[:, None] & (d < D)[None, :])
@@ -120,8 +120,8 @@ def _add_parts_kernel(
 ):  # fmt: skip
     block = tl.program_id(0)
     which = span * num_blocks + block
-    start = tl.load(table + which * 2)
-    stop = tl.load(table + which * 2 + 2)
+    start = tl.load(table + which * 3)
+    stop = tl.load(table + which * 3 + 1)
     segments = tl.cdiv(stop - start, SEGMENT)
     if segments < 2:
         return
@@ -132,7 +132,7 @@ def _add_parts_kernel(
     sum_k = tl.zeros([BSP, DP], tl.float32)
     sum_v = tl.zeros([BSP, DP], tl.float32)
     sum_b = tl.zeros([BSP], tl.float32)
-    begin = tl.load(table + which * 2 + 1)
+    begin = tl.load(table + which * 3 + 2)
     for slot in range(begin, begin + segments):
         at = (slot * BS + i).to(tl.int64)
         sum_k += tl.load(part_k + (at * D)[:, None] + d[None, :], mask=mask, other=0.0)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssa.ops.triton import reader_lists
 from ssa.ops.triton.launch import Plan, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.reader_lists import LIST_BYTES, ReaderLists
@@ -38,12 +39,12 @@ TILES = {  # rows of a tile, warps, stages
 def work_item(table, counts, item_list, span, num_blocks, span_items, SEGMENT: tl.constexpr):
     """(block or -1, list, segment of it, segments, first and last pair) of this program."""
     item = tl.program_id(0)
-    alive = item < tl.load(counts + span * 2)
+    alive = item < (tl.load(counts + span) & 0xFFFFFFFF)
     item = tl.load(item_list + span.to(tl.int64) * span_items + item, mask=alive, other=0)
     which = (item & 0xFFFFFFFF).to(tl.int32)
     part = (item >> 32).to(tl.int32)
-    start = tl.load(table + which * 2)
-    stop = tl.load(table + which * 2 + 2)
+    start = tl.load(table + which * 3)
+    stop = tl.load(table + which * 3 + 1)
     segments = tl.cdiv(stop - start, SEGMENT)
     low = start + part * SEGMENT
     high = tl.minimum(low + SEGMENT, stop)
@@ -85,7 +86,7 @@ def _partial_kernel(
     for c in range(low, high, BP):
         e = c + rows // GP
         real = (e < high) & (g < G)
-        pair = tl.load(pair_order + e, mask=e < high, other=0).to(tl.int32)  # it is divided: 64 bits take far longer
+        pair = tl.load(pair_order + e, mask=e < high, other=0)
         t = (pair // M % T).to(tl.int64)
         mask = real[:, None] & (d < D)[None, :]
         q_P = tl.load(q + b * q_b + (t * q_t + (r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
@@ -159,7 +160,7 @@ def _combine_kernel(
 
 def limits() -> tuple[int, ...]:
     """What decides, beside the arguments, how the work is cut."""
-    return *SPAN_BYTES.values(), SPAN_BLOCKS, BLOCK_BYTES
+    return *SPAN_BYTES.values(), SPAN_BLOCKS, BLOCK_BYTES, reader_lists.MAP_BYTES
 
 
 def span_of(
