@@ -188,7 +188,7 @@ def _gather_kernel(
     high = tl.minimum(low + length, T)
     i = tl.arange(0, X)
     words = name + (row * row_blocks + block % row_blocks) * line + i
-    total = 0
+    total = tl.zeros([], tl.int32)
     for c in range(low, high, 4 * X):
         total += tl.sum(_filled(tl.load(words + c // 4, mask=c + i * 4 < high, other=0)), 0)
     start = tl.atomic_add(counts + spans, total.to(tl.int64), sem="relaxed").to(tl.int32)
