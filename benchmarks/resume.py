@@ -4,6 +4,7 @@ ssa prepare builtin:python --train-bpe 4096 --out data/python
 python benchmarks/resume.py data/python --recipe 60m --ranks 2 --out resume.json --data.context 1024 --train.batch-size 4 --train.accumulation 1
 
 A killed run loses what followed its last checkpoint; all its processes get SIGKILL. A stopped one gets SIGTERM by its launcher, and saves.
+On GPUs a run does not repeat itself bit by bit; how far it gets from itself is what the control tells, a second run that is left alone.
 What this does not know is for the recipe.
 """
 
@@ -28,7 +29,7 @@ from ssa.errors import UserError
 from ssa.files import write_atomically
 from ssa.train.environment import git_state, versions
 
-ENDINGS = ("whole", "killed", "stopped")
+ENDINGS = ("whole", "control", "killed", "stopped")
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -46,14 +47,14 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def apart(whole: Path, other: Path) -> dict[str, Any]:
-    """How far the resumed run `other` is from `whole`."""
+    """How far the run `other` is from `whole`."""
     first, second = losses(whole), losses(other)
     assert first.keys() == second.keys(), f"{other.name} has logged {len(second)} steps of {len(first)}"
     ours, theirs = weights(whole), weights(other)
     assert ours.keys() == theirs.keys()
     return {
         "largest_loss_difference": max(abs(first[step] - second[step]) for step in first),
-        "steps_with_another_loss": sum(first[step] != second[step] for step in first),
+        "first_step_apart": next((step for step in first if first[step] != second[step]), None),
         "weights_equal": all(torch.equal(ours[name], theirs[name]) for name in ours),
         "largest_weight_difference": max(float((ours[name] - theirs[name]).abs().max()) for name in ours),
     }
@@ -97,8 +98,8 @@ def interrupt(process: subprocess.Popen[bytes], run: Path, ending: str, after: i
 def compare(args: argparse.Namespace, parallel: str) -> dict[str, Any]:
     runs = {ending: args.runs / f"{parallel}-{ending}" for ending in ENDINGS}
     running = {ending: start(args, parallel, run) for ending, run in runs.items()}
-    found: dict[str, Any] = {}
-    for ending in ENDINGS[1:]:
+    found: dict[str, Any] = {ending: {} for ending in ENDINGS[1:]}
+    for ending in ("killed", "stopped"):
         interrupted = interrupt(running[ending], runs[ending], ending, args.steps // 2 + 2)
         found[ending] = {"interrupted_after": interrupted, "status": running[ending].returncode}
         running[ending] = start(args, parallel, runs[ending], "--resume")
@@ -107,7 +108,7 @@ def compare(args: argparse.Namespace, parallel: str) -> dict[str, Any]:
             raise RuntimeError(f"{runs[ending]} failed, see {runs[ending].with_suffix('.log')}")
     for ending in ENDINGS[1:]:
         starts = json.loads((runs[ending] / "environment.json").read_text())["starts"]
-        found[ending] |= {"resumed_at": starts[-1]["step"]} | apart(runs["whole"], runs[ending])
+        found[ending] |= {"last_start_at": starts[-1]["step"]} | apart(runs["whole"], runs[ending])
     return found
 
 
@@ -139,9 +140,10 @@ def main() -> None:
     write_atomically(args.out, json.dumps(report, indent=1) + "\n")
     for parallel, endings in found.items():
         for ending, result in endings.items():
+            resumed = f" after step {result['interrupted_after']}, resumed at {result['last_start_at']}" if ending != "control" else ""
             print(
-                f"{parallel}, {ending} after step {result['interrupted_after']}, resumed at {result['resumed_at']}: "
-                f"losses {result['largest_loss_difference']:.2g} apart at most, weights {result['largest_weight_difference']:.2g}"
+                f"{parallel}, {ending}{resumed}: losses {result['largest_loss_difference']:.2g} apart at most, first at step "
+                f"{result['first_step_apart']}, weights {result['largest_weight_difference']:.2g}"
             )
 
 

@@ -110,6 +110,8 @@ def outs(make, tmp_path_factory):
         "skipped": {"recipe": make(**half, skip_nonfinite=1, steps=3), "at_step": 1, "nan": 1},
         "stopped": {"recipe": make(**twice | {"save_every": 2}, **fsdp, async_save=True), "at_step": 4, "signal": 1},
         "stopped again": {"recipe": make(**twice | {"save_every": 2}, **fsdp, async_save=True), "out": "stopped", "resume": True},
+        "signalled at its end": {"recipe": make(**half, steps=3), "at_step": 2, "signal": 1},
+        "resumed at its end": {"recipe": make(**half, steps=3), "out": "signalled at its end", "resume": True},
         "full disk": {"recipe": make(**half, **fsdp, save_every=2), "disk_full": 1, "file_bytes": 1000},
     }  # fmt: skip
     for name, job in jobs.items():
@@ -198,6 +200,14 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step_and_resumes_bitwise(o
     base, results = outs
     assert [(r["step"], r["stopped_by"]) for r in results["stopped"]] == [(5, "SIGTERM")] * 2
     assert_bitwise(base / "fsdp", base / "stopped")
+
+
+def test_a_run_is_signalled_and_resumed_at_its_end(outs):
+    """There the ranks have to agree on who knows the validation losses."""
+    _, results = outs
+    signalled, resumed = results["signalled at its end"], results["resumed at its end"]
+    assert [(r["step"], r["stopped_by"]) for r in signalled + resumed] == [(3, None)] * 4
+    assert resumed[0]["validation"] == signalled[0]["validation"] and set(resumed[0]["validation"]) == {"full", "sparse"}
 
 
 def test_a_full_disk_on_one_rank_is_one_error_on_all(outs):

@@ -84,7 +84,7 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
-        x = torch.tensor(values)
+        x = torch.tensor(values, dtype=torch.int64)  # also where one rank has a bool: what the ranks give must be of one type
         dist.all_reduce(x, dist.ReduceOp.MAX)  # a CPU tensor goes through gloo
         return x.tolist()
 

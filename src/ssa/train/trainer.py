@@ -218,7 +218,7 @@ class _Run:
         saver.finish()
         if losses is None:  # resumed at its end, or signalled in its last step
             known = self.metrics.validation_at(done) if self.metrics is not None else None
-            losses = known if self.ranks.number(known is not None) else self._validate(done)
+            losses = known if self.ranks.number(int(known is not None)) else self._validate(done)
         return TrainResult(self.out, self._newest(), done, losses)
 
     def _step(self, step: int) -> None:
