@@ -3,7 +3,7 @@
 ssa prepare builtin:python --train-bpe 4096 --out data/python
 python benchmarks/resume.py data/python --recipe 60m --ranks 2 --out resume.json --data.context 1024 --train.batch-size 4 --train.accumulation 1
 
-A killed run loses what followed its last checkpoint; all its processes get SIGKILL. A stopped one gets SIGTERM by its launcher, and saves.
+The four runs go at the same time, on the same GPUs. A killed run loses what followed its last checkpoint; all its processes get SIGKILL. A stopped one gets SIGTERM by its launcher, and saves.
 On GPUs a run does not repeat itself bit by bit; how far it gets from itself is what the control tells, a second run that is left alone.
 What this does not know is for the recipe.
 """
@@ -11,10 +11,10 @@ What this does not know is for the recipe.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +30,7 @@ from ssa.files import write_atomically
 from ssa.train.environment import git_state, versions
 
 ENDINGS = ("whole", "control", "killed", "stopped")
+WAYS = ("ddp", "fsdp", "hsdp")
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -62,50 +63,83 @@ def apart(whole: Path, other: Path) -> dict[str, Any]:
 
 def descendants(process: int) -> list[int]:
     """All processes that `process` started, and theirs."""
-    children = [int(p) for task in Path(f"/proc/{process}/task").glob("*/children") for p in task.read_text().split()]
-    return [p for child in children for p in (child, *descendants(child))]
+    found = []
+    with contextlib.suppress(OSError):  # it may have ended
+        for task in Path(f"/proc/{process}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a launcher and its ranks, and wait until they are gone: until then they hold the run's lock and their GPU's memory."""
+    family = [process.pid, *descendants(process.pid)]
+    for each in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+    process.wait()
+    until = time.monotonic() + 30
+    while any(_alive(each) for each in family[1:]) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def start(args: argparse.Namespace, parallel: str, run: Path, *more: str) -> subprocess.Popen[bytes]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", args.ranks, "--master-port", port, "-m", "ssa", "train", args.recipe,
-        "--out", run, "--data.path", args.data, "--train.steps", args.steps, "--train.log-every", 1, "--train.eval-every", args.steps,
-        "--train.save-every", args.save_every, "--train.parallel", parallel, *args.overrides, *more,
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.ranks, "-m", "ssa", "train", args.recipe,
+        *args.overrides, "--out", run, "--data.path", args.data, "--train.steps", args.steps, "--train.log-every", 1,
+        "--train.eval-every", args.steps, "--train.save-every", args.save_every, "--train.parallel", parallel, *more,
     ]  # fmt: skip
     log = open(run.with_suffix(".log"), "ab")  # noqa: SIM115 the process writes to it
     return subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
 
 
-def interrupt(process: subprocess.Popen[bytes], run: Path, ending: str, after: int) -> int:
-    """End `run` once it has logged `after` steps; the number it had then."""
-    while process.poll() is None:
-        done = max(losses(run), default=0)
-        if done >= after:
-            if ending == "stopped":
-                process.send_signal(signal.SIGTERM)
-            else:
-                for each in [process.pid, *descendants(process.pid)]:
-                    os.kill(each, signal.SIGKILL)
-            process.wait()
-            return done
-        time.sleep(0.02)
-    raise RuntimeError(f"{run} ended before it was interrupted, see {run.with_suffix('.log')}")
+def interrupt_at(steps: int) -> int:
+    return steps // 2 + 2
 
 
 def compare(args: argparse.Namespace, parallel: str) -> dict[str, Any]:
     runs = {ending: args.runs / f"{parallel}-{ending}" for ending in ENDINGS}
-    running = {ending: start(args, parallel, run) for ending, run in runs.items()}
     found: dict[str, Any] = {ending: {} for ending in ENDINGS[1:]}
-    for ending in ("killed", "stopped"):
-        interrupted = interrupt(running[ending], runs[ending], ending, args.steps // 2 + 2)
-        found[ending] = {"interrupted_after": interrupted, "status": running[ending].returncode}
-        running[ending] = start(args, parallel, runs[ending], "--resume")
-    for ending, process in running.items():
-        if process.wait():
-            raise RuntimeError(f"{runs[ending]} failed, see {runs[ending].with_suffix('.log')}")
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    to_interrupt, stopping = ["killed", "stopped"], []
+    try:
+        for ending, run in runs.items():
+            running[ending] = start(args, parallel, run)
+        while any(process.poll() is None for process in running.values()):
+            ended = [ending for ending, process in running.items() if process.poll() is not None]
+            if any(running[ending].returncode and ending not in stopping for ending in ended):
+                break
+            for ending in list(to_interrupt):
+                done = max(losses(runs[ending]), default=0)
+                if done >= interrupt_at(args.steps):
+                    to_interrupt.remove(ending)
+                    found[ending]["interrupted_after"] = done
+                    stopping.append(ending)
+                    if ending == "killed":
+                        kill(running[ending])
+                    else:
+                        running[ending].send_signal(signal.SIGTERM)
+            for ending in list(stopping):
+                if running[ending].poll() is not None:
+                    stopping.remove(ending)
+                    found[ending]["status"] = running[ending].returncode
+                    running[ending] = start(args, parallel, runs[ending], "--resume")
+            time.sleep(0.02)
+        for ending, process in running.items():
+            if process.returncode or ending in to_interrupt:
+                why = f"ended with status {process.returncode}" if process.returncode else "ended before it was interrupted"
+                raise UserError(f"{runs[ending]} {why}, see {runs[ending].with_suffix('.log')}")
+    finally:
+        for process in running.values():
+            if process.poll() is None:
+                kill(process)
     for ending in ENDINGS[1:]:
         starts = json.loads((runs[ending] / "environment.json").read_text())["starts"]
         found[ending] |= {"last_start_at": starts[-1]["step"]} | apart(runs["whole"], runs[ending])
@@ -123,14 +157,24 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=15)
     parser.add_argument("--parallel", default="ddp,fsdp")
     args, args.overrides = parser.parse_known_args()
-    try:
-        load_recipe(args.recipe, args.overrides)
-    except UserError as error:
-        parser.error(str(error))
+    ways = args.parallel.split(",")
+    if unknown := [way for way in ways if way not in WAYS]:
+        parser.error(f"--parallel {unknown[0]!r} is not one of {', '.join(WAYS)}")
+    if interrupt_at(args.steps) >= args.steps or not 0 < args.save_every <= args.steps // 2:
+        parser.error(
+            f"--steps {args.steps} --save-every {args.save_every}: a run needs steps after it was interrupted, and a checkpoint before"
+        )
+    if not (args.data / "index.json").is_file():
+        parser.error(f"{args.data} is not a prepared directory: make one with ssa prepare")
     if args.runs.exists():
         parser.error(f"--runs {args.runs} is there already: name another, or delete it")
-    args.runs.mkdir(parents=True)
-    found = {parallel: compare(args, parallel) for parallel in args.parallel.split(",")}
+    try:
+        load_recipe(args.recipe, args.overrides)
+        args.runs.mkdir(parents=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left running
+        found = {parallel: compare(args, parallel) for parallel in ways}
+    except UserError as error:
+        parser.error(str(error))
     report = {
         "command": " ".join(["python", *sys.argv]), "ranks": args.ranks,
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -140,9 +184,13 @@ def main() -> None:
     write_atomically(args.out, json.dumps(report, indent=1) + "\n")
     for parallel, endings in found.items():
         for ending, result in endings.items():
-            resumed = f" after step {result['interrupted_after']}, resumed at {result['last_start_at']}" if ending != "control" else ""
+            after = result.get("interrupted_after")
+            how = ending if after is None else f"{ending} after step {after}, resumed at {result['last_start_at']}"
+            if result["weights_equal"] and result["first_step_apart"] is None:
+                print(f"{parallel}, {how}: the same in every bit")
+                continue
             print(
-                f"{parallel}, {ending}{resumed}: losses {result['largest_loss_difference']:.2g} apart at most, first at step "
+                f"{parallel}, {how}: losses {result['largest_loss_difference']:.2g} apart at most, first at step "
                 f"{result['first_step_apart']}, weights {result['largest_weight_difference']:.2g}"
             )
 

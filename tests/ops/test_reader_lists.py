@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and not device.startswith("cuda"), reason="with a GPU at hand the kernels are tested there"
 )
 
+ODD = "documents, spans of odd length"  # words of the map would be of two spans
 # B, T, S, K, block size, k, queries and rows of a span, segment, positions
 CASES = {
     "plain": (2, 50, 60, 2, 8, 4, (50, 4), 16, None),
@@ -22,6 +23,7 @@ CASES = {
     "spans of two rows": (2, 40, 44, 2, 8, 4, (40, 2), 8, None),
     "one long list": (1, 70, 70, 1, 70, 1, (70, 1), 4, None),
     "documents": (1, 40, 40, 1, 8, 3, (16, 1), 8, document_positions([17, 1, 22])),
+    ODD: (1, 40, 40, 1, 8, 3, (13, 1), 8, document_positions([17, 1, 22])),
     "more lists than a program takes": (1, 300, 300, 1, 1, 2, (300, 1), 4, None),
 }
 
@@ -37,7 +39,16 @@ def test_every_pair_is_in_the_list_of_its_block(case, way, monkeypatch):
     q, k, _ = random_qkv(batch, queries, keys, heads, heads, 16, dtype=torch.float32)
     index, _ = select_blocks(q, k, block_size=block_size, num_selected_blocks=count, positions=positions, impl="reference")
     on_device = None if positions is None else positions.contiguous().to(device)
+    launched = set()
+
+    def launch(plan, kernel, *args, run=module.launch, **options):
+        launched.add(kernel)
+        run(plan, kernel, *args, **options)
+
+    monkeypatch.setattr(module, "launch", launch)
     lists = module.reader_lists(None, index.to(device), on_device, keys, block_size, span, segment)
+    mapped = way == "by a map" and case != ODD
+    assert launched == {module._name_kernel, module._gather_kernel if mapped else module._list_kernel}
     table, counts, items = lists.table.cpu(), lists.counts.cpu(), lists.item_list.cpu()
     order = lists.pair_order.cpu()
 

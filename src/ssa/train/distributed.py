@@ -120,14 +120,21 @@ class Ranks:
         """Rank 0's `value`."""
         return self.largest(value if self.main else -1)[0]
 
+    def text(self, value: str) -> str:
+        """Rank 0's `value`."""
+        return value if self.world == 1 else self._said_by(0, value)
+
     def _said_by(self, rank: int, text: str) -> str:
         import torch
         import torch.distributed as dist
 
         said = text.encode()
-        buffer = torch.zeros(self.largest(len(said) if rank == self.rank else 0)[0], dtype=torch.uint8)
-        if rank == self.rank:
-            buffer.copy_(torch.frombuffer(bytearray(said), dtype=torch.uint8))
+        length = self.largest(len(said) if rank == self.rank else 0)[0]
+        if not length:
+            return ""
+        buffer = (
+            torch.frombuffer(bytearray(said), dtype=torch.uint8) if rank == self.rank else torch.zeros(length, dtype=torch.uint8)
+        )
         dist.broadcast(buffer, rank)
         return bytes(buffer.tolist()).decode(errors="replace")
 

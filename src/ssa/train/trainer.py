@@ -12,6 +12,7 @@ skipped there (`ssa.train.guard`).
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -218,7 +219,8 @@ class _Run:
         saver.finish()
         if losses is None:  # resumed at its end, or signalled in its last step
             known = self.metrics.validation_at(done) if self.metrics is not None else None
-            losses = known if self.ranks.number(int(known is not None)) else self._validate(done)
+            said = self.ranks.text("" if known is None else json.dumps(known))
+            losses = json.loads(said) if said else self._validate(done)
         return TrainResult(self.out, self._newest(), done, losses)
 
     def _step(self, step: int) -> None:
