@@ -132,9 +132,7 @@ class Ranks:
         length = self.largest(len(said) if rank == self.rank else 0)[0]
         if not length:
             return ""
-        buffer = (
-            torch.frombuffer(bytearray(said), dtype=torch.uint8) if rank == self.rank else torch.zeros(length, dtype=torch.uint8)
-        )
+        buffer = torch.frombuffer(bytearray(said if rank == self.rank else length), dtype=torch.uint8)
         dist.broadcast(buffer, rank)
         return bytes(buffer.tolist()).decode(errors="replace")
 

@@ -1,9 +1,9 @@
 """For every key block the (query, slot) pairs that read it, in the order of the queries.
 
-Two ways, which give the same lists (a query names a block once), without a host sync. Where a map of bytes [blocks, queries] is small, each pair enters its slot
-in its block's line, and a program a block gathers its line: three launches. At short lengths the host's work for a launch outlasts the
-GPU's. Elsewhere the pairs are sorted by the name of their block, which is a dozen launches with PyTorch's radix sort, and each
-block looks up where its list begins.
+Two ways, which give the same lists (a query names a block once), without a host sync. Where a map of bytes [blocks, queries] is
+small, each pair enters its slot in its block's line, and a program a block gathers its line: three launches. At short lengths the
+host's work for a launch outlasts the GPU's. Elsewhere the pairs are sorted by the name of their block, which is a dozen launches
+with PyTorch's radix sort, and each block looks up where its list begins.
 
 Legend: B batch, T queries, R heads that select, M selected blocks.
 """
@@ -211,9 +211,8 @@ def _gather_kernel(
 @triton.jit
 def _filled(word):
     """Bytes of each word that are not 0."""
-    carried = tl.add(
-        word & 0x7F7F7F7F, 0x7F7F7F7F, sanitize_overflow=False
-    )  # into a byte's high bit, and the highest is the sign
+    # carries into each byte's high bit; the highest is the sign
+    carried = tl.add(word & 0x7F7F7F7F, 0x7F7F7F7F, sanitize_overflow=False)
     high = (carried | word) >> 7  # a byte's low bit: whether it is filled
     return (high & 1) + (high >> 8 & 1) + (high >> 16 & 1) + (high >> 24 & 1)
 
