@@ -21,8 +21,8 @@ def in_chunks(model, x, cuts, max_length=None, **kwargs):
     for a, b in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
         if mask is not None:
             kwargs["attention_mask"] = mask[:, :b]
-        out = model(x[:, a:b], past_key_values=cache, use_cache=True, **kwargs)
-        cache = out.past_key_values
+        out = model(x[:, a:b], cache=cache, use_cache=True, **kwargs)
+        cache = out.cache
         outs.append(out.logits)
     return torch.cat(outs, 1)
 
@@ -66,15 +66,15 @@ def test_decoding_at_other_budgets_than_the_models():
 @torch.no_grad()
 def test_one_cache_serves_both_modes_and_changing_budgets():
     model, x = tiny_model(), torch.randint(0, 256, (1, 40))
-    cache = model(x[:, :20], use_cache=True, attention_mode="full").past_key_values
+    cache = model(x[:, :20], use_cache=True, attention_mode="full").cache
     # keys and values of later tokens depend on earlier modes, so compare with a cache that saw the same modes and no means
     for t in range(20, 40):
         kwargs = [{"attention_mode": "full"}, {"budget": "2x4"}, {"budget": "3x8"}][t % 3]
         fresh = BlockCache()
         for layer, old in enumerate(cache.layers):
             fresh.update(old.keys.clone(), old.values.clone(), layer)
-        a = model(x[:, t : t + 1], past_key_values=cache, use_cache=True, **kwargs).logits
-        b = model(x[:, t : t + 1], past_key_values=fresh, use_cache=True, **kwargs).logits
+        a = model(x[:, t : t + 1], cache=cache, use_cache=True, **kwargs).logits
+        b = model(x[:, t : t + 1], cache=fresh, use_cache=True, **kwargs).logits
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -255,11 +255,11 @@ def test_generate_with_a_cache_of_fixed_length():
     model, x = tiny_model(), torch.randint(0, 256, (2, 20))
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     out = model.generate(x, cache_implementation="static", **options)
-    assert out.past_key_values.max_length == 32 and out.past_key_values.layers[0].room(4, torch.zeros(2, dtype=torch.int64)).k_BSKD.shape[1] == 32  # fmt: skip
+    assert out.cache.max_length == 32 and out.cache.layers[0].room(4, torch.zeros(2, dtype=torch.int64)).k_BSKD.shape[1] == 32  # fmt: skip
     assert torch.equal(out.sequences, model.generate(x, **options).sequences)
-    assert torch.equal(out.sequences, model.generate(x, past_key_values=BlockCache(32), **options).sequences)
+    assert torch.equal(out.sequences, model.generate(x, cache=BlockCache(32), **options).sequences)
     with pytest.raises(UserError, match="the cache is full"):
-        model.generate(x, past_key_values=BlockCache(30), **options)
+        model.generate(x, cache=BlockCache(30), **options)
 
 
 def test_generate_with_left_padding_equals_alone():
@@ -282,9 +282,9 @@ def test_masks_that_cannot_be_honoured_are_refused():
     with pytest.raises(UserError, match="padding between"):
         model(x, attention_mask=hole)
     right = torch.cat([torch.ones(1, 11), torch.zeros(1, 3)], 1).long()
-    cache = model(x, attention_mask=right, use_cache=True).past_key_values
+    cache = model(x, attention_mask=right, use_cache=True).cache
     with pytest.raises(UserError, match="padding between"):
-        model(x[:, :1], attention_mask=torch.cat([right, torch.ones(1, 1, dtype=torch.long)], 1), past_key_values=cache)
+        model(x[:, :1], attention_mask=torch.cat([right, torch.ones(1, 1, dtype=torch.long)], 1), cache=cache)
     left = torch.cat([torch.zeros(1, 3), torch.ones(1, 11)], 1).long()
     with pytest.raises(UserError, match="padding between"):
         model(x, attention_mask=left, position_ids=torch.arange(14)[None])
@@ -294,3 +294,25 @@ def test_other_caches_are_refused():
     model, x = tiny_model(), torch.randint(0, 256, (1, 5))
     with pytest.raises(UserError, match="cache_implementation"):
         model.generate(x, max_new_tokens=2, cache_implementation="quantized")
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generate_goes_on_in_the_callers_cache_under_either_name(name):
+    model, x = tiny_model(), torch.arange(20)[None] * 7 % 250 + 1
+    mine = BlockCache()
+    whole = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=5, do_sample=False, eos_token_id=None)
+    again = model.generate(
+        x, attention_mask=torch.ones_like(x), max_new_tokens=5, do_sample=False, eos_token_id=None, **{name: mine}
+    )
+    assert torch.equal(again, whole) and mine.get_seq_length() == 24
+    with pytest.raises(UserError, match="two different caches"):
+        model(x, cache=BlockCache(), past_key_values=BlockCache())
+
+
+def test_crop_takes_what_to_drop_or_what_to_keep():
+    model, cache = tiny_model(), BlockCache()
+    x = torch.arange(20)[None] * 7 % 250
+    model(x, cache=cache)
+    for given, length in ((0, 20), (-3, 17), (90, 17), (12, 12), (-90, 0)):
+        cache.crop(given)
+        assert cache.get_seq_length() == length == int(cache.layers[0]._end)

@@ -105,8 +105,8 @@ def test_llama_keeps_its_function_token_by_token(tmp_path, llama):
     cache, steps = None, []
     with torch.no_grad():
         for t in range(20):
-            output = model(TOKENS[:, t : t + 1], past_key_values=cache, use_cache=True, attention_mode="full")
-            cache = output.past_key_values
+            output = model(TOKENS[:, t : t + 1], cache=cache, use_cache=True, attention_mode="full")
+            cache = output.cache
             steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, 1), logits(llama)[:, :20], rtol=0, atol=1e-5)
 

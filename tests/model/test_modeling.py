@@ -225,7 +225,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
         ({"position_ids": torch.arange(5, 45)[None]}, "position_ids"),
         ({"attention_mask": torch.ones(2, 1, 40, 40)}, "attention_mask"),
         ({"attention_mask": torch.ones(2, 39)}, "attention_mask"),
-        ({"past_key_values": object()}, "BlockCache"),
+        ({"cache": object()}, "BlockCache"),
         ({"output_attentions": True}, "output_attentions"),
     ],
 )

@@ -42,10 +42,10 @@ def decode_overlap(model: SSAForCausalLM, prompt: Tensor, budget: Budget, steps:
     for step in range(steps + 1):
         chosen.append([])
         out = model(
-            input_ids=ids, past_key_values=cache, use_cache=True, attention_mode="sparse", budget=budget, logits_to_keep=1,
+            input_ids=ids, cache=cache, use_cache=True, attention_mode="sparse", budget=budget, logits_to_keep=1,
             observer=remember if step else None,
         )  # fmt: skip
-        cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+        cache, ids = out.cache, out.logits[:, -1].argmax(-1, keepdim=True)
     positions = torch.arange(len(prompt), len(prompt) + steps, device=model.device)[None]
     gamma = []
     for by_step in zip(*chosen[1:], strict=True):

@@ -11,16 +11,21 @@ Legend: B batch, S key columns, K kv heads, D head size, N blocks, s block size.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssa.attention.base import BlockMeans
 from ssa.errors import UserError
 from ssa.ops.running_means import extend_block_means
+
+CACHE_FIELD = "cache" if any(field.name == "cache" for field in dataclasses.fields(CausalLMOutputWithPast)) else "past_key_values"
+"""What this release of transformers calls the cache in outputs and in `generate`'s loop."""
 
 
 class CacheRoom(NamedTuple):
@@ -96,12 +101,15 @@ class BlockLayer(DynamicLayer):
             means.length += tokens if means.length == old else 0
         self._show(old + tokens)
 
-    def crop(self, *args, **kwargs) -> None:
-        super().crop(*args, **kwargs)
-        if self._buffers:
-            self._end.fill_(self.get_seq_length())
+    def crop(self, tokens: int) -> None:
+        """Drops the last `-tokens` tokens; a positive number, as releases before 5.24 have it, is the length to keep."""
+        old = self.get_seq_length()
+        length = min(tokens, old) if tokens > 0 else max(0, old + tokens)
+        if length < old:
+            self._show(length)
+            self._end.fill_(length)
             for means in self._means.values():
-                means.crop(self.get_seq_length())
+                means.crop(length)
 
     def reset(self) -> None:
         if self.max_length is None or not self._buffers:
@@ -244,6 +252,32 @@ class BlockCache(Cache):
             layer.advance(tokens)
 
 
+class CacheByEitherName:
+    """`output.cache` on every release: before transformers 5.24 outputs have the cache as `past_key_values` alone (mix in first)."""
+
+    if CACHE_FIELD != "cache":
+
+        @property
+        def cache(self) -> Any:
+            return self.past_key_values  # type: ignore[attr-defined]
+
+
+def one_cache(cache: Any, past_key_values: Any) -> BlockCache | None:
+    """The cache that a caller handed over under either name.
+
+    Raises:
+        UserError: Two different ones, or no `BlockCache`.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise UserError(
+            "cache and past_key_values are two names of one thing, and two different caches were passed: pass cache alone"
+        )
+    found = past_key_values if cache is None else cache
+    if found is not None and not isinstance(found, BlockCache):
+        raise UserError(f"the cache is a {type(found).__name__}; pass an ssa.model.BlockCache or None")
+    return found
+
+
 class BlockCacheGeneration:
     """Makes `generate` use a `BlockCache` (mix in before GenerationMixin)."""
 
@@ -251,7 +285,11 @@ class BlockCacheGeneration:
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise UserError(f"cache_implementation = {kind!r} is not supported; use 'dynamic' or 'static', or leave it out")
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = BlockCache(generation_config.max_length if kind == "static" else None)
+        # A caller's cache goes on under the name that this release's loop reads: beside a second one it would be ignored.
+        cache = one_cache(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
+        if cache is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE_FIELD] = BlockCache(generation_config.max_length if kind == "static" else None)
             return None
+        if cache is not None:
+            model_kwargs[CACHE_FIELD] = cache
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]

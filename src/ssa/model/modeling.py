@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from ssa.attention import METHODS, AttentionCall, AttentionRecord
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
-from ssa.model.cache import BlockCache, BlockCacheGeneration
+from ssa.model.cache import CACHE_FIELD, BlockCache, BlockCacheGeneration, CacheByEitherName, one_cache
 from ssa.model.configuration import SSAConfig
 from ssa.ops.cross_entropy import SLICE_ELEMENTS, linear_cross_entropy
 from ssa.ops.decode import MAX_QUERIES
@@ -47,22 +47,22 @@ class SSAAttention(nn.Module):
             self.g_proj = nn.Linear(width, config.num_attention_heads * self.method.num_gates, bias=False)
 
     def forward(
-        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall, past_key_values: BlockCache | None
+        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall, cache: BlockCache | None
     ) -> tuple[Tensor, Tensor | None]:
         batch, queries, _ = x_BTC.shape
         q, k, v = (p(x_BTC).view(batch, queries, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rotary_pos_emb(q, k, *rope, unsqueeze_dim=2)
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves v in low precision and RoPE's tables in fp32
         means = None
-        if past_key_values is not None:
-            k, v = (y.transpose(1, 2) for y in past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx))
+        if cache is not None:
+            k, v = (y.transpose(1, 2) for y in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx))
             # Packed documents share a row only where positions are given for several queries at once; there the blocks of
             # earlier documents matter and the cached means, which know one document a row, do not apply.
             if queries < k.shape[1] and (call.positions_BT is None or queries == 1):
                 start_B = k.new_zeros(batch, dtype=torch.int64)
                 if call.positions_BT is not None:
                     start_B = k.shape[1] - 1 - call.positions_BT[:, -1]
-                layer = past_key_values.layers[self.layer_idx]
+                layer = cache.layers[self.layer_idx]
                 means = layer.block_means(call.budget.block_size, start_B)
                 if queries <= MAX_QUERIES:
                     means = means._replace(room=layer.room(call.budget.block_size, start_B))
@@ -90,9 +90,9 @@ class SSADecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall, past_key_values: BlockCache | None = None
+        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall, cache: BlockCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        attended, alignment = self.self_attn(self.input_layernorm(x_BTC), rope, call, past_key_values)
+        attended, alignment = self.self_attn(self.input_layernorm(x_BTC), rope, call, cache)
         x_BTC = x_BTC + attended
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC)), alignment
 
@@ -102,12 +102,12 @@ class SSAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SSADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
 
 
 @dataclass
-class SSAModelOutput(BaseModelOutputWithPast):
+class SSAModelOutput(CacheByEitherName, BaseModelOutputWithPast):
     alignment: Tensor | None = None
     """fp32 [2], mean over layers of (sparsity loss, commitment loss)."""
 
@@ -132,7 +132,7 @@ class SSAModel(SSAPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: BlockCache | None = None,
+        cache: BlockCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         attention_mode: AttentionMode | None = None,
@@ -143,6 +143,7 @@ class SSAModel(SSAPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: BlockCache | None = None,
     ) -> SSAModelOutput | tuple:
         """See `SSAForCausalLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -152,11 +153,12 @@ class SSAModel(SSAPreTrainedModel):
         x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = BlockCache()
-        if past_key_values is not None and not isinstance(past_key_values, BlockCache):
-            raise UserError(f"past_key_values is a {type(past_key_values).__name__}; pass an ssa.model.BlockCache or None")
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = one_cache(cache, past_key_values)
+        if self.training and self.gradient_checkpointing and torch.is_grad_enabled():
+            use_cache, cache = False, None  # a layer that runs again in the backward pass would write its keys a second time
+        if use_cache and cache is None:
+            cache = BlockCache()
+        past = 0 if cache is None else cache.get_seq_length()
         # What a training loop hands over is not checked on the GPU, where looking at it would stall the step.
         checked = not (self.training and x_BTC.is_cuda)
         positions_BT, padding_BT = _positions(attention_mask, position_ids, x_BTC, past, checked)
@@ -176,7 +178,7 @@ class SSAModel(SSAPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states += (x_BTC,)
-            x_BTC, alignment = layer(x_BTC, rope, call, past_key_values=past_key_values)
+            x_BTC, alignment = layer(x_BTC, rope, call, cache=cache)
             if alignment is not None:
                 alignments.append(alignment)
         x_BTC = self.norm(x_BTC)
@@ -184,9 +186,9 @@ class SSAModel(SSAPreTrainedModel):
             hidden_states += (x_BTC,)
         output = SSAModelOutput(
             last_hidden_state=x_BTC,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=hidden_states or None,
             alignment=torch.stack(alignments).mean(0) if alignments else None,
+            **{CACHE_FIELD: cache if use_cache else None},
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -258,7 +260,7 @@ def _positions(
 
 
 @dataclass
-class SSACausalLMOutput(CausalLMOutputWithPast):
+class SSACausalLMOutput(CacheByEitherName, CausalLMOutputWithPast):
     """Output of `SSAForCausalLM`; the parts of the loss are detached fp32 scalars."""
 
     cross_entropy: Tensor | None = None
@@ -293,7 +295,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: BlockCache | None = None,
+        cache: BlockCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -307,11 +309,13 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: BlockCache | None = None,
     ) -> SSACausalLMOutput | tuple:
         """One pass over [B, T] tokens.
 
         Args:
             attention_mask: [B, S], 0 = padding, before the first or after the last token of a row, never between.
+            cache: What earlier passes left, which this pass extends; transformers before 5.24 call it `past_key_values`.
             position_ids: int [B, T]. Where they restart at 0 a new document starts, and nothing crosses it.
             labels: int [B, T], `input_ids` with -100 where there is nothing to learn; shifted inside. The first token of a
                 document is never a target.
@@ -329,12 +333,12 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             is None: they are never held for all tokens.
         """
         outputs: SSAModelOutput = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds, use_cache=use_cache, attention_mode=attention_mode, budget=budget, stream=stream,
             cu_seqlens=cu_seqlens, observer=observer, output_hidden_states=output_hidden_states, output_attentions=output_attentions,
         )  # fmt: skip
         hidden_BTC = outputs.last_hidden_state
-        result = SSACausalLMOutput(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
+        result = SSACausalLMOutput(hidden_states=outputs.hidden_states, **{CACHE_FIELD: outputs.cache})
         if labels is not None:
             targets = _targets(labels, position_ids)
             count = (targets != -100).sum().clamp(min=1)
