@@ -313,6 +313,6 @@ def test_crop_takes_what_to_drop_or_what_to_keep():
     model, cache = tiny_model(), BlockCache()
     x = torch.arange(20)[None] * 7 % 250
     model(x, cache=cache)
-    for given, length in ((0, 20), (-3, 17), (90, 17), (12, 12), (-90, 0)):
-        cache.crop(given)
+    for tokens, length in ((0, 20), (-3, 17), (90, 17), (12, 12), (-90, 0)):
+        cache.crop(tokens)
         assert cache.get_seq_length() == length == int(cache.layers[0]._end)
