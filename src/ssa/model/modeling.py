@@ -326,6 +326,13 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
     def stream_step(self, step: int) -> None:
         self.model.stream_step = step
 
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs, *args, **kwargs):
+        # Asked in `generate` where nobody gave a mask. An assistant (assisted decoding) is handed what was generated so far, in which a pad
+        # token is text; transformers passes a mask on only where it has zeros.
+        if getattr(generation_config, "is_assistant", False):
+            return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.int64)
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs, *args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
