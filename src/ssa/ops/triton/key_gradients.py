@@ -17,6 +17,7 @@ from ssa.ops.triton import key_side
 from ssa.ops.triton.key_side import block_place, queries_of_span, work_item
 from ssa.ops.triton.launch import Plan, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E
+from ssa.ops.triton.online_softmax import load_lse
 from ssa.ops.triton.reader_lists import ReaderLists
 
 
@@ -80,14 +81,15 @@ def _dkv_kernel(
         q_P = tl.load(q + b * q_b + (t * q_t + (r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
         head = (b * T + t) * (R * G) + r * G + g
         d_out_P = tl.load(d_out + (head * D)[:, None] + d[None, :], mask=mask, other=0.0)
-        lse = tl.load(lse_in + head, mask=real, other=0.0)
+        peak, log = load_lse(lse_in, head, real, 0.0, BIAS)
         shift = tl.load(shift_in + head, mask=real, other=0.0)
         logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
         if BIAS:
+            log = tl.maximum(log, 0.0)  # -inf where all keys are masked: their logits are -inf, too
             logits += key_bias[:, None]
         # causal by columns: the query stands at column S - T + t, and a block never leaves its query's document
         seen = real[None, :] & inside[:, None] & ((first + i)[:, None] <= (S - T + t)[None, :])
-        p = tl.where(seen, tl.exp2((logits - lse[None, :]) * LOG2E), 0.0)
+        p = tl.where(seen, tl.exp2((logits - peak[None, :] - log[None, :]) * LOG2E), 0.0)
         sum_v += tl.dot(p.to(d_out_P.dtype), d_out_P, input_precision=PRECISION)
         d_logits = p * (tl.dot(values, tl.trans(d_out_P), input_precision=PRECISION) - shift[None, :])
         if BIAS:
