@@ -6,7 +6,7 @@ Nothing is unpickled: a directory that has only pickled weights is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ def open_weights(directory: Path) -> Weights:
         from safetensors import safe_open
 
         path = directory / places[name]
-        with _readable(path), safe_open(path, framework="pt") as file:
+        with readable(path), safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
 
     return Weights({name: headers[file][name] for name, file in places.items()}, read, len(headers))
@@ -117,7 +117,7 @@ def _header(path: Path) -> dict[str, TensorInfo]:
     from safetensors import safe_open
 
     found = {}
-    with _readable(path), safe_open(path, framework="pt") as file:
+    with readable(path), safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             part = file.get_slice(name)
             if part.get_dtype() not in _FLOATS:
@@ -127,7 +127,8 @@ def _header(path: Path) -> dict[str, TensorInfo]:
 
 
 @contextmanager
-def _readable(path: Path):
+def readable(path: Path) -> Iterator[None]:
+    """A safetensors file is opened or read: what goes wrong is a `UserError` that names it."""
     from safetensors import SafetensorError
 
     try:
