@@ -69,7 +69,7 @@ def analyze(
     from rich.console import Console
 
     from ssa.data.tokenizer import fingerprint, load_tokenizer
-    from ssa.train.checkpoint import resolve_checkpoint
+    from ssa.train.checkpoint import open_checkpoint
 
     rank, device = Shard.from_environment().rank, Shard.local_device(device)
     console = Console(quiet=True) if rank else Console() if console is None else console
@@ -80,7 +80,7 @@ def analyze(
     if out is not None:
         check_directory(Path(out))
     budget = None if budget is None else Budget.parse(budget)
-    checkpoints = [resolve_checkpoint(run) for run in runs]
+    checkpoints = [open_checkpoint(run) for run in runs]
     tokenizers = [load_tokenizer(path) for path in checkpoints]
     for run, tokenizer in zip(runs, tokenizers, strict=True):
         if fingerprint(tokenizer) != fingerprint(tokenizers[0]):

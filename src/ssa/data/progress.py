@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssa.data.shards import INDEX, PROGRESS, TOKENIZER, read_index
+from ssa.checked_json import read_json
+from ssa.data.shards import INDEX, PROGRESS, TOKENIZER, TokenizerRecord, read_index
+from ssa.data.shard_writer import WriterState
 from ssa.errors import UserError
 from ssa.files import LOCK, sync
 
@@ -25,10 +27,10 @@ class Progress:
     plan: dict[str, Any]
     modified: str
     """Hash of the input files' sizes and times; not in the index, which is to be the same on every machine."""
-    tokenizer: dict[str, Any] | None = None
+    tokenizer: TokenizerRecord | None = None
     valid_below: int = 0
     position: tuple[int, int] = (0, 0)
-    writers: dict[str, Any] = field(default_factory=dict)
+    writers: dict[str, WriterState] = field(default_factory=dict)
     skipped: int = 0
     hashes: tuple[int, int] | None = None
     """Lowest and highest document hash so far."""
@@ -59,16 +61,15 @@ def begin(out: Path, fresh: Progress, splits: tuple[str, ...], overwrite: bool) 
 
 def _resume(out: Path, fresh: Progress) -> Progress:
     try:
-        saved = Progress(**json.loads((out / PROGRESS).read_bytes()))
-        different = [name for name in {**saved.plan, **fresh.plan} if saved.plan.get(name) != fresh.plan.get(name)]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{out / PROGRESS} is damaged: pass --overwrite to start anew") from error
+        saved: Progress = read_json(out / PROGRESS, Progress)
+    except UserError as error:
+        raise UserError(f"{out / PROGRESS} is damaged ({error}): pass --overwrite to start anew") from None
+    different = [name for name in {**saved.plan, **fresh.plan} if saved.plan.get(name) != fresh.plan.get(name)]
     if different or saved.modified != fresh.modified:
         changed = ", ".join(different) or "the times of the input files"
         raise UserError(
             f"{out} holds an interrupted run that differs in {changed}: repeat its call to finish it, or pass --overwrite"
         )
-    saved.position = saved.position[0], saved.position[1]  # JSON made it a list
     return saved
 
 
@@ -93,7 +94,8 @@ def save(out: Path, progress: Progress) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8") as file:  # x: through no link that somebody put there
         json.dump(value, file, indent=1)
         file.write("\n")
         file.flush()

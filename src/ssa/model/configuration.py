@@ -5,7 +5,7 @@ from __future__ import annotations
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from ssa.config import Budget, ModelRecipe, released_rule_check
+from ssa.config import SIZE_LIMITS, Budget, ModelRecipe, released_rule_check
 from ssa.errors import UserError
 
 _CHOICES = {
@@ -67,6 +67,10 @@ class SSAConfig(LlamaConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        _ = self.budget  # a budget of less than 1 block or key is an error here
+        for name, most in SIZE_LIMITS.items():
+            if (value := getattr(self, name)) is not None and not 1 <= value <= most:
+                raise UserError(f"{name} = {value!r} is not in 1..{most}")
         if self.selection_rule == "released":
             released_rule_check(self.num_selected_blocks, self.block_size)
         if self.attention_dropout:

@@ -97,8 +97,10 @@ def start_record(
         "seed": recipe.train.seed,
         "parameters": num_parameters,
         "git": git_state(),
-        "data": {"path": str(data.path), "fingerprint": data.fingerprint, "train_tokens": data.train.num_tokens},
-    }
+        "data": {
+            "path": str(data.path), "fingerprint": data.fingerprint, "index": data.index, "train_tokens": data.train.num_tokens,
+        },
+    }  # fmt: skip
 
 
 def git_state() -> dict[str, Any] | None:

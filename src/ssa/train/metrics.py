@@ -14,10 +14,12 @@ import math
 import sys
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from ssa.checked_json import parse_json
 from ssa.errors import UserError
 from ssa.files import write_atomically
 from ssa.train.sinks import Sink, numbers, open_sink
@@ -26,6 +28,20 @@ if TYPE_CHECKING:
     import torch
 
 DEVICE_VALUES = ("loss", "cross_entropy", "sparsity_loss", "commitment_loss", "grad_norm")
+
+
+class _Known(TypedDict):
+    kind: str
+    step: int
+
+
+class _Line(_Known, total=False):
+    """A line of metrics.jsonl, as far as a resumed run reads it."""
+
+    stream: str | None
+    cross_entropy: float
+    full: float
+    sparse: float
 
 
 class Metrics:
@@ -52,30 +68,33 @@ class Metrics:
         self._pending_tokens = 0
         self._pending_flops: float | None = 0.0
         self._clock = time.perf_counter()
-        kept = [line for line in self._complete_lines() if json.loads(line)["step"] <= start_step]
-        write_atomically(self.path, "".join(line + "\n" for line in kept))
+        kept = [(text, line) for text, line in self._complete_lines() if line["step"] <= start_step]
+        write_atomically(self.path, "".join(text + "\n" for text, _ in kept))
         self._spikes = SpikeDetector()
-        for line in map(json.loads, kept):
-            if line["kind"] == "train":
-                self._spikes.is_spike(line["stream"], line["cross_entropy"])
+        for _, line in kept:
+            if line["kind"] == "train" and "cross_entropy" in line:
+                self._spikes.is_spike(line.get("stream"), line["cross_entropy"])
         self._file = self.path.open("a", encoding="utf-8")
         self._sinks: list[Sink] = []
         if (sink := open_sink(track, run_dir, start_step)) is not None:
             self._sinks.append(sink)
         self._display = Display(start_step, total_steps)
 
-    def _complete_lines(self) -> list[str]:
-        """A kill can leave the last line cut in two."""
-        if not self.path.is_file():
-            return []
-        text = self.path.read_text(encoding="utf-8")
-        return text[: text.rfind("\n") + 1].splitlines()
+    def _complete_lines(self) -> Iterator[tuple[str, _Line]]:
+        """(text, content); a kill can leave the last line cut in two."""
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
+        for number, text in enumerate(lines, start=1):
+            try:
+                line: _Line = parse_json(text, f"{self.path}, line {number},", _Line, finite=False)
+            except UserError as error:
+                raise UserError(f"{error}; remove the line to go on without it") from None
+            yield text.decode(), line
 
     def validation_at(self, step: int) -> dict[str, float] | None:
         """The validation losses written for `step`, if any."""
-        for line in map(json.loads, self._complete_lines()):
-            if line["kind"] == "valid" and line["step"] == step:
-                return {mode: line[mode] for mode in ("full", "sparse")}
+        for _, line in self._complete_lines():
+            if line["kind"] == "valid" and line["step"] == step and "full" in line and "sparse" in line:
+                return {"full": line["full"], "sparse": line["sparse"]}
         return None
 
     def add(

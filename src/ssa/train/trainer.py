@@ -67,7 +67,7 @@ def train(recipe: Recipe, out: Path | str, resume: bool = False, overwrite: bool
         with open_ranks(recipe.train) as ranks, contextlib.ExitStack() as stack:
             with ranks.together(out):
                 if ranks.main:
-                    check_inputs(recipe, out, overwrite)
+                    check_inputs(recipe, out, resume, overwrite)
                     stack.enter_context(open_run(out, recipe, resume, overwrite))
             return _Run(recipe, out, resume, ranks).go()
     except OSError as error:
@@ -84,9 +84,10 @@ class _Run:
 
         from ssa.data.loader import PackedLoader
         from ssa.infer.load import resolve_dtype
-        from ssa.model import SSAConfig, SSAForCausalLM
+        from ssa.model import SSAForCausalLM
+        from ssa.model.stored import check_weights, read_config
         from ssa.train.build import build_model, open_data
-        from ssa.train.checkpoint import find_checkpoints, load_checkpoint
+        from ssa.train.checkpoint import load_checkpoint, newest_checkpoint, verify_checkpoint
         from ssa.train.environment import start_record
         from ssa.train.flops import flops_record, run_peak_flops
         from ssa.train.guard import Guard
@@ -106,20 +107,26 @@ class _Run:
         for turn in (True, False):  # rank 0 may have text to prepare, which the others then find
             with ranks.together(out):
                 if ranks.main is turn:
-                    self.data = open_data(recipe, out)
+                    self.data = open_data(recipe, out, resume)
         with ranks.together(out):
             if t.verify_data and ranks.main:
                 self.data.train.verify()
                 self.data.valid.verify()
         with ranks.together(out):
+            found = newest_checkpoint(out) if resume else None
+            if found is not None:
+                verify_checkpoint(found, ranks.rank, ranks.world)
+        with ranks.together(out):
             # One loader batch is one step: the same rows whatever the split over ranks and micro-batches.
             rows = t.batch_size * t.accumulation
             self.loader = PackedLoader(self.data.train, recipe.data.context, rows, t.seed, ranks.data_rank, ranks.data_world)
             _seed_everything(t.seed)
-            found = find_checkpoints(out)[-1:] if resume else []
-            self.model = (
-                SSAForCausalLM(SSAConfig.from_pretrained(found[0])) if found else build_model(recipe, self.data.tokenizer)
-            )
+            if found is None:
+                self.model = build_model(recipe, self.data.tokenizer)
+            else:
+                config = read_config(found)
+                check_weights(found, config)
+                self.model = SSAForCausalLM(config)
             prepare_layers(self.model, t.activation_checkpointing, t.recompute, t.compile)
             self.context = None
             if ranks.context_ranks > 1:
@@ -136,15 +143,15 @@ class _Run:
         self.optimizer = build_optimizer(self.model, t)
         self.guard = Guard(self.device, t.skip_nonfinite, t.skip_spikes)
         self.start_step = 0
-        if found:
-            extra = load_checkpoint(found[0], self.model, self.optimizer, ranks)
+        if found is not None:
+            extra = load_checkpoint(found, self.model, self.optimizer, ranks)
             with ranks.together():
-                check_progress(extra, recipe, self.data, ranks, found[0])
+                check_progress(extra, recipe, self.data, ranks, found)
             self.start_step = extra["step"]
             if "guard" in extra:
                 self.guard.restore(extra["guard"])
         self.saver = Saver(out, ranks, self.data.tokenizer, t.keep_last, t.async_save)
-        self.saver.newest = found[0] if found else None
+        self.saver.newest = found
 
         # Where the optimizer is fused on the device it can skip a step there, and no step waits for the host to hear of it.
         self.found_inf = None
@@ -166,12 +173,12 @@ class _Run:
             self._say(f"one process: train.parallel = {t.parallel!r} has no effect (torchrun --nproc-per-node N starts N)")
         if t.alignment_warmup and not (aligned and recipe.model.alignment_weight):
             self._say(f"no alignment to warm up: train.alignment_warmup = {t.alignment_warmup} has no effect")
-        if recipe.model.init_from and not found and recipe.model.rope_factor > 1:
+        if recipe.model.init_from and found is None and recipe.model.rope_factor > 1:
             self._say(
                 f"model.rope_factor = {recipe.model.rope_factor:g} scales the positions of {recipe.model.init_from}; 1 keeps them as they are"
             )
         if resume:
-            self._say(f"resuming from {found[0]}" if found else f"nothing to resume in {out}: starting at step 0")
+            self._say(f"resuming from {found}" if found is not None else f"nothing to resume in {out}: starting at step 0")
 
     def go(self) -> TrainResult:
         from ssa.data.prefetch import Prefetcher
