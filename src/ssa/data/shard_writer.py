@@ -91,7 +91,11 @@ class ShardWriter:
         self._words += int(docs[:, 2].sum())
 
     def _open(self) -> None:
-        tokens, docs = (_partial(path).open("r+b" if self._documents else "w+b") for path in self._paths)
+        if not self._documents:
+            for path in self._paths:
+                _partial(path).unlink(missing_ok=True)
+        # x: through no link that somebody put there
+        tokens, docs = (_partial(path).open("r+b" if self._documents else "x+b") for path in self._paths)
         self._files = tokens, docs
         if not self._documents:
             self._write_headers()
@@ -131,8 +135,10 @@ class ShardWriter:
             for path, length in lengths.items():
                 if path.exists():  # the shard was closed after the last commit
                     path.rename(_partial(path))
-                if not _partial(path).exists() or _partial(path).stat().st_size < _HEADER_BYTES + length:
+                if not _partial(path).is_file() or _partial(path).stat().st_size < _HEADER_BYTES + length:
                     raise UserError(f"{_partial(path)} is missing or too short to go on from: prepare again with overwrite")
+                if _partial(path).is_symlink():
+                    raise UserError(f"{_partial(path)} is a link, which no shard is: prepare again with overwrite")
                 os.truncate(_partial(path), _HEADER_BYTES + length)
         for path in [*self._out.glob(f"{self._split}-*.npy"), *self._out.glob(f"{self._split}-*.npy.partial")]:
             keep = path in committed or (self._documents and path in map(_partial, lengths))
