@@ -281,6 +281,12 @@ def _check(recipe: Recipe) -> None:
     need(all(0 <= b < 1 for b in t.betas), "train.betas", t.betas, "must lie in 0..1, 1 excluded")
 
 
+def check_seed(seed: int, name: str) -> None:
+    """Raises `UserError` for a seed that PyTorch does not take."""
+    if abs(seed) >= 2**63:
+        raise UserError(f"{name} = {seed} is too large: it must be below 2**63")
+
+
 def released_rule_check(num_selected_blocks: int, block_size: int) -> None:
     """The authors' kernel sorts in chunks of `block_size` blocks: k must be a power of two and at most the block size."""
     k = num_selected_blocks

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 from ssa.cli.metavars import BUDGET, DEVICE, DTYPE, FILE, OUT, RUN, SOURCE, TEXT
 from ssa.config import Budget
+from ssa.terminal import Visible, say
 
 
 def generate(
@@ -51,10 +52,12 @@ def generate(
     from ssa.infer.engine import generate as complete
     from ssa.infer.engine import read_prompts
 
+    # On a terminal what a model writes must not move the cursor; into a pipe or a file it goes as it is.
+    out: Any = Visible(sys.stdout) if sys.stdout.isatty() else sys.stdout
     texts = read_prompts(list(prompt), prompt_file or None, None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
     complete(
         run, texts, mode=mode or None, budget=budget or None, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed, stop=stop, batch_size=batch_size, stream=stream, device=device, dtype=dtype, out=sys.stdout,
+        top_p=top_p, seed=seed, stop=stop, batch_size=batch_size, stream=stream, device=device, dtype=dtype, out=out,
         err=sys.stderr,
     )  # fmt: skip
 
@@ -92,7 +95,7 @@ def convert(
         source, out, to=to, method=method or None, block_size=block_size or None, num_selected_blocks=num_selected_blocks or None,
         selection_rule=selection_rule or None, gate=gate, dtype=dtype or None, overwrite=overwrite,
     )  # fmt: skip
-    print(report)
+    say(report)
 
 
 def doctor() -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,27 @@ class Progress:
     skipped: int = 0
     hashes: tuple[int, int] | None = None
     """Lowest and highest document hash so far."""
+    lowest: list[list[int]] = field(default_factory=list)
+    """State of `ssa.data.split_checks.LowestHashes`."""
 
 
-def begin(out: Path, fresh: Progress, splits: tuple[str, ...], overwrite: bool) -> Progress | None:
-    """Where to go on from: ``fresh``, an interrupted run's progress, or None where all is done. Refuses what it must not touch."""
+def begin(out: Path, fresh: Progress, splits: tuple[str, ...], overwrite: bool, content: Callable[[], str]) -> Progress | None:
+    """Where to go on from: ``fresh``, an interrupted run's progress, or None where all is done. Refuses what it must not touch.
+
+    ``content``: gives the hash of the input files' bytes, which takes a while.
+    """
     names = {path.name for path in out.iterdir()} - {f"{INDEX}.partial", f"{PROGRESS}.partial", LOCK}
     if names and not names & {INDEX, PROGRESS}:
         raise UserError(f"{out} holds something else than a prepared corpus: choose an empty or new directory")
     index = read_index(out) if INDEX in names else None
     others = {name: split for name, split in index["splits"].items() if name not in splits} if index else {}
     if index and len(others) < len(index["splits"]) and not overwrite:
-        if all(index["splits"].get(name, {}).get("source", {}).get("plan") == fresh.plan for name in splits):
+        done = [index["splits"].get(name, {}).get("source", {}) for name in splits]
+        if all(source.get("plan") == fresh.plan for source in done):
+            if any(known != content() for source in done if (known := source.get("content"))):
+                raise UserError(
+                    f"{out} is already prepared, and the input has changed since (its size has not): choose another directory, or pass --overwrite"
+                )
             (out / PROGRESS).unlink(missing_ok=True)
             return None
         raise UserError(f"{out} is already prepared from other inputs or options: choose another directory, or pass --overwrite")
@@ -82,10 +93,18 @@ def remove(out: Path, splits: tuple[str, ...]) -> None:
     else:
         (out / INDEX).unlink(missing_ok=True)
         for leftover in (out / TOKENIZER, out / f"{TOKENIZER}.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove_tree(leftover)
     for path in out.iterdir():
         if _OURS.fullmatch(path.name) and path.name.rsplit("-", 1)[0] not in kept:
             path.unlink()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory, or a link in its place without what it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def save(out: Path, progress: Progress) -> None:

@@ -42,7 +42,7 @@ class TrainResult:
     validation: dict[str, float] | None
     """Final losses in nats a token under {"full", "sparse"} attention; None if the run was stopped by a signal."""
     stopped_by: str | None = None
-    """"SIGTERM" or "SIGINT" where a signal, to any rank, ended the run early."""
+    """"SIGTERM", "SIGINT" or "SIGHUP" where a signal, to any rank, ended the run early."""
 
 
 def train(recipe: Recipe, out: Path | str, resume: bool = False, overwrite: bool = False) -> TrainResult:
