@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssa.analysis.results import FORMAT, RunResults, read_results
+from ssa.analysis.results import FORMAT, RunResults, losses, read_results
 from ssa.analysis.rows import Rows, packed_rows
 from ssa.config import Budget
 from ssa.errors import UserError
@@ -160,7 +160,7 @@ def table_notes(results: Sequence[RunResults]) -> list[str]:
     """What a reader of the table must know, a line each."""
     measured = results[0].analysis["measured"]
     notes = [
-        f"{measured['tokens']} tokens of {measured['data']} in rows of {measured['context']}; losses and KL over all of them."
+        f"{measured['tokens']} tokens of {measured['data']} in rows of {measured['context']}; KL over all of them. {losses(results)[1]}"
     ]
     if any(run.beyond for run in results):
         notes.append(

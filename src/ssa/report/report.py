@@ -6,8 +6,10 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssa.analysis.results import losses
 from ssa.files import write_atomically
 from ssa.report.attention import attention, theorem_notes
+from ssa.report.claims import claims
 from ssa.report.collect import Evidence, RunEvidence, collect
 from ssa.report.efficiency import efficiency, is_timed
 from ssa.report.evaluation import evaluation
@@ -32,7 +34,7 @@ def render_report(evidence: Evidence) -> str:
     runs = evidence.runs
     shades = colours([run.method for run in runs])
     analysed = [(results, colour) for run, colour in zip(runs, shades, strict=True) if (results := run.results) is not None]
-    sections = [*evaluation(runs), *attention(analysed), training(runs)]
+    sections = [claims(evidence.benchmarks), *evaluation(runs), *attention(analysed), training(runs)]
     sections += [efficiency([b for b in evidence.benchmarks if is_timed(b)])]
     sections += [measurements([b for b in evidence.benchmarks if not is_timed(b)]), searched(evidence)]
     names = ", ".join(run.name for run in runs[:6]) + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")
@@ -87,8 +89,10 @@ def _lead(evidence: Evidence, results: Sequence) -> list[str]:
     def strong(run) -> str:
         return f"<strong>{html.escape(run.name)}</strong>"
 
+    gaps = {run.name: loss.gap for run, loss in zip(results, losses(results)[0], strict=True)}
+
     def gap(run) -> float:
-        return run.predictions["gap_nats"]
+        return gaps[run.name]
 
     def kept(run) -> float:
         return run.means("sparse")["kept_mass"]
