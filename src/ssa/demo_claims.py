@@ -44,13 +44,13 @@ def judge_claims(figures: Mapping[str, Mapping[str, Any]], budgets: Sequence[str
     loss = {method: each["loss_nats"] for method, each in figures.items()}
 
     def name(budget: str) -> str:
-        return "full" if budget == "full" else f"sparse {budget}"
+        return f"read {'full' if budget == 'full' else f'at {budget}'}"
 
     def of_all(form: str, key: str) -> str:
         return ", ".join(f"{method} {format(each[key], form)}" for method, each in figures.items())
 
     def losses_at(budget: str) -> str:
-        return f"{name(budget)}: " + ", ".join(f"{method} {nats[budget]:.4f}" for method, nats in loss.items())
+        return f"loss {name(budget)}: " + ", ".join(f"{method} {nats[budget]:.4f}" for method, nats in loss.items())
 
     def behind(budget: str) -> float:
         return loss["ssa"][budget] - min(loss["full"][budget], loss["moba"][budget])
@@ -61,7 +61,7 @@ def judge_claims(figures: Mapping[str, Mapping[str, Any]], budgets: Sequence[str
     return [
         Claim(
             "A model trained with full attention gets worse when it is read sparse (the attention gap).",
-            f"full: loss {loss['full']['full']:.4f} read full, " + ", ".join(f"{loss['full'][b]:.4f} at {b}" for b in reversed(budgets)),
+            "loss of full: " + ", ".join(f"{loss['full'][b]:.4f} {name(b)}" for b in reversed(path)),
             _judge(loss["full"]["full"] - loss["full"][trained], SAME_MODEL),
         ),
         Claim(
@@ -101,7 +101,7 @@ def judge_claims(figures: Mapping[str, Mapping[str, Any]], budgets: Sequence[str
         ),
         Claim(
             "SSA gets better with every block more that it may read, up to all.",
-            "ssa: loss " + ", ".join(f"{loss['ssa'][b]:.4f} ({name(b)})" for b in path),
+            "loss of ssa: " + ", ".join(f"{loss['ssa'][b]:.4f} {name(b)}" for b in path),
             FAILS if worst > SAME_MODEL else _judge(loss["ssa"]["full"] - loss["ssa"][budgets[0]], SAME_MODEL),
         ),
         Claim("SSA answers the questions of common benchmarks best.", "not asked: a model of 0.7M parameters that reads bytes", OPEN),

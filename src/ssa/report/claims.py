@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ssa.report.collect import Benchmark
 from ssa.report.page import Cell, Section, table
 
-_KINDS = {"holds": "yes", "does not hold here": "no"}
+_KINDS = {"holds": "text yes", "does not hold here": "text", "cannot be judged at this size": "text no"}
 
 
 def claims(benchmarks: Sequence[Benchmark]) -> Section:

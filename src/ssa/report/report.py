@@ -17,6 +17,20 @@ from ssa.report.measurements import measurements
 from ssa.report.page import Cell, Section, colours, definitions, render, table
 from ssa.report.training import training
 
+WORDS = (
+    ("budget, 4x16", "What a query may read: 4 blocks of 16 tokens, the one that it stands in and those that score best."),
+    ("full, sparse inference", "Reading everything, or the budget alone. Any model can be read either way, however it was trained."),
+    ("receptive field", "The tokens of a budget, 64 for 4x16. A query with no more before it reads all; most figures are over later queries."),
+    ("kept mass", "The share of full attention's weight that falls on the selected blocks. 1 = they hold all that mattered."),
+    ("gap", "Loss read sparse minus loss read full, in nats a token: what reading less costs."),
+    ("loss, perplexity", "How badly the next token is foretold: mean -log of its probability (nats), and e to its power. Lower is better."),
+    ("KL(full ‖ sparse)", "How far the predictions move when the model is read sparse instead of full. 0 = not at all."),
+    ("entropy", "How widely attention spreads, in bits: b bits is as wide as equal attention to 2ᵇ tokens."),
+    ("sink", "Attention on a document's first tokens, where it goes when it has nowhere else to go."),
+    ("Theorem 1", "The paper's bound on the error of sparse attention: the dropped mass times the largest values involved."),
+)  # fmt: skip
+"""For people who have not read the paper."""
+
 
 def write_report(paths: Sequence[Path | str], out: Path | str) -> Evidence:
     """Search `paths` (runs, directories of runs, result files) and write the page to `out`, whole or not at all.
@@ -83,6 +97,8 @@ def _lead(evidence: Evidence, results: Sequence) -> list[str]:
     ]
     lead += [f'<p class="alarm">{html.escape(note)}</p>' for note in (theorem_notes(results) if results else [])]
     bitten = [run for run in results if run.beyond]
+    if results:
+        lead.append(definitions("Words of this page", WORDS))
     if not bitten:
         return lead
 
