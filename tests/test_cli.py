@@ -17,7 +17,7 @@ from ssa.errors import UserError
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "ssa", *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-m", "ssa", *arguments], capture_output=True, text=True)
 
 
 NO_TORCH = """
@@ -40,7 +40,7 @@ sys.exit(status)
     ],
 )
 def test_help_is_there_and_imports_nothing_heavy(arguments, says):
-    done = subprocess.run([sys.executable, "-c", NO_TORCH, *arguments.split()], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", NO_TORCH, *arguments.split()], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and says in done.stdout
 
 
@@ -103,7 +103,7 @@ def test_no_terminal_gets_to_see_a_box(encoding):
         ("train", "ssa train needs CONFIG: A recipe file, or a preset: tiny, 33m, 60m, 300m, 1b, servable-1b"),
         ("train tiny --train.steps x", "--train.steps 'x' is not a whole number"),
     ):
-        done = subprocess.run([sys.executable, "-m", "ssa", *command.split()], capture_output=True, timeout=60,
+        done = subprocess.run([sys.executable, "-m", "ssa", *command.split()], capture_output=True,
                               env={**os.environ, "PYTHONIOENCODING": encoding})  # fmt: skip
         assert (done.returncode, done.stderr.decode(encoding)) == (2, f"ssa: error: {says}\n")
 
@@ -202,7 +202,7 @@ def test_exit_status_of_what_a_verb_raises(monkeypatch, capfd, error, status):
 def test_a_closed_pipe_is_quiet():
     done = subprocess.run(
         f"{sys.executable} -m ssa train tiny --help | true; echo ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash",
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.stderr == "" and done.stdout.strip() in ("0", "141")
 

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -139,11 +138,23 @@ def test_worker_errors_reach_the_caller(tmp_path, monkeypatch):
 
 
 KILLED_RUN = """
-import sys
+import os, signal, sys
 from ssa.data import prepare, sources
 if __name__ == "__main__":
     sources.BLOCK_BYTES, prepare._COMMIT_BLOCKS, prepare._BYTES_PER_WORKER = 1500, 8, int(sys.argv[3])
-    print("go", flush=True)
+    save, append, left = prepare.save, prepare.ShardWriter.append, []
+    def count():
+        left[:] = [left[0] - 1] if left else []
+        if left == [-1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def saved(*arguments):
+        save(*arguments)
+        left[:] = left or [int(word) for word in sys.argv[4:]]
+        count()
+    def appended(*arguments):
+        append(*arguments)
+        count()
+    prepare.save, prepare.ShardWriter.append = saved, appended
     prepare.prepare([sys.argv[1]], sys.argv[2], valid_fraction=0.05, shard_tokens=9000, workers=2)
 """
 
@@ -162,19 +173,13 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path, bytes_per_worker, attempt
     (tmp_path / "run.py").write_text(KILLED_RUN)
     command = [sys.executable, tmp_path / "run.py", source, tmp_path / "out", str(bytes_per_worker)]
     environment = os.environ | {"PYTHONPATH": str(Path(prepare_module.__file__).parents[2])}
-    progress, rng, kills = tmp_path / "out" / ".progress.json", random.Random(1), 0
-    for _ in range(attempts):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
-        before = progress.read_bytes() if progress.exists() else None
-        # Kill somewhere after the run has got further than the last one.
-        while process.poll() is None and (not progress.exists() or progress.read_bytes() == before):
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        process.stdout.close()
+    rng, places = random.Random(1), []
+    for _ in range(attempts):  # each is killed so many writes after it has got further than the last one
+        done = subprocess.run([*command, str(rng.randint(0, 12))], env=environment, capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        places.append(json.loads((tmp_path / "out" / ".progress.json").read_text())["position"])
+    assert places == sorted(places) and len({tuple(place) for place in places}) == attempts
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert kills >= 1
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 

@@ -27,11 +27,11 @@ def start_ranks(jobs, world=2):
     return processes
 
 
-def run_ranks(jobs, world=2, timeout=240):
+def run_ranks(jobs, world=2):
     """Do the jobs and return each rank's result of each job, [rank][job]; a rank that crashes is an error."""
     processes = start_ranks(jobs, world)
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        outputs = [process.communicate()[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -302,6 +302,6 @@ def test_compiled_and_checkpointed_layers_on_two_ranks(make, tmp_path):
         "context": make(**how | {"batch_size": 4}, context_parallel=2),
     }
     jobs = [{"recipe": r.to_json(), "out": str(tmp_path / name), "compiler": "aot_eager"} for name, r in recipes.items()]
-    run_ranks(jobs, timeout=280)
+    run_ranks(jobs)
     for name in recipes:
         assert_same_run(tmp_path / "single", tmp_path / name, step=3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class RunResults:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     perplexity: list[BudgetPerplexity] = field(default_factory=list)
     perplexity_setting: dict[str, Any] = field(default_factory=dict)
-    """text_sha256, context, stride: perplexities compare where these are equal; and the step of the checkpoint."""
+    """text_sha256, context, stride: perplexities compare where these are equal; the tokens scored, and the step of the checkpoint."""
     needles: list[NeedleGrid] = field(default_factory=list)
 
     @property
@@ -86,8 +86,41 @@ class RunResults:
         checks = [layer["theorem_1"] for layer in layers if "theorem_1" in layer]
         return sum(x["violations"] for x in checks), sum(x["checked"] for x in checks)
 
-    def perplexity_at(self, budget: str) -> float | None:
-        return next((p.perplexity for p in self.perplexity if p.budget == budget), None)
+
+@dataclass(frozen=True)
+class Losses:
+    """Of a run at its analysed budget, nats a token."""
+
+    full: float
+    sparse: float
+
+    @property
+    def gap(self) -> float:
+        return self.sparse - self.full
+
+
+def losses(results: Sequence[RunResults]) -> tuple[list[Losses], str]:
+    """The losses that stand for the runs wherever they are shown, all from one measurement; and a sentence that says which.
+
+    `ssa eval`'s, where every run has them for its analysed checkpoint and budget on the same windows of the same text; else the analysis's.
+    """
+    known = [{p.budget: p.nats for p in run.perplexity} for run in results]
+    asked = [(str(run.analysis["budget"]), run.analysis.get("step")) for run in results]
+    settings = [run.perplexity_setting for run in results]
+    if (
+        all({"full", budget} <= nats.keys() for nats, (budget, _) in zip(known, asked, strict=True))
+        and all(setting["step"] == step for setting, (_, step) in zip(settings, asked, strict=True))
+        and len({tuple(setting[name] for name in SAME_TEXT) for setting in settings}) == 1
+    ):
+        found = [Losses(nats["full"], nats[budget]) for nats, (budget, _) in zip(known, asked, strict=True)]
+        return found, f"Losses are ssa eval's: {settings[0]['tokens']} tokens in windows of {settings[0]['context']}."
+    return [
+        Losses(run.predictions["cross_entropy_full"], run.predictions["cross_entropy_sparse"]) for run in results
+    ], "Losses are over all analysed tokens."
+
+
+SAME_TEXT = ("text_sha256", "context", "stride")
+"""Settings of an evaluation that must be equal for its figures to compare with another's."""
 
 
 def read_results(run: Path | str, analysis: dict[str, Any], name: str | None = None) -> RunResults:
@@ -160,8 +193,11 @@ def perplexities(entry: dict[str, Any]) -> list[BudgetPerplexity]:
 
 
 def perplexity_setting(entry: dict[str, Any]) -> dict[str, Any]:
-    """What decides whether its figures compare with another's: text_sha256, context, stride; and the checkpoint's step."""
-    return {key: entry["setting"].get(key) for key in ("text_sha256", "context", "stride")} | {"step": entry["model"].get("step")}
+    """What decides whether its figures compare with another's (`SAME_TEXT`); the tokens scored, and the checkpoint's step."""
+    return {key: entry["setting"].get(key) for key in SAME_TEXT} | {
+        "tokens": entry.get("tokens"),
+        "step": entry["model"].get("step"),
+    }
 
 
 def budget_tokens(name: str) -> float:

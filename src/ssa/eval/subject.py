@@ -92,13 +92,10 @@ def description(subject: Subject) -> dict[str, Any]:
 
 def provenance(subject: Subject) -> dict[str, Any]:
     """Device, versions and time of a measurement."""
-    import torch
+    from ssa.train.environment import device_name, versions
 
-    from ssa.train.environment import versions
-
-    device = subject.model.device
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(subject.model.device),
         "versions": versions(),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -6,6 +6,7 @@ say so.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssa.analysis.results import RunResults, printable, read_metrics
+from ssa.analysis.results import RunResults, perplexities, perplexity_setting, printable, read_metrics
 from ssa.errors import UserError
 from ssa.eval.run_directory import run_home
 
@@ -61,8 +62,13 @@ class RunEvidence:
 
     @property
     def results(self) -> RunResults | None:
-        """The analysis as `ssa.analysis` reads it."""
-        return None if self.analysis is None else RunResults(self.name, self.analysis)
+        """The analysis as `ssa.analysis` reads it, with the latest perplexities."""
+        if self.analysis is None:
+            return None
+        found = RunResults(self.name, self.analysis)
+        for entry in self.evaluations.get("perplexity", [])[-1:]:
+            found = dataclasses.replace(found, perplexity=perplexities(entry), perplexity_setting=perplexity_setting(entry))
+        return found
 
     @property
     def seed_group(self) -> str:

@@ -245,7 +245,8 @@ class Display:
             self._bar = Progress(*columns, console=Console(file=sys.stdout))
             self._task = self._bar.add_task("", total=total_steps, completed=start_step)
             self._bar.start()
-        self._clock, self._start = time.perf_counter(), start_step
+        self._since: tuple[float, int] | None = None
+        """When the first report came, and of which step."""
 
     def step(self, line: dict[str, Any]) -> None:
         text = f"loss {line['cross_entropy']:.4f}"
@@ -257,9 +258,13 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, completed=line["step"], description=text)
             return
-        per_step = (time.perf_counter() - self._clock) / max(1, line["step"] - self._start)
-        eta = round(per_step * (self.total_steps - line["step"]))
-        print(f"step {line['step']}/{self.total_steps}  {text}  eta {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}", flush=True)
+        now = time.perf_counter()
+        if self._since is None:  # the first step, which warms up and compiles, says nothing about the others
+            self._since = (now, line["step"])
+        else:
+            eta = round((now - self._since[0]) / (line["step"] - self._since[1]) * (self.total_steps - line["step"]))
+            text += f"  eta {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}"
+        print(f"step {line['step']}/{self.total_steps}  {text}", flush=True)
 
     def say(self, text: str) -> None:
         if self._bar is not None:

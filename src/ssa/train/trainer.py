@@ -88,9 +88,10 @@ class _Run:
         from ssa.model.stored import check_weights, read_config
         from ssa.train.build import build_model, open_data
         from ssa.train.checkpoint import load_checkpoint, newest_checkpoint, verify_checkpoint
-        from ssa.train.environment import start_record
+        from ssa.train.environment import device_name, start_record
         from ssa.train.flops import flops_record, run_peak_flops
         from ssa.train.guard import Guard
+        from ssa.train.header import model_line, run_line, waiting_line
         from ssa.train.layers import prepare_layers
         from ssa.train.loss import StepLoss
         from ssa.train.metrics import Metrics
@@ -104,12 +105,15 @@ class _Run:
         self.recipe, self.out, self.ranks, self.device = recipe, out, ranks, ranks.device
         dtype = resolve_dtype(t.dtype, self.device)
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+        self.metrics: Metrics | None = None
+        self._say(run_line(recipe, out, ranks, device_name(self.device), dtype))
         for turn in (True, False):  # rank 0 may have text to prepare, which the others then find
             with ranks.together(out):
                 if ranks.main is turn:
                     self.data = open_data(recipe, out, resume)
         with ranks.together(out):
             if t.verify_data and ranks.main:
+                self._say(f"verifying the hash of every shard in {self.data.path}")
                 self.data.train.verify()
                 self.data.valid.verify()
         with ranks.together(out):
@@ -159,7 +163,6 @@ class _Run:
             self.found_inf = torch.zeros((), device=self.device)
             self.optimizer.found_inf = self.found_inf  # type: ignore[union-attr]
         self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []
-        self.metrics: Metrics | None = None
         aligned = recipe.model.method == "ssa" and recipe.model.alignment_loss != "none"
         with ranks.together(out):
             if ranks.main:
@@ -177,8 +180,11 @@ class _Run:
             self._say(
                 f"model.rope_factor = {recipe.model.rope_factor:g} scales the positions of {recipe.model.init_from}; 1 keeps them as they are"
             )
+        self._say(model_line(self.model, self.data))
         if resume:
             self._say(f"resuming from {found}" if found is not None else f"nothing to resume in {out}: starting at step 0")
+        if waiting := waiting_line(recipe, self.device):
+            self._say(waiting)
 
     def go(self) -> TrainResult:
         from ssa.data.prefetch import Prefetcher
@@ -211,7 +217,7 @@ class _Run:
             validate = (bool(t.eval_every) and done % t.eval_every == 0) or done == t.steps
             probe = self.probed is not None and done % t.probe_every == 0
             save = (bool(t.save_every) and done % t.save_every == 0) or done == t.steps or name is not None
-            if validate or save or probe or done % t.log_every == 0:
+            if validate or save or probe or done % t.log_every == 0 or step == self.start_step:
                 self._flush()
             if validate and name is None:
                 losses = self._validate(done)
@@ -384,8 +390,11 @@ class _Run:
         return self.saver.newest
 
     def _say(self, text: str) -> None:
+        """Once, by rank 0; before there are metrics as a plain line."""
         if self.metrics is not None:
             self.metrics.say(text)
+        elif self.ranks.main:
+            print(text, flush=True)
 
 
 def _seed_everything(seed: int) -> None:

@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import json
 import zipfile
 
@@ -22,6 +24,20 @@ def test_the_sixteen_tasks_and_their_answer_lengths():
     lengths |= dict.fromkeys(("gov_report", "qmsum", "multi_news"), 512)
     assert {name: kind.max_new_tokens for name, kind in TASKS.items()} == {**dict.fromkeys(TASKS, 32), **lengths}
     assert [name for name, kind in TASKS.items() if kind.first_line] == ["trec", "triviaqa", "samsum"]
+
+
+def test_prompts_are_the_releases_to_the_letter():
+    """Against dataset2prompt.json and dataset2maxlen.json of THUDM/LongBench at 2e00731."""
+    rows = json.dumps([[name, kind.prompt, kind.max_new_tokens] for name, kind in TASKS.items()])
+    assert hashlib.sha256(rows.encode()).hexdigest() == "2dfbfdff52dcf9de5b552342e63d8e665f0b1f885918cb9ccaa173698c71e0d9"
+    assert TASKS["narrativeqa"].prompt.count("asconcisely") == 2
+
+
+def test_answers_to_another_prompt_are_not_taken_for_these(monkeypatch):
+    before = LongBenchTask("trec", [record(all_classes=["A"])], 4000, byte_tokenizer()).setting
+    assert before == LongBenchTask("trec", [record(all_classes=["A"])], 4000, byte_tokenizer()).setting
+    monkeypatch.setitem(TASKS, "trec", dataclasses.replace(TASKS["trec"], prompt=TASKS["trec"].prompt + " "))
+    assert before != LongBenchTask("trec", [record(all_classes=["A"])], 4000, byte_tokenizer()).setting
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -51,10 +51,10 @@ _QASPER = (
 )
 
 TASKS: dict[str, Kind] = {
-    "narrativeqa": Kind(
-        "You are given a story, which can be either a novel or a movie script, and a question. Answer the question as concisely as you "
+    "narrativeqa": Kind(  # "asconcisely" is the release's
+        "You are given a story, which can be either a novel or a movie script, and a question. Answer the question asconcisely as you "
         "can, using a single phrase if possible. Do not provide any explanation.\n\nStory: {context}\n\nNow, answer the question based "
-        "on the story as concisely as you can, using a single phrase if possible. Do not provide any explanation.\n\n"
+        "on the story asconcisely as you can, using a single phrase if possible. Do not provide any explanation.\n\n"
         "Question: {input}\n\nAnswer:", 128, metrics.qa_f1,
     ),
     "qasper": Kind(
@@ -127,8 +127,9 @@ class LongBenchTask:
         self._room = length - self._kind.max_new_tokens - len(first_ids(tokenizer))
         if self._room < 2:
             raise UserError(f"length {length} is too short for {name}, whose answers may take {self._kind.max_new_tokens} tokens")
-        digest = hashlib.sha256(json.dumps(self._records, sort_keys=True).encode()).hexdigest()
-        self.setting: dict[str, Any] = {"task": name, "length": length, "records_sha256": digest}
+        asked = json.dumps([self._kind.prompt, self._records], sort_keys=True)
+        digest = hashlib.sha256(asked.encode()).hexdigest()
+        self.setting: dict[str, Any] = {"task": name, "length": length, "items_sha256": digest}
         self._count = len(self._records) if limit is None else min(limit, len(self._records))
 
     def __len__(self) -> int:
