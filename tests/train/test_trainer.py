@@ -230,13 +230,15 @@ def test_without_a_warm_up_the_alignment_weighs_what_it_did(recipe, tmp_path, mo
     """Bit for bit what a loss with a constant weight trains."""
 
     def constant(self, rows, stream, targets):
-        output = self.model(**rows, use_cache=False, stream=stream, num_items_in_batch=targets)
-        own = is_target(rows).sum() / targets
-        loss = output.loss + (1 / self.parts - own) * self.alignment_weight * output.alignment.sum()
-        return loss, torch.cat([(output.cross_entropy * own).view(1), output.alignment.detach() / self.parts])
+        inputs = {name: rows[name] for name in ("input_ids", "position_ids")}
+        output = self.model.model(**inputs, use_cache=False, stream=stream, carry_alignment=False)
+        own = torch.where(is_target(rows), rows["labels"][:, 1:], -100)
+        nll = self.model.summed_nll(output.last_hidden_state, own) / targets
+        loss = nll + self.alignment_weight / self.parts * output.alignment.sum()
+        return loss, torch.cat([nll.detach().view(1), output.alignment.detach() / self.parts])
 
     now = train(recipe(steps=4, accumulation=2), tmp_path / "now")
-    monkeypatch.setattr(StepLoss, "_of_rows", constant)
+    monkeypatch.setattr(StepLoss, "forward", constant)
     before = train(recipe(steps=4, accumulation=2), tmp_path / "before")
     assert_same_state(now.checkpoint, before.checkpoint)
     assert timeless(lines(now.out)) == timeless(lines(before.out))
@@ -292,17 +294,13 @@ def test_a_loss_that_is_not_finite_moves_nothing(recipe, tmp_path, monkeypatch, 
     moves = []
     optimizer_step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (moves.append(1), optimizer_step(self, *a)))
-    forward, calls = SSAForCausalLM.forward, []
+    summed_nll, calls = SSAForCausalLM.summed_nll, []
 
-    def poisoned(self, *args, **kwargs):
-        output = forward(self, *args, **kwargs)
+    def poisoned(self, *args):
         calls.append(1)
-        if len(calls) == 3 * accumulation:
-            output.loss = output.loss * float("nan")
-            output.cross_entropy = output.cross_entropy * float("nan")
-        return output
+        return summed_nll(self, *args) * (float("nan") if len(calls) == 3 * accumulation else 1)
 
-    monkeypatch.setattr(SSAForCausalLM, "forward", poisoned)
+    monkeypatch.setattr(SSAForCausalLM, "summed_nll", poisoned)
     with pytest.raises(UserError, match=r"loss is nan at step 3 .*before the weights moved") as caught:
         train(recipe(steps=6, save_every=2, accumulation=accumulation), tmp_path / "run")
     assert "\n" not in str(caught.value)

@@ -279,12 +279,25 @@ def one_cache(cache: Any, past_key_values: Any) -> BlockCache | None:
 
 
 class BlockCacheGeneration:
-    """Makes `generate` use a `BlockCache` (mix in before GenerationMixin)."""
+    """Makes `generate` use a `BlockCache` and refuse prompts padded where tokens follow (mix in before GenerationMixin)."""
+
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs, *args, **kwargs):
+        mask = super()._prepare_attention_mask_for_generation(  # type: ignore[misc]
+            inputs_tensor, generation_config, model_kwargs, *args, **kwargs
+        )
+        _refuse_right_padding(mask)
+        if bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise UserError(
+                f"the pad token (id {generation_config.pad_token_id}) stands inside the text, and generate took it for padding: "
+                "pass attention_mask"
+            )
+        return mask
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise UserError(f"cache_implementation = {kind!r} is not supported; use 'dynamic' or 'static', or leave it out")
+        _refuse_right_padding(model_kwargs.get("attention_mask"))
         # A caller's cache goes on under the name that this release's loop reads: beside a second one it would be ignored.
         cache = one_cache(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
         if cache is None and generation_config.use_cache is not False:
@@ -293,3 +306,11 @@ class BlockCacheGeneration:
         if cache is not None:
             model_kwargs[CACHE_FIELD] = cache
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _refuse_right_padding(mask: Tensor | None) -> None:
+    if mask is not None and mask.ndim == 2 and bool((mask[:, -1:] == 0).any()):
+        raise UserError(
+            "a prompt ends in padding, and what is generated would follow it: tokenize with padding_side='left' "
+            "(where the last token is text, pass attention_mask)"
+        )

@@ -5,12 +5,16 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, C hi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -19,12 +23,14 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from ssa.attention import METHODS, AttentionCall, AttentionRecord
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
+from ssa.model.alignment import carry_alignment as carried
+from ssa.model.alignment import warn_of_eval_mode
 from ssa.model.cache import CACHE_FIELD, BlockCache, BlockCacheGeneration, CacheByEitherName, one_cache
 from ssa.model.configuration import SSAConfig
 from ssa.ops.cross_entropy import SLICE_ELEMENTS, linear_cross_entropy
 from ssa.ops.decode import MAX_QUERIES
-from ssa.ops.documents import cu_seqlens_from_positions
-from ssa.train.streams import draw_stream
+from ssa.ops.documents import cu_seqlens_from_positions, positions_from_starts
+from ssa.train.streams import TrainStep, follow_trainers
 
 
 class SSAAttention(nn.Module):
@@ -109,7 +115,8 @@ class SSAPreTrainedModel(PreTrainedModel):
 @dataclass
 class SSAModelOutput(CacheByEitherName, BaseModelOutputWithPast):
     alignment: Tensor | None = None
-    """fp32 [2], mean over layers of (sparsity loss, commitment loss)."""
+    """fp32 [2], mean over layers of (sparsity loss, commitment loss), with its graph. In training the hidden states carry it into
+    whatever loss they end up in; who adds it to a loss passes `carry_alignment=False`."""
 
 
 class SSAModel(SSAPreTrainedModel):
@@ -123,8 +130,8 @@ class SSAModel(SSAPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.impl = "auto"
         self.gradient_checkpointing = False
-        self.stream_step = 0
-        """Training passes so far, the step of the stream draw where the caller does not pass `stream`."""
+        self.train_step = TrainStep()
+        """What is known of the optimizer step in training, unless the caller passes `stream` and weighs the alignment."""
         self.post_init()
 
     def forward(
@@ -144,8 +151,16 @@ class SSAModel(SSAPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         past_key_values: BlockCache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        carry_alignment: bool = True,
+        **kwargs,
     ) -> SSAModelOutput | tuple:
-        """See `SSAForCausalLM.forward`."""
+        """See `SSAForCausalLM.forward`.
+
+        carry_alignment: a loss of the hidden states trains the alignment, too (`ssa.model.alignment`).
+        """
+        _refuse_typos(kwargs, SSAModel.forward)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("pass either input_ids or inputs_embeds")
         if output_attentions:
@@ -159,6 +174,7 @@ class SSAModel(SSAPreTrainedModel):
         if use_cache and cache is None:
             cache = BlockCache()
         past = 0 if cache is None else cache.get_seq_length()
+        position_ids = _document_positions(position_ids, cu_seq_lens_q, seq_idx, x_BTC, past)
         # What a training loop hands over is not checked on the GPU, where looking at it would stall the step.
         checked = not (self.training and x_BTC.is_cuda)
         positions_BT, padding_BT = _positions(attention_mask, position_ids, x_BTC, past, checked)
@@ -182,15 +198,25 @@ class SSAModel(SSAPreTrainedModel):
             if alignment is not None:
                 alignments.append(alignment)
         x_BTC = self.norm(x_BTC)
+        alignment = torch.stack(alignments).mean(0) if alignments else None
+        weight = self.config.alignment_weight
+        if alignment is not None and alignment.requires_grad and carry_alignment and weight:
+            x_BTC = carried(x_BTC, alignment, weight, self.train_step, self.layers)
+        elif not self.training and self._aligns(attention_mode) and x_BTC.requires_grad and not torch.compiler.is_compiling():
+            warn_of_eval_mode(x_BTC)
         if output_hidden_states:
             hidden_states += (x_BTC,)
         output = SSAModelOutput(
             last_hidden_state=x_BTC,
             hidden_states=hidden_states or None,
-            alignment=torch.stack(alignments).mean(0) if alignments else None,
+            alignment=alignment,
             **{CACHE_FIELD: cache if use_cache else None},
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _aligns(self, attention_mode: AttentionMode | None) -> bool:
+        config = self.config
+        return config.method == "ssa" and config.alignment_loss != "none" and bool(config.alignment_weight) and attention_mode is None
 
     def _attention_call(
         self, attention_mode: AttentionMode | None, budget: Budget | str | None, stream: AttentionMode | None,
@@ -202,17 +228,49 @@ class SSAModel(SSAPreTrainedModel):
             if value not in (None, "sparse", "full"):
                 raise UserError(f"{name} = {value!r} is neither 'sparse' nor 'full'")
         align = False
-        if self.training and attention_mode is None:
+        # Without gradients nobody trains, whatever the module's mode: a policy that generates, a reference, a metric.
+        if self.training and attention_mode is None and (stream is not None or torch.is_grad_enabled()):
             mode: AttentionMode = METHODS[config.method].training_mode
             if config.method == "ssa":
-                if stream is None:
-                    stream = draw_stream(config.stream_seed, self.stream_step, config.full_ratio)
-                    self.stream_step += 1
-                mode, align = stream, True
+                mode = stream or self.train_step.draw(config.stream_seed, config.full_ratio)
+                align = True
         else:
             mode = attention_mode or config.attention_mode
         budget = config.budget if budget is None else Budget.parse(budget)
         return AttentionCall(mode, budget, align, positions_BT, padding_BT, cu_seqlens, self.impl, observer)
+
+
+IGNORED_KEYWORDS = frozenset({"cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"})
+"""Of what collators and generation loops hand over: nothing that the other keywords do not say."""
+
+
+def _refuse_typos(keywords: Iterable[str], forward: Callable) -> None:
+    """Unknown keywords are those of other models and newer releases, and ignored; one that nearly is an own one was meant to be it."""
+    for name in set(keywords) - IGNORED_KEYWORDS:
+        if close := difflib.get_close_matches(name, inspect.signature(forward).parameters, n=1, cutoff=0.8):
+            raise UserError(f"{name} is no keyword of the model: {close[0]}?")
+
+
+def _document_positions(
+    position_ids: Tensor | None, cu_seq_lens: Tensor | None, seq_idx: Tensor | None, tokens_BT: Tensor, past: int = 0
+) -> Tensor | None:
+    """`position_ids`, restarting also where a collator says in other words that a document starts; tokens [B, T, ...]."""
+    if cu_seq_lens is None and seq_idx is None:
+        return position_ids
+    batch, queries = tokens_BT.shape[:2]
+    if past:
+        raise UserError("cu_seq_lens_q and seq_idx describe whole rows: pass position_ids beside a cache")
+    starts_BT = torch.zeros(batch, queries + 1, dtype=torch.bool, device=tokens_BT.device)
+    starts_BT[:, 0] = True
+    if position_ids is not None:
+        starts_BT[:, :-1] |= position_ids == 0
+    if cu_seq_lens is not None:
+        if batch != 1:
+            raise UserError(f"cu_seq_lens_q describes one flattened row, not a batch of {batch}")
+        starts_BT[0, cu_seq_lens.to(torch.int64).clamp(0, queries)] = True
+    if seq_idx is not None:
+        starts_BT[:, 1:-1] |= seq_idx[:, 1:] != seq_idx[:, :-1]
+    return positions_from_starts(starts_BT[:, :-1])
 
 
 def _positions(
@@ -283,12 +341,23 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @property
+    def train_step(self) -> TrainStep:
+        return self.model.train_step
+
+    @property
     def stream_step(self) -> int:
-        return self.model.stream_step
+        """Number of the step whose stream the next training pass follows."""
+        return self.train_step.number
 
     @stream_step.setter
     def stream_step(self, step: int) -> None:
-        self.model.stream_step = step
+        self.train_step.number = step
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """`forward` takes `num_items_in_batch`. A `Trainer` asks while it is built, before it collects its callbacks."""
+        follow_trainers()
+        return True
 
     def forward(
         self,
@@ -310,6 +379,9 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         past_key_values: BlockCache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
     ) -> SSACausalLMOutput | tuple:
         """One pass over [B, T] tokens.
 
@@ -317,39 +389,53 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             attention_mask: [B, S], 0 = padding, before the first or after the last token of a row, never between.
             cache: What earlier passes left, which this pass extends; transformers before 5.24 call it `past_key_values`.
             position_ids: int [B, T]. Where they restart at 0 a new document starts, and nothing crosses it.
-            labels: int [B, T], `input_ids` with -100 where there is nothing to learn; shifted inside. The first token of a
-                document is never a target.
+            labels: int [B, T], `input_ids` with -100 where there is nothing to learn; shifted inside. Padding and the first token
+                of a document are never targets.
             attention_mode: "sparse" or "full"; the configuration's in inference, the method's stream in training by default.
             budget: `Budget` or "kxs", blocks a query may read; the configuration's by default.
             stream: SSA in training: the stream that goes on, where the caller draws it (`ssa.train.streams`).
             cu_seqlens: int32 [documents + 1], where documents begin in the flattened batch, beside `position_ids`: spares a GPU one
                 wait (`ssa.ops.documents.cu_seqlens_from_positions`, on the CPU).
             observer: called as observer(layer, AttentionRecord) by every layer.
-            num_items_in_batch: targets of the whole (accumulated) batch; makes the loss a sum over them divided by this.
+            num_items_in_batch: targets of a whole step, which has several passes (`train_step.micro_batches`): the loss is then this
+                pass's part of the step's, and their sum over passes (and the mean over ranks, times their number) is the step's.
             logits_to_keep: compute logits of the last so many positions only (0 = all).
+            cu_seq_lens_q: int32 [documents + 1], B = 1: where documents begin, with or without `position_ids`.
+            seq_idx: int [B, T], a document's number for each of its tokens; says the same.
+            kwargs: what collators and other releases hand over besides, ignored.
 
         Returns:
-            `SSACausalLMOutput`. In training `loss` = CE + alpha * mean over layers of (sparsity + commitment loss) and `logits`
-            is None: they are never held for all tokens.
+            `SSACausalLMOutput`. In training `loss` = CE + alpha * mean over layers of (sparsity + commitment loss), and `logits`
+            is None beside labels: they are never held for all tokens. Without labels a loss of the logits trains the alignment, too
+            (`ssa.model.alignment`).
         """
+        _refuse_typos(kwargs, SSAForCausalLM.forward)
+        cache = one_cache(cache, past_key_values)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is not None:
+            past = 0 if cache is None else cache.get_seq_length()
+            position_ids = _document_positions(position_ids, cu_seq_lens_q, seq_idx, tokens, past)
         outputs: SSAModelOutput = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=one_cache(cache, past_key_values),
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
             inputs_embeds=inputs_embeds, use_cache=use_cache, attention_mode=attention_mode, budget=budget, stream=stream,
             cu_seqlens=cu_seqlens, observer=observer, output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            carry_alignment=labels is None,
         )  # fmt: skip
         hidden_BTC = outputs.last_hidden_state
         result = SSACausalLMOutput(hidden_states=outputs.hidden_states, **{CACHE_FIELD: outputs.cache})
+        if outputs.alignment is not None:
+            result.sparsity_loss, result.commitment_loss = outputs.alignment.detach().unbind()
         if labels is not None:
-            targets = _targets(labels, position_ids)
-            count = (targets != -100).sum().clamp(min=1)
-            weight = 1.0 if num_items_in_batch is None else count / num_items_in_batch
-            result.loss = self.summed_nll(hidden_BTC, targets) / count
-            result.cross_entropy = result.loss.detach()
+            targets = _targets(labels, position_ids, attention_mask)
+            count = (targets != -100).sum()
+            nll, items = self.summed_nll(hidden_BTC, targets), count if num_items_in_batch is None else num_items_in_batch
+            result.loss = nll / torch.as_tensor(items).clamp(min=1)
+            result.cross_entropy = nll.detach() / count.clamp(min=1)
+            if self.training and num_items_in_batch is not None:
+                self._warn_of_counted_starts(labels, count)
             if outputs.alignment is not None:
                 result.alignment = outputs.alignment
-                result.sparsity_loss, result.commitment_loss = outputs.alignment.detach().unbind()
-                result.loss = result.loss + self.config.alignment_weight * outputs.alignment.sum()
-            result.loss = result.loss * weight
+                result.loss = result.loss + self._alignment_weight(count, num_items_in_batch) * outputs.alignment.sum()
         if labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             result.logits = self.lm_head(hidden_BTC[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep])
@@ -361,12 +447,38 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         kwargs (attention_mode, budget, attention_mask, observer) go to the model.
         """
         hidden_BTC = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **kwargs).last_hidden_state
-        return self._nll(hidden_BTC[:, :-1], _targets(input_ids if labels is None else labels, position_ids))
+        targets = _targets(input_ids if labels is None else labels, position_ids, kwargs.get("attention_mask"))
+        return self._nll(hidden_BTC[:, :-1], targets)
+
+    def _alignment_weight(self, count: Tensor, num_items: Tensor | int | None) -> float:
+        """What the sum of both alignment losses weighs in the loss of a pass with `count` targets."""
+        step = self.train_step
+        if num_items is None:
+            return self.config.alignment_weight
+        if step.micro_batches is None and bool(count != num_items):
+            raise UserError(
+                f"num_items_in_batch = {int(num_items)} counts targets of several passes, this one has {int(count)}, and nobody has said "
+                "how many passes make up a step: set model.train_step.micro_batches (a transformers Trainer wants "
+                "callbacks=[ssa.train.streams.StreamCallback()])"
+            )
+        return self.config.alignment_weight / ((step.micro_batches or 1) * step.count_ranks)
+
+    def _warn_of_counted_starts(self, labels_BT: Tensor, count: Tensor) -> None:
+        if labels_BT.is_cuda and self.train_step.number:  # looking would stall every step
+            return
+        if starts := int((labels_BT[:, 1:] != -100).sum() - count):
+            warnings.warn(
+                f"{starts} labels are padding or the first token of a document, which num_items_in_batch may count and the loss leaves "
+                "out, so that it comes out smaller by their share: set such labels to -100",
+                stacklevel=3,
+            )
 
     def summed_nll(self, hidden_BTC: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum over targets of -log p in nats, fp32 scalar. hidden [B, T, C]; targets int64 [B, T] or, where the last position has
         none, [B, T-1]; -100 = no target. Logits are never held for all tokens."""
         targets = torch.nn.functional.pad(targets_BT, (0, hidden_BTC.shape[1] - targets_BT.shape[1]), value=-100)
+        if not _is_plain(self.lm_head):
+            return self._nll(hidden_BTC, targets).sum()
         hidden = hidden_BTC.flatten(0, 1)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -378,16 +490,33 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         step = max(1, SLICE_ELEMENTS.get(hidden.device.type, 1 << 24) // self.config.vocab_size)
         if len(hidden) <= step:
             return self._nll_slice(hidden, targets).view(targets_BT.shape)
-        parts = [self._nll_slice(hidden[i : i + step], targets[i : i + step]) for i in range(0, len(hidden), step)]
+        parts = [
+            # the backward pass computes a slice's logits again
+            checkpoint(self._nll_slice, hidden[i : i + step], targets[i : i + step], use_reentrant=False)
+            for i in range(0, len(hidden), step)
+        ]
         return torch.cat(parts).view(targets_BT.shape)
 
     def _nll_slice(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=-100, reduction="none")
 
 
-def _targets(labels_BT: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Labels shifted to the position that predicts them, [B, T-1]; -100 where a document starts."""
+def _targets(labels_BT: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """Labels shifted to the position that predicts them, [B, T-1]; -100 for padding and where a document starts."""
     targets = labels_BT[:, 1:]
     if position_ids is not None:
         targets = torch.where(position_ids.expand(labels_BT.shape)[:, 1:] == 0, -100, targets)
+    if attention_mask is not None:
+        real_BT = attention_mask[:, -labels_BT.shape[1] :] != 0
+        targets = torch.where(real_BT[:, 1:] & real_BT[:, :-1], targets, -100)
     return targets
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """A product with `head.weight` is all that `head` does: no adapter, quantization, hook or replaced forward has a say in it."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(head.weight) in (nn.Parameter, Tensor)
+        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+    )

@@ -54,6 +54,12 @@ def positions_from_cu_seqlens(cu_seqlens: Tensor, total: int) -> Tensor:
     return (columns - starts[document])[None]
 
 
+def positions_from_starts(starts_BT: Tensor) -> Tensor:
+    """Where documents begin, bool [B, T] with a start in column 0 -> positions in them, int64 [B, T]."""
+    columns = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+    return columns - torch.where(starts_BT, columns, 0).cummax(1).values
+
+
 def cu_seqlens_from_positions(positions_BT: Tensor, num_keys: int | None = None) -> Tensor:
     """Where documents begin in a flattened batch: int32 [n + 1] from 0 to B * T, on the device of `positions_BT`.
 
