@@ -49,7 +49,8 @@ else:
     from torch.distributed import TCPStore
     here.touch()
     with contextlib.suppress(RuntimeError):  # rank 0 may have given up
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), 2) if comes == "store" else None
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(*place, 2, timeout=timedelta(seconds=10)) if comes == "store" else None
     wait(over)
 """
 

@@ -271,3 +271,21 @@ def test_tasks_are_ordered_and_averaged_as_in_the_paper_and_other_checkpoints_le
             "average of PIQA, HellaSwag, ARC-e, ARC-c", "PPL"] in rows  # fmt: skip
     assert ["full", "run", "70.00", "50.00", "60.00", "40.00", "90.00", "55.00", "15.00"] in rows
     assert "Results of other checkpoints of run are left out." in page
+
+
+def test_judged_claims_come_first_and_losses_are_one_measurement(tmp_path):
+    for method, gap in (("full", 0.02), ("ssa", -0.03)):
+        run = trained(tmp_path / method, method)
+        write(run / "analysis" / "analysis.json", analysis_of(method, method, gap=0.5))
+        evaluated(run, {"full": 2.0, "4x16": 2.0 + gap})
+    claims = [{"claim": "It <b>pays</b>.", "verdict": verdict, "here": "1 < 2"} for verdict in ("holds", "does not hold here")]
+    write(tmp_path / "demo.json", {"command": "ssa demo", "claims": claims, "methods": {"full": {"x": 1}}})
+    write(tmp_path / "other.json", {"command": "x", "claims": [{"claim": "no verdict"}]})
+    evidence = collect([tmp_path])
+    assert [name for name, _ in evidence.problems] == [f"{tmp_path.name}/other.json"]
+    page = render_report(evidence)
+    text = " ".join(Page(page).text)
+    assert page.index("What the paper says, and what these runs show</h2>") < page.index("Perplexity by budget</h2>")
+    assert page.count("It &lt;b&gt;pays&lt;/b&gt;.") == 2 and ["It <b>pays</b>.", "holds", "1 < 2"] in Page(page).rows
+    assert re.search(r"full\s+changes least \(\+0.0200 nats per token\) and\s+ssa\s+most \(-0.0300\)", text)
+    assert ["gap, sparse − full (nats)", "+0.0200", "-0.0300"] in Page(page).rows and "Words of this page" in text

@@ -15,7 +15,7 @@ def claims(benchmarks: Sequence[Benchmark]) -> Section:
     tables = []
     for benchmark in benchmarks:
         judged = benchmark.content.get("claims")
-        if isinstance(judged, list) and judged:
+        if judged:
             rows = [
                 (
                     str(c["claim"]),

@@ -193,6 +193,7 @@ def _read(file: Path, shown: str, runs: dict[Path, RunEvidence], evidence: Evide
         elif kind == "record of a run":
             _add_record(content, run(file.with_suffix("")))
         elif kind == "benchmark":
+            _check_claims(content.get("claims", []))
             evidence.benchmarks.append(Benchmark(shown, content))
         else:
             evidence.problems.append((shown, "no kind of result that this page knows"))
@@ -270,6 +271,11 @@ def _check_analysis(content: dict[str, Any]) -> None:
     for name in ("method", "budget", "measured", "versions", "device", "dtype", "selection", "receptive_field"):
         content[name]
     results.violations()
+
+
+def _check_claims(claims: Any) -> None:
+    for claim in claims:
+        claim["claim"], claim["verdict"], claim["here"]
 
 
 def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:
