@@ -69,6 +69,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def follow_umask(*paths: Path) -> None:
+    """Give files the mode that `open` gives new ones: some libraries write through temporary files that only their owner can read."""
+    for path in paths:
+        probe = path.with_name(
+            f".{path.name}.mode-{os.getpid()}"
+        )  # os.umask tells its value only by changing it, for all threads
+        with probe.open("x") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        probe.unlink()
+        path.chmod(mode & 0o777)
+
+
 def sha256_of_file(path: Path) -> str:
     """In hexadecimal digits."""
     with path.open("rb") as file:

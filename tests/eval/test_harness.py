@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -295,3 +298,41 @@ def test_errors(make_run, data_dir, local_manager, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"sparse-sparse-attention\[eval\]"):
         evaluate(run, perplexity=False, tasks=["piqa"])
+
+
+def test_the_command_has_our_model_where_none_is_named():
+    ask = ["--model_args", "pretrained=RUN", "--tasks", "piqa"]
+    assert harness.with_defaults(ask) == harness.with_defaults(["run", *ask]) == ["run", "--model", "ssa", *ask]
+    for other in (["--model", "hf", *ask], ["-M=hf", *ask]):
+        assert harness.with_defaults(other) == ["run", *other]
+    for left_alone in (["ls", "tasks"], ["validate", "--tasks", "piqa"], ["--help"], ["run", "-h"], ["--config", "all.yaml"]):
+        assert harness.with_defaults(left_alone) == left_alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "which model"),
+        (["--tasks", "piqa"], "--model_args pretrained=RUN"),
+        (["--model_args", "pretrained=RUN"], "which tasks"),
+        (["--model", "ssa", "--model_args", "pretrained=RUN"], "which tasks"),
+    ],
+)
+def test_the_command_says_what_is_missing(arguments, says):
+    with pytest.raises(UserError, match=says):
+        harness.with_defaults(arguments)
+
+
+def test_model_arguments_that_are_missing_or_unknown_are_named():
+    with pytest.raises(UserError, match="needs --model_args pretrained=RUN"):
+        SSALM()
+    with pytest.raises(UserError, match=r"no argument 'pretraned'; it has pretrained, .*max_batch_size, tokenizer$"):
+        SSALM(pretraned="RUN")
+
+
+def test_without_lm_eval_the_command_says_what_to_install(tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ImportError('not here')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-m", "ssa.eval.harness"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "sparse-sparse-attention[eval]" in done.stderr

@@ -14,6 +14,7 @@ from ssa.attention import METHODS
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
 from ssa.model import SSAConfig, SSAForCausalLM, sources, weights
+from ssa.model.card import AUTO_MAP, STUB
 from ssa.model.convert import convert
 
 TOKENS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(7))
@@ -274,7 +275,9 @@ def test_released_ssa_takes_the_selection_gate(tmp_path):
     assert (str(model.config.budget), model.config.selection_rule, model.config.attention_mode) == ("4x4", "released", "sparse")
     assert model.config.rope_parameters["rope_theta"] == 500000.0
     assert "selection rule kept" in str(report)
-    assert not list((tmp_path / "ssa").glob("*.py")) and "auto_map" not in (tmp_path / "ssa" / "config.json").read_text()
+    # no code of the source's: the one file is the package's own
+    assert {path.name: path.read_text() for path in (tmp_path / "ssa").glob("*.py")} == {"modeling_ssa.py": STUB}
+    assert json.loads((tmp_path / "ssa" / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
 def test_released_layout_computes_the_gated_llama(tmp_path):
@@ -472,7 +475,7 @@ def test_out_is_never_half_written_nor_overwritten_by_chance(tmp_path, llama, mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", full_disk)
+        patch.setattr("ssa.model.weights.write_safetensors", full_disk)
         with pytest.raises(UserError, match="No space left on device"):
             convert(llama, out, block_size=8, overwrite=True)
     assert (out / "config.json").read_bytes() == before

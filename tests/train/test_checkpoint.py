@@ -60,7 +60,7 @@ def test_it_is_a_model_directory_without_pickles(tmp_path):
     ids = torch.arange(12)[None]
     assert torch.equal(AutoModelForCausalLM.from_pretrained(path)(ids).logits, model.eval()(ids).logits)
     assert AutoTokenizer.from_pretrained(path).decode(AutoTokenizer.from_pretrained(path).encode("añ")) == "añ"
-    assert {p.suffix for p in path.iterdir()} <= {".json", ".safetensors"}
+    assert {p.suffix for p in path.iterdir()} <= {".json", ".safetensors", ".md", ".py"}
 
 
 def test_only_the_last_are_kept_and_foreign_directories_stay(tmp_path):

@@ -63,6 +63,9 @@ def test_a_run_learns_and_leaves_what_it_promises(recipe, tmp_path, capsys):
     assert 0 < work["sparse"] < work["dense"] < work["matmul"] and work["compression"] == 0 and environment["peak_flops"] is None
     assert work["total"] == pytest.approx(sum(value for name, value in work.items() if name != "total"))
     assert "step 30/30" in capsys.readouterr().out
+    card = (result.checkpoint / "README.md").read_text()
+    losses = f"{result.validation['full']:.4f} full, {result.validation['sparse']:.4f} sparse"
+    assert "| 30 of 30 steps, 1,920 tokens |" in card and f"| {losses} (nats a token) |" in card
 
 
 def test_a_run_says_what_it_is_before_it_works_and_reports_its_first_step(recipe, tmp_path, capsys, monkeypatch):

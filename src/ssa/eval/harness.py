@@ -1,9 +1,9 @@
 """This project's models in lm-evaluation-harness, unpatched: `--model ssa`.
 
 lm-eval's main branch reads the entry point "lm_eval.models", which makes the name known to its own command. Releases up to 0.4.13 (and
-0.5.0.dev1) look at no entry points; there this module stands in for the command and is otherwise the same:
+0.5.0.dev1) look at no entry points; there this module stands in for the command, with `ssa` as its default model:
 
-    python -m ssa.eval.harness --model ssa --model_args pretrained=RUN,attention_mode=sparse,budget=16x16 --tasks piqa --batch_size auto
+    python -m ssa.eval.harness --model_args pretrained=RUN,attention_mode=sparse,budget=16x16 --tasks piqa --batch_size auto
 
 Under torchrun the ranks share the batches and tell each other the answers, so lm-eval sees one model that has all of them on every rank:
 its own way (`rank` and `world_size` of the model) shares documents before few-shot examples are drawn, and so draws others.
@@ -13,7 +13,9 @@ This module imports lm-eval (extra "eval"); nothing else of the package does.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import inspect
 import json
 import logging
 import sys
@@ -22,9 +24,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f'ssa: error: this is lm-evaluation-harness ({error}): pip install "sparse-sparse-attention[eval]"', file=sys.stderr)
+    sys.exit(2)
 
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
@@ -68,7 +77,7 @@ class SSALM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: Any,
+        pretrained: Any = None,
         attention_mode: str | None = None,
         budget: Budget | str | None = None,
         batch_size: int | str = "auto",
@@ -77,6 +86,7 @@ class SSALM(TemplateLM):
         max_length: int | None = None,
         max_batch_size: int | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
+        **unknown: Any,
     ) -> None:
         """Load the model.
 
@@ -90,6 +100,11 @@ class SSALM(TemplateLM):
             max_batch_size: Accepted because lm-eval passes it; batches are never searched for here.
         """
         super().__init__()
+        if unknown:
+            known = ", ".join(list(inspect.signature(SSALM).parameters)[:-1])
+            raise UserError(f"the model ssa has no argument {next(iter(unknown))!r}; it has {known}")
+        if pretrained is None:
+            raise UserError("the model ssa needs --model_args pretrained=RUN: a run, a checkpoint or a model directory")
         meet()
         mode, chosen = attention_choice(attention_mode, budget)
         if device == DEFAULT_DEVICE and not torch.cuda.is_available():
@@ -305,10 +320,34 @@ def _name(request: Request) -> int:
     return int.from_bytes(digest.digest()[:8], "little")
 
 
+def with_defaults(arguments: Sequence[str]) -> list[str]:
+    """The arguments of lm-eval's command, with our model where they name none.
+
+    Raises:
+        UserError: Nothing to evaluate, or on.
+    """
+    arguments = list(arguments)
+    if arguments[:1] in (["ls"], ["validate"]) or {"-h", "--help"}.intersection(arguments):
+        return arguments
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in (("--model", "-M"), ("--model_args", "-a"), ("--tasks", "-t"), ("--config", "-C")):
+        parser.add_argument(*names, nargs="+")
+    given, _ = parser.parse_known_args(arguments)
+    if given.config:  # a file that can say all of it
+        return arguments
+    if given.model is None and given.model_args is None:
+        raise UserError("which model? Add --model_args pretrained=RUN: a run, a checkpoint or a model directory")
+    if given.tasks is None:
+        raise UserError("which tasks? Add --tasks with their names; python -m ssa.eval.harness ls tasks lists them")
+    options = arguments[1:] if arguments[:1] == ["run"] else arguments
+    return ["run", *([] if given.model else ["--model", "ssa"]), *options]
+
+
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
     try:
+        sys.argv[1:] = with_defaults(sys.argv[1:])
         cli_evaluate()
     except UserError as error:
         print(f"ssa: error: {error}", file=sys.stderr)

@@ -57,6 +57,7 @@ def load_model(
         raise UserError(
             f"the tokenizer in {path} has {vocabulary_size(tokenizer)} ids and the model only {model.config.vocab_size}: they do not belong together"
         )
+    model.config.return_dict = True  # whoever saved it may prefer tuples; everything here reads fields by name
     return model.to(the_device).eval(), tokenizer
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from ssa.config import SIZE_LIMITS, Budget, ModelRecipe, released_rule_check
 from ssa.errors import UserError
+from ssa.model.card import AUTO_MAP, write_card
 
 _CHOICES = {
     "method": ("full", "moba", "nsa", "ssa"),
@@ -33,6 +38,10 @@ class SSAConfig(LlamaConfig):
     """
 
     model_type = "ssa"
+    # what `Trainer` leaves out of predictions: all but the logits (and hidden states where they are asked for)
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "cross_entropy", "sparsity_loss", "commitment_loss", "alignment"]
+    base_model_tp_plan = {**(LlamaConfig.base_model_tp_plan or {}), "layers.*.self_attn.g_proj": "colwise"}
+    base_model_pp_plan = None
 
     vocab_size: int = 128256
     hidden_size: int = 2048
@@ -81,6 +90,18 @@ class SSAConfig(LlamaConfig):
             raise UserError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = {self.num_key_value_heads}"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"auto_map": AUTO_MAP}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """config.json, and beside it the model's card and the file that `auto_map` names (`ssa.model.card`)."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_card(Path(save_directory), self)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """transformers calls this where it loads through `auto_map`, and would save a copy of this file from then on."""
 
     @property
     def budget(self) -> Budget:

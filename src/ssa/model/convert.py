@@ -20,6 +20,7 @@ from torch import Tensor
 from ssa.attention import METHODS
 from ssa.errors import UserError, one_line
 from ssa.files import sync
+from ssa.model.card import CARD, is_foreign, write_card
 from ssa.model.configuration import SSAConfig
 from ssa.model.layouts import RELEASED, Choices, Layout, llama_json, read_layout, released_json
 from ssa.model.modeling import SSAForCausalLM
@@ -106,6 +107,10 @@ def convert(
         write_weights(scratch, tensors.infos, tensors.make)
         write_json(scratch / "config.json", values)
         notes += opened.carry(scratch)
+        if to == "ssa":
+            if is_foreign(out / CARD):  # of the directory that is replaced
+                shutil.copy(out / CARD, scratch)
+            write_card(scratch, layout.config)
     return ConversionReport(
         str(source), layout.model_type, out, to, layout.config.method, str(layout.config.budget),
         sum(info.numel for info in tensors.infos.values()), str(tensors.dtype).removeprefix("torch."), (*layout.notes, *notes),

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +21,12 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.utils.generic import can_return_tuple
 
 from ssa.attention import METHODS, AttentionCall, AttentionRecord
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
+from ssa.files import follow_umask
 from ssa.model.alignment import carry_alignment as carried
 from ssa.model.alignment import warn_of_eval_mode
 from ssa.model.cache import CACHE_FIELD, BlockCache, BlockCacheGeneration, CacheByEitherName, one_cache
@@ -56,7 +60,10 @@ class SSAAttention(nn.Module):
         self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall, cache: BlockCache | None
     ) -> tuple[Tensor, Tensor | None]:
         batch, queries, _ = x_BTC.shape
-        q, k, v = (p(x_BTC).view(batch, queries, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p(x_BTC) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if q.shape[-1] != self.o_proj.in_features:
+            self._check_tensor_parallel(k, call)
+        q, k, v = (y.view(batch, queries, -1, self.head_dim) for y in (q, k, v))
         q, k = apply_rotary_pos_emb(q, k, *rope, unsqueeze_dim=2)
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves v in low precision and RoPE's tables in fp32
         means = None
@@ -86,6 +93,16 @@ class SSAAttention(nn.Module):
             )
         return self.o_proj(result.out_BTHD.reshape(batch, queries, -1)), result.alignment
 
+    def _check_tensor_parallel(self, k: Tensor, call: AttentionCall) -> None:
+        """This rank has some of the heads; k is the projection's output."""
+        if k.shape[-1] % self.head_dim:
+            heads = self.k_proj.out_features // self.head_dim
+            raise UserError(f"tensor parallelism shares out whole heads: the number of ranks must divide the {heads} kv heads")
+        if call.align:
+            raise UserError(
+                "the alignment is a mean over all heads, which tensor parallelism does not train: share the model by FSDP, or set alignment_loss to none"
+            )
+
 
 class SSADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: SSAConfig, layer_idx: int) -> None:
@@ -111,6 +128,23 @@ class SSAPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
 
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs) -> None:
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            follow_umask(*Path(save_directory).glob("model*.safetensors"))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """As `SSAConfig.register_for_auto_class`."""
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
+        if (
+            getattr(distributed_config, "pp_size", None) or 1
+        ) > 1:  # transformers would split any model, layers of two results wrongly
+            raise UserError(f"pp_size = {distributed_config.pp_size}: the model runs in no pipeline; use tp_size or fsdp_size")
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)
+
 
 @dataclass
 class SSAModelOutput(CacheByEitherName, BaseModelOutputWithPast):
@@ -134,6 +168,7 @@ class SSAModel(SSAPreTrainedModel):
         """What is known of the optimizer step in training, unless the caller passes `stream` and weighs the alignment."""
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -149,7 +184,6 @@ class SSAModel(SSAPreTrainedModel):
         observer: Callable[[int, AttentionRecord], None] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         past_key_values: BlockCache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
@@ -166,6 +200,8 @@ class SSAModel(SSAPreTrainedModel):
         if output_attentions:
             raise UserError("output_attentions = True: attention weights are never held; pass an observer, or use ssa analyze")
         x_BTC = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
         cache = one_cache(cache, past_key_values)
@@ -206,13 +242,12 @@ class SSAModel(SSAPreTrainedModel):
             warn_of_eval_mode(x_BTC)
         if output_hidden_states:
             hidden_states += (x_BTC,)
-        output = SSAModelOutput(
+        return SSAModelOutput(
             last_hidden_state=x_BTC,
             hidden_states=hidden_states or None,
             alignment=alignment,
             **{CACHE_FIELD: cache if use_cache else None},
         )
-        return output.to_tuple() if return_dict is False else output
 
     def _aligns(self, attention_mode: AttentionMode | None) -> bool:
         config = self.config
@@ -332,6 +367,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
     """Language model with natively trainable sparse attention; a `transformers` model in every respect."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: SSAConfig) -> None:
         super().__init__(config)
@@ -359,6 +395,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         follow_trainers()
         return True
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -377,7 +414,6 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         past_key_values: BlockCache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
@@ -420,6 +456,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds, use_cache=use_cache, attention_mode=attention_mode, budget=budget, stream=stream,
             cu_seqlens=cu_seqlens, observer=observer, output_hidden_states=output_hidden_states, output_attentions=output_attentions,
             carry_alignment=labels is None,
+            return_dict=True,
         )  # fmt: skip
         hidden_BTC = outputs.last_hidden_state
         result = SSACausalLMOutput(hidden_states=outputs.hidden_states, **{CACHE_FIELD: outputs.cache})
@@ -439,14 +476,15 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         if labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             result.logits = self.lm_head(hidden_BTC[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep])
-        return result.to_tuple() if return_dict is False else result
+        return replace(result)  # in the order of the fields, loss and logits first, not in that of their making
 
     def token_nll(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None, **kwargs) -> Tensor:
         """-log p(token t+1 | tokens <= t) in nats, fp32 [B, T-1]; 0 where there is no target (document starts, labels of -100).
 
         kwargs (attention_mode, budget, attention_mask, observer) go to the model.
         """
-        hidden_BTC = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **kwargs).last_hidden_state
+        kwargs |= {"use_cache": False, "return_dict": True}
+        hidden_BTC = self.model(input_ids=input_ids, position_ids=position_ids, **kwargs).last_hidden_state
         targets = _targets(input_ids if labels is None else labels, position_ids, kwargs.get("attention_mask"))
         return self._nll(hidden_BTC[:, :-1], targets)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ssa.checked_json import read_json
 from ssa.errors import UserError, one_line
 from ssa.files import is_plain_name, sync
+from ssa.train.safetensors_file import write_safetensors
 
 MAX_SHARD_BYTES = 2 * 1024**3
 """Largest file that is written, and about what writing holds in memory."""
@@ -84,13 +85,11 @@ def write_weights(directory: Path, tensors: Mapping[str, TensorInfo], make: Call
     One file's tensors are in memory at a time. Files are synced, the directory is not.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
 
     shapes = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
-        save_file({name: make(name).contiguous() for name in names}, directory / file, metadata={"format": "pt"})
-        sync(directory / file)
+        write_safetensors(directory / file, {name: make(name) for name in names}, {"format": "pt"})
     if split.is_sharded:
         write_json(directory / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 

@@ -12,12 +12,14 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssa.checked_json import read_json
 from ssa.errors import UserError
 from ssa.files import sha256_of_file, sync
+from ssa.model.card import write_card
 from ssa.train.checkpoint import (
     FORMAT,
     METADATA,
@@ -70,13 +72,16 @@ class Saver:
         """Whether this rank still has files to write."""
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, step: int, model: Any, optimizer: Any, extra: dict[str, Any]) -> None:
+    def save(
+        self, step: int, model: Any, optimizer: Any, extra: dict[str, Any], figures: Mapping[str, str] | None = None
+    ) -> None:  # fmt: skip
         """Write the state after `step` optimizer steps; an earlier save that is not complete is waited for.
 
         Args:
             model: A `PreTrainedModel`; its parameters may be distributed.
             optimizer: Its per-parameter state is stored under the parameters' names; or None.
             extra: JSON values to get back from `load_checkpoint`.
+            figures: What the model's card says of its training (`ssa.model.card`).
 
         Raises:
             UserError: The disk is full or read-only, or a complete checkpoint of this step exists. Earlier checkpoints are untouched.
@@ -105,7 +110,7 @@ class Saver:
             texts["trainer.json"] = json.dumps({"step": step, "extra": extra, "rng": generators})
             if len(set(names["model"].values())) > 1:
                 texts["model.safetensors.index.json"] = _index(states["model"], names["model"])
-        arguments = (files, texts, model if self.ranks.main else None)
+        arguments = (files, texts, model if self.ranks.main else None, figures)
         if self.background:
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
@@ -147,7 +152,9 @@ class Saver:
         except OSError as error:
             raise self._failure(error) from error
 
-    def _write(self, files: dict[str, dict[str, torch.Tensor]], texts: dict[str, str], model: Any) -> None:
+    def _write(
+        self, files: dict[str, dict[str, torch.Tensor]], texts: dict[str, str], model: Any, figures: Mapping[str, str] | None
+    ) -> None:  # fmt: skip
         """This rank's files, and their sizes and hashes; `model` where the model's other files are this rank's, too."""
         try:
             if not self._scratch.is_dir():
@@ -157,7 +164,7 @@ class Saver:
                 size, digest = write_safetensors(self._scratch / name, tensors, {"format": "pt"})
                 written[name] = {"bytes": size, "sha256": digest}
             if model is not None:
-                _write_model_files(self._scratch, model, self.tokenizer)
+                _write_model_files(self._scratch, model, self.tokenizer, figures)
                 for name, text in texts.items():
                     (self._scratch / name).write_text(text, encoding="utf-8")
                 for path in sorted(p for p in self._scratch.iterdir() if p.suffix != ".safetensors" and p.name[0] != "."):
@@ -208,12 +215,13 @@ def _index(tensors: dict[str, torch.Tensor], files: dict[str, str]) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2) + "\n"
 
 
-def _write_model_files(directory: Path, model: Any, tokenizer: Any) -> None:
+def _write_model_files(directory: Path, model: Any, tokenizer: Any, figures: Mapping[str, str] | None) -> None:
     """What makes the directory a transformers model beside its weights."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = next(model.parameters()).dtype
     config.save_pretrained(directory)
+    write_card(directory, config, figures)
     if model.can_generate():
         model.generation_config.save_pretrained(directory)
     if tokenizer is not None:

@@ -381,9 +381,17 @@ class _Run:
             "rows_per_step": rows_per_step(self.recipe, self.ranks),
             "guard": self.guard.state(),
         }
-        self.saver.save(done, self.model, self.optimizer, extra)
+        self.saver.save(done, self.model, self.optimizer, extra, self._figures(done))
         if self.metrics is not None:
             self.metrics.restart_clock()
+
+    def _figures(self, done: int) -> dict[str, str]:
+        """What the model's card says of its training."""
+        figures = {"training": f"{done:,} of {self.recipe.train.steps:,} steps, {done * self.loader.tokens_per_step:,} tokens"}
+        losses = None if self.metrics is None else self.metrics.validation_at(done)
+        if losses is not None:
+            figures["validation loss"] = ", ".join(f"{loss:.4f} {mode}" for mode, loss in losses.items()) + " (nats a token)"
+        return figures
 
     def _newest(self) -> Path:
         assert self.saver.newest is not None
