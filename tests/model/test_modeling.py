@@ -87,6 +87,20 @@ def test_single_stream_methods_train_on_their_own_stream(method, mode):
     assert out.sparsity_loss is None
 
 
+@pytest.mark.parametrize("stream", ["sparse", "full"])
+def test_the_alignment_is_the_mean_over_layers(stream):
+    model, x = tiny_model(alignment_weight=3.0, num_hidden_layers=3).train(), tokens()
+    of_layers = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda module, inputs, result: of_layers.append(result[1].detach()))
+    out = model(x, labels=x, stream=stream)
+    sparsity, commitment = torch.stack(of_layers).unbind(1)
+    assert len(sparsity) == 3 and (sparsity.max() - sparsity.min()) > 0.05 * sparsity.mean()
+    torch.testing.assert_close(out.sparsity_loss, sparsity.mean())
+    torch.testing.assert_close(out.commitment_loss, commitment.mean())
+    torch.testing.assert_close(out.loss.detach(), out.cross_entropy + 3.0 * (sparsity.mean() + commitment.mean()))
+
+
 def test_streams_are_drawn_from_seed_and_step():
     model, x = tiny_model(stream_seed=5).train(), tokens(1, 40)
     by_stream = {s: model(x, labels=x, stream=s).cross_entropy for s in ("full", "sparse")}

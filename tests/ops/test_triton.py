@@ -146,6 +146,20 @@ def test_selection_with_extreme_logits(sharpness):
         assert not others or min(every[n] for n in picked) >= max(others) - 1e-5
 
 
+@pytest.mark.parametrize("chunks", [1, 4], indirect=True)
+@pytest.mark.parametrize("scoring", ["softmax", "logit"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
+def test_not_even_a_broken_key_breaks_the_contract(chunks, scoring, value):
+    q, k, _ = (x.detach() for x in random_qkv(1, 10, 60, 2, 1, 16, dtype=torch.float32))
+    k[:, 9], q[:, 3] = value, value
+    own = torch.arange(50, 60) // 4
+    for impl in ("reference", "triton"):
+        index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=4, scoring=scoring, impl=impl)
+        for row, last in zip(index[0, 0].tolist(), own.tolist(), strict=True):
+            picked = [n for n in row if n >= 0]
+            assert row == picked + [-1] * (4 - len(picked)) and picked == sorted(set(picked)) and picked[-1] == last
+
+
 ATTENTIONS = {
     "plain": (1, 24, 24, 4, 2, 16, 4, 3, "group", None, False, 256),
     "late queries, bias, padding": (2, 7, 15, 6, 2, 24, 4, 2, "group", None, True, 256),

@@ -47,6 +47,7 @@ class SSAAttention(nn.Module):
             scope=config.selection_scope, scoring=config.selection_scoring, rule=config.selection_rule,
             window_size=config.window_size, alignment_loss=config.alignment_loss, align_gated=config.align_gated,
         )  # fmt: skip
+        self.method.check_registered()
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)

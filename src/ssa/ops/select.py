@@ -47,7 +47,8 @@ def select_blocks(
     A block's key is the mean of its (roped) keys. With `scoring="softmax"` each query head takes a softmax of
     q . block_key * scale over the complete blocks it sees, and a block scores the sum over the heads of its group; `"logit"`
     sums the scaled products themselves (the paper's text). `scope="head"` lets each query head choose for itself (MoBA as first
-    published). Candidates are the blocks before the query's own. Ties go to the lower block.
+    published). Candidates are the blocks before the query's own. Ties go to the lower block. Where a NaN or an infinity makes scores
+    NaN, which candidates are chosen, and whether the implementations agree, is not defined; the contract below holds.
 
     Args:
         q: [B, T, H, D], after RoPE. k: [B, S, K, D], after RoPE, T <= S; the queries are the last T tokens.
