@@ -282,7 +282,7 @@ def test_sigterm_and_the_command_line_under_torchrun(tmp_path):
     done = subprocess.run([*command, "--out", str(tmp_path / "a"), *small, "--train.steps", "3"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done: step 3") == 1 and done.stdout.count("validation loss") == 2
-    assert [done.stdout.count(f"\n{line}") for line in ("run ", "model: ", "step 1/3 ")] == [1, 1, 1]
+    assert [f"\n{done.stdout}".count(f"\n{line}") for line in ("run ", "model: ", "step 1/3 ")] == [1, 1, 1]
     wrong = subprocess.run([*command, "--train.steps", "0"], capture_output=True, text=True)
     assert wrong.returncode != 0 and wrong.stderr.count("train.steps = 0") == 1
     running = subprocess.Popen(
