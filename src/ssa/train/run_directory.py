@@ -174,7 +174,7 @@ def find_data(run: Path, recipe: Recipe | None) -> Path:
     index = data.get("index", None if recipe is None or recipe.data.mixture else data.get("fingerprint"))
     tried = [*([] if recipe is None else places(run, recipe.data.path)), run / "data"]
     if recipe is not None and index is not None:  # for runs that did not record where: somewhere above it training was started
-        tried += [parent / recipe.data.path for parent in run.absolute().parents]
+        tried += [parent / recipe.data.path for parent in Path(os.path.abspath(run)).parents]
     prepared = [place for place in tried if (place / INDEX).is_file()]
     for place in prepared:
         if index in (None, sha256_of_file(place / INDEX)):
