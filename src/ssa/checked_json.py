@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import stat
+import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -17,8 +17,7 @@ MAX_BYTES = 64 << 20
 """A larger file is no configuration, index or result of ours."""
 MAX_DEPTH = 64
 """Lists and objects inside each other."""
-_MAX_BITS = 1023
-"""Of an integer: a larger one is no float either."""
+_MAX_FLOAT = sys.float_info.max
 
 
 def read_json(path: Path, hint: Any = dict[str, Any]) -> Any:
@@ -44,23 +43,29 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
 
 
-def parse_json(text: str | bytes, source: str, hint: Any = dict[str, Any], finite: bool = True) -> Any:
-    """The value that `text` is, checked as `read_json` does; `source` names it in errors.
+def parse_json(text: str | bytes, source: str, hint: Any = dict[str, Any], largest: float | None = _MAX_FLOAT) -> Any:
+    """The value that `text` is, checked as `read_json` does.
 
-    `finite`: NaN and the infinities, which Python writes and JSON does not know, are an error.
+    Args:
+        source: What to call it in errors.
+        largest: The largest number, whatever its sign. None also admits NaN and the infinities, which Python writes and JSON does not know.
     """
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{source} cannot be read: it is longer than {MAX_BYTES >> 20} MiB")
     try:
         value = json.loads(text)
-        _check(value, finite)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source} cannot be read: it is not JSON ({one_line(error)})") from None
+    if wrong := _beyond(value, largest):
+        raise UserError(f"{source} cannot be read: {wrong}")
     try:
         return typed(value, hint)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
 
-def _check(value: Any, finite: bool) -> None:
+def _beyond(value: Any, largest: float | None) -> str:
+    """Which bound `value` exceeds; "" for none."""
     level = [value]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
@@ -69,15 +74,16 @@ def _check(value: Any, finite: bool) -> None:
                 below += x.values()
             elif isinstance(x, list):
                 below += x
-            elif isinstance(x, float):
-                if finite and not math.isfinite(x):
-                    raise ValueError("a number is not finite")
-            elif isinstance(x, int) and x.bit_length() > _MAX_BITS:
-                raise ValueError("an integer is too large for a float")
+            elif isinstance(x, float) and largest is None:
+                continue
+            elif isinstance(x, int | float) and not abs(x) <= (
+                _MAX_FLOAT if largest is None else largest
+            ):  # NaN is not <= anything
+                return "a number is not finite, or too large"
         if not below:
-            return
+            return ""
         level = below
-    raise ValueError(f"more than {MAX_DEPTH} levels of nesting")
+    return f"it has more than {MAX_DEPTH} levels of nesting"
 
 
 def typed(value: Any, hint: Any, name: str = "") -> Any:
@@ -138,7 +144,7 @@ def _record(value: dict[str, Any], hint: Any, name: str) -> Any:
     if missing := sorted(needed - value.keys()):
         raise UserError(f"{_joined(name, missing[0])} is missing")
     found = {key: typed(x, hints[key], _joined(name, key)) if key in hints else x for key, x in value.items()}
-    return hint(**found) if is_dataclass(hint) else found
+    return hint(**found) if isinstance(hint, type) and is_dataclass(hint) else found
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from ssa.arguments import parse_arguments
-from ssa.checked_json import parse_json, typed
+from ssa.checked_json import parse_json, read_bytes, typed
 from ssa.errors import UserError
 
 Method = Literal["full", "moba", "nsa", "ssa"]
@@ -235,7 +236,12 @@ def _check(recipe: Recipe) -> None:
         value, most = getattr(m, name), SIZE_LIMITS.get(name, 1 << 31)
         need(value >= 1 or name == "vocab_size", f"model.{name}", value, "must be at least 1")
         need(value <= most, f"model.{name}", value, f"is beyond reason: {most} at most")
-    need(m.num_hidden_layers <= MAX_LAYERS, "model.num_hidden_layers", m.num_hidden_layers, f"is beyond reason: {MAX_LAYERS} at most")
+    need(
+        m.num_hidden_layers <= MAX_LAYERS,
+        "model.num_hidden_layers",
+        m.num_hidden_layers,
+        f"is beyond reason: {MAX_LAYERS} at most",
+    )
     need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE rotates pairs")
     need(m.num_attention_heads % m.num_key_value_heads == 0, "model.num_attention_heads", m.num_attention_heads,
          f"must be a multiple of model.num_key_value_heads = {m.num_key_value_heads}")  # fmt: skip
@@ -328,13 +334,17 @@ def find_recipe(name: str) -> Path:
     presets = {path.stem: path for directory in reversed(recipe_directories()) for path in sorted(directory.glob("*.toml"))}
     if name in presets:
         return presets[name]
+    if os.path.isfile(os.path.join(name, "recipe.json")):
+        raise UserError(f"{name} is a run: go on with it by `ssa train --resume {name}`, or name {Path(name) / 'recipe.json'}")
+    if os.path.isdir(name):
+        raise UserError(f"no recipe {name!r}: the directory is no run, it has no recipe.json")
     raise UserError(f"no recipe {name!r}: neither a file nor one of the presets {', '.join(sorted(presets))}")
 
 
 def read_recipe(text: str, source: str = "recipe") -> Recipe:
     """A recipe from TOML text (or JSON, as run directories keep it)."""
     try:
-        data = parse_json(text, source, finite=False) if text.lstrip().startswith("{") else tomllib.loads(text)
+        data = parse_json(text, source, largest=None) if text.lstrip().startswith("{") else tomllib.loads(text)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
@@ -353,8 +363,8 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """The recipe in file or preset `name`, with command-line `overrides` (`["--train.steps", "100"]`) on top."""
     path = find_recipe(name)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path).decode()
+    except UnicodeDecodeError as error:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
     recipe = read_recipe(text, str(path))
     return override(recipe, overrides) if overrides else recipe

@@ -185,7 +185,12 @@ def test_unknown_keywords_are_ignored_and_typos_are_not():
     expected = model(x).logits
     assert torch.equal(model(x, **dict.fromkeys(FOREIGN, 1)).logits, expected)
     model.model(x, **dict.fromkeys(FOREIGN, 1))
-    for typo, meant in (("attention_mod", "attention_mode"), ("budgets", "budget"), ("lables", "labels"), ("position_id", "position_ids")):
+    for typo, meant in (
+        ("attention_mod", "attention_mode"),
+        ("budgets", "budget"),
+        ("lables", "labels"),
+        ("position_id", "position_ids"),
+    ):
         with pytest.raises(UserError, match=f"^{typo} is no keyword of the model: {meant}\\?$"):
             model(x, **{typo: None})
     with pytest.raises(UserError, match="^stream_ is no keyword"):

@@ -42,7 +42,9 @@ def test_trainer_gives_what_ssa_train_gives(tmp_path, targets, outside):
     assert any("q_proj" in name for name in expected) and all("lora" in name for name in expected)
 
 
-@pytest.mark.parametrize("options", [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
+)
 def test_the_loss_sees_the_adapted_head(monkeypatch, options):
     model, ids = adapted(**options), torch.randint(0, 256, (2, 50))
     with torch.no_grad():

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 
-
 @pytest.fixture(scope="module")
 def tokenizer():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -116,7 +115,9 @@ def test_sft(tmp_path, tokenizer, case, accumulation):
 
 
 def test_sft_evaluates_and_trains_in_bfloat16(tmp_path, tokenizer):
-    arguments = SFTConfig(**common(tmp_path, 4, 2, packing=True, max_length=48) | {"bf16": True, "learning_rate": 1e-2, "max_steps": 12})
+    arguments = SFTConfig(
+        **common(tmp_path, 4, 2, packing=True, max_length=48) | {"bf16": True, "learning_rate": 1e-2, "max_steps": 12}
+    )
     data = Dataset.from_dict({"text": TEXT["text"] * 8})
     run = SFTTrainer(tiny_model(), args=arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
     before = run.evaluate()["eval_loss"]

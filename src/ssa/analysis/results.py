@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from ssa.checked_json import parse_json, typed
 from ssa.config import Budget
 from ssa.errors import UserError
 
 FORMAT = 1
+LARGEST = 1e100
+"""Of the numbers that are drawn: sums and squares of them stay finite."""
+
+
+class _Line(TypedDict):
+    step: int
 
 
 @dataclass(frozen=True)
@@ -147,27 +153,34 @@ def printable(name: str) -> str:
     return name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that have a step; a run that is being written may end in half a line."""
+def read_metrics(path: Path, faults: list[str] | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that have a step; a run that is being written may end in half a line.
+
+    Any other line that is none of ours is left out, and why is added to `faults`.
+    """
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    texts = path.read_bytes().split(b"\n")
+    for number, text in enumerate(texts, start=1):
         try:
-            entry = json.loads(line)
-        except ValueError:
+            entry = parse_json(text, f"line {number}", largest=None)
+            typed(entry, _Line, f"line {number}:")
+        except UserError as error:
+            if number < len(texts) and text.strip() and faults is not None:
+                faults.append(str(error))
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+        if abs(entry["step"]) < 2**53:
             lines.append(entry)
     return lines
 
 
 def curve(metrics: Iterable[dict[str, Any]], *names: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of the lines with all of `names` finite; the values of several names are summed."""
+    """(steps, values) of the lines with all of `names` finite and less than `LARGEST`; the values of several names are summed."""
     steps, values = [], []
     for line in metrics:
         parts = [line.get(name) for name in names]
-        if all(isinstance(x, int | float) and math.isfinite(x) for x in parts):
+        if all(isinstance(x, int | float) and abs(x) <= LARGEST for x in parts):
             steps.append(line["step"])
             values.append(float(sum(parts)))  # type: ignore[arg-type]
     return steps, values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
-from ssa.cli.metavars import BUDGET, DEVICE, DTYPE, FILE, OUT, RUN, SOURCE, TEXT
+from ssa.cli.metavars import BUDGET, DEVICE, DTYPE, FILE, OPTIONAL_RUN, OUT, RUN, SOURCE, TEXT
 from ssa.config import Budget
 from ssa.terminal import Visible, say
 
@@ -98,8 +98,16 @@ def convert(
     say(report)
 
 
-def doctor() -> int:
-    """Say what is installed, which devices and implementations will be used, and try a tiny model."""
+def doctor(run: OPTIONAL_RUN = "", /) -> int:
+    """Say what is installed, which devices and implementations will be used, and try a tiny model; or look over a run.
+
+    Args:
+        run: A run, a checkpoint or a model directory: its hashes, configuration, tokenizer and data are checked, and nothing else.
+    """
+    if run:
+        from ssa.examine_run import examine_run
+
+        return examine_run(run)
     from ssa.doctor import examine
 
     return examine()

@@ -63,10 +63,12 @@ def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrit
     Args:
         config: A recipe file, or a preset: tiny, 33m, 60m, 300m, 1b, servable-1b.
         out: Run directory; runs/CONFIG-METHOD if left out.
-        resume: Go on from the run's newest checkpoint.
+        resume: Go on from the run's newest checkpoint; the run directory may stand in CONFIG's place.
         overwrite: Delete the run that is there and start again.
     """
     rank = int(os.environ.get("RANK", 0))  # torchrun's
+    if resume and not out and os.path.isfile(os.path.join(config, "recipe.json")):
+        config, out = os.path.join(config, "recipe.json"), config
     try:
         recipe = load_recipe(config, overrides)
     except UserError:

@@ -24,7 +24,7 @@ from ssa.data.encode import EncoderSpec, encode_blocks, valid_threshold
 from ssa.data.lines import MAX_LINE_BYTES
 from ssa.data.progress import Progress, begin, digest, remove, remove_tree, save, write_json
 from ssa.data.shard_writer import ShardWriter
-from ssa.data.shards import FORMAT, INDEX, PROGRESS, TOKENIZER, VERSION, ShardInfo, read_index
+from ssa.data.shards import FORMAT, INDEX, PROGRESS, TOKENIZER, VERSION, ShardInfo, TokenizerRecord, read_index
 from ssa.data.sources import BLOCK_BYTES, Reading, Source, expand_inputs, read_blocks, read_texts
 from ssa.data.split_checks import LowestHashes, findings
 from ssa.data.summary import PrepareSummary, summarize
@@ -202,7 +202,7 @@ def _write_splits(
             writer.abandon()
 
 
-def _install_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _install_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> TokenizerRecord:
     partial = out / f"{TOKENIZER}.partial"
     remove_tree(partial)
     tokenizer.save_pretrained(partial)
@@ -213,7 +213,7 @@ def _install_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> dict[st
         "fingerprint": fingerprint(tokenizer),
         "vocab_size": size,
         "end_id": tokenizer.eos_token_id,
-        "dtype": token_dtype(size).name,
+        "dtype": token_dtype(size).name,  # type: ignore[typeddict-item]
     }
 
 

@@ -252,7 +252,12 @@ class SSAModel(SSAPreTrainedModel):
 
     def _aligns(self, attention_mode: AttentionMode | None) -> bool:
         config = self.config
-        return config.method == "ssa" and config.alignment_loss != "none" and bool(config.alignment_weight) and attention_mode is None
+        return (
+            config.method == "ssa"
+            and config.alignment_loss != "none"
+            and bool(config.alignment_weight)
+            and attention_mode is None
+        )
 
     def _attention_call(
         self, attention_mode: AttentionMode | None, budget: Budget | str | None, stream: AttentionMode | None,

@@ -37,11 +37,13 @@ def read_config(directory: Path) -> SSAConfig:
             f"the model in {directory} is of type {raw.get('model_type')!r}, not 'ssa'; convert it first: ssa convert {directory} OUT"
         )
     if raw.get("quantization_config"):
-        raise UserError(f"{path} asks for quantised weights (quantization_config), which are not read; dequantise the model first")
+        raise UserError(
+            f"{path} asks for quantised weights (quantization_config), which are not read; dequantise the model first"
+        )
     try:
         return make_config(own_fields(raw))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {str(error).removeprefix('config.json ')}") from None
 
 
 def own_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,20 +84,21 @@ def check_layers(config: SSAConfig, weights: Weights) -> None:
 
 
 def check_weights(directory: Path, config: SSAConfig) -> None:
-    """Refuse weights that are damaged or are not those of `config`; only headers are read, and nothing is allocated.
+    """Refuse weights that are damaged or are not those of `config`: what is missing would be random. Only headers are read.
 
     Raises:
         UserError: It names the file or the tensor.
     """
     weights = open_weights(directory)
     check_layers(config, weights)
-    for name, shape in parameter_shapes(config).items():
+    wanted = parameter_shapes(config)
+    for name, shape in wanted.items():
         if name not in weights.tensors:
             raise UserError(f"missing tensor {name}")
         if weights.tensors[name].shape != shape:
-            raise UserError(
-                f"tensor {name} has shape {list(weights.tensors[name].shape)}; config.json asks for {list(shape)}"
-            )
+            raise UserError(f"tensor {name} has shape {list(weights.tensors[name].shape)}; config.json asks for {list(shape)}")
+    if stray := sorted(weights.tensors.keys() - wanted.keys() - {"lm_head.weight"}):  # a tied one may be there
+        raise UserError(f"unexpected tensor {stray[0]!r}, for which config.json has no place")
 
 
 def load_pretrained(directory: Path, config: SSAConfig, dtype: torch.dtype) -> SSAForCausalLM:
@@ -111,19 +114,13 @@ def load_pretrained(directory: Path, config: SSAConfig, dtype: torch.dtype) -> S
             read_json(directory / "generation_config.json")
         check_weights(directory, config)
         with _no_progress_bar():
-            loaded: Any = SSAForCausalLM.from_pretrained(
-                directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            return SSAForCausalLM.from_pretrained(
+                directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
             )
     except UserError as error:
         raise UserError(f"the model in {directory} cannot be loaded: {error}") from None
     except Exception as error:  # what transformers and safetensors raise for damaged files has no common class
         raise UserError(f"the model in {directory} cannot be loaded: {one_line(error)}") from error
-    model, report = loaded
-    # Otherwise weights that are not in the file would silently be random.
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := sorted(map(str, report.get(what) or ())):
-            raise UserError(f"the model in {directory} does not fit its config.json: {what.split('_')[0]} tensor {found[0]}")
-    return model
 
 
 @contextlib.contextmanager

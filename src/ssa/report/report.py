@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ssa.analysis.results import losses
 from ssa.files import write_atomically
 from ssa.report.attention import attention, theorem_notes
 from ssa.report.claims import claims
-from ssa.report.collect import Evidence, RunEvidence, collect
+from ssa.report.collect import Evidence, RunEvidence, check_something, collect, why_not
 from ssa.report.efficiency import efficiency, is_timed
 from ssa.report.evaluation import evaluation
 from ssa.report.measurements import measurements
@@ -44,7 +45,50 @@ def write_report(paths: Sequence[Path | str], out: Path | str) -> Evidence:
 
 
 def render_report(evidence: Evidence) -> str:
-    """The page: no script, no external resource. Everything that comes from files is escaped."""
+    """The page: no script, no external resource. Everything that comes from files is escaped.
+
+    A file that no page can be made of is taken out of `evidence` and named among its problems.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    try:
+        return _page(evidence)
+    except Exception:  # of what kind depends on what the file has in place of a number
+        _leave_out(evidence)
+        check_something(evidence)
+        return _page(evidence)
+
+
+def _leave_out(evidence: Evidence) -> None:
+    """Keep what a page can be made of together with what was kept before."""
+    runs, benchmarks = evidence.runs, evidence.benchmarks
+    evidence.runs, evidence.benchmarks = [], []
+
+    def kept(file: str) -> bool:
+        try:
+            _page(evidence)
+        except Exception as error:
+            evidence.problems.append((file, why_not(error)))
+            return False
+        return True
+
+    for run in runs:
+        bare = RunEvidence(run.path, run.name)
+        for name, content in run.parts().items():
+            more = replace(bare, evaluations=dict(bare.evaluations), files=dict(bare.files))
+            more.put(name, content, run.files[name])
+            evidence.runs.append(more)
+            bare = more if kept(run.files[name]) else bare
+            evidence.runs.pop()
+        evidence.runs += [bare] if bare.parts() else []
+    for benchmark in benchmarks:
+        evidence.benchmarks.append(benchmark)
+        if not kept(benchmark.name):
+            evidence.benchmarks.pop()
+
+
+def _page(evidence: Evidence) -> str:
     runs = evidence.runs
     shades = colours([run.method for run in runs])
     analysed = [(results, colour) for run, colour in zip(runs, shades, strict=True) if (results := run.results) is not None]

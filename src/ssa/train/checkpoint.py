@@ -226,10 +226,10 @@ def _remedy(path: Path) -> str:
 
 def find_checkpoints(run_dir: Path | str) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Complete: metadata is there and every file has its size."""
-    return [path for path in _numbered(Path(run_dir)) if is_complete(path)]
+    return [path for path in numbered_checkpoints(Path(run_dir)) if is_complete(path)]
 
 
-def _numbered(run_dir: Path) -> list[Path]:
+def numbered_checkpoints(run_dir: Path) -> list[Path]:
     """What is called a checkpoint, in the order of steps."""
     parent = run_dir / "checkpoints"
     if not parent.is_dir():
@@ -245,7 +245,7 @@ def newest_checkpoint(run_dir: Path | str) -> Path | None:
         UserError: There are checkpoints, and none is complete.
     """
     faults: list[str] = []
-    for path in reversed(_numbered(Path(run_dir))):
+    for path in reversed(numbered_checkpoints(Path(run_dir))):
         try:
             read_complete(path)
         except UserError as error:

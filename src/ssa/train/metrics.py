@@ -85,7 +85,7 @@ class Metrics:
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
         for number, text in enumerate(lines, start=1):
             try:
-                line: _Line = parse_json(text, f"{self.path}, line {number},", _Line, finite=False)
+                line: _Line = parse_json(text, f"{self.path}, line {number},", _Line, largest=None)
             except UserError as error:
                 raise UserError(f"{error}; remove the line to go on without it") from None
             yield text.decode(), line

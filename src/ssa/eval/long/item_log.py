@@ -79,7 +79,7 @@ class ItemLog:
         for path in sorted(self.directory.glob("rank-*.jsonl")):
             for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
                 try:
-                    record = parse_json(line, f"{path}, line {number},", _Record, finite=False)
+                    record = parse_json(line, f"{path}, line {number},", _Record, largest=None)
                 except UserError:
                     raise UserError(f"{path}, line {number}, is no record of a finished item; move the file away") from None
                 found[record["index"]] = record
