@@ -42,13 +42,25 @@ def _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, at, alive, d, D: tl.constexpr, BI
         tl.store(d_b + at, sum_b, mask=alive)
 
 
+@triton.jit
+def _terms(term):
+    """(lse, shift, first column that is not seen) [rows] of `term` [rows, 4].
+
+    They travel together, as 16 bytes a row: loads of a single number a row would be made once for every thread that needs it.
+    """
+    even, odd = tl.split(tl.reshape(term, [term.shape[0], 2, 2]))
+    lse, limit = tl.split(even)
+    shift, _ = tl.split(odd)
+    return lse, shift, limit.to(tl.int32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["span", "first_query", "first_row"])
 def _dkv_kernel(
-    q, k, v, d_out, lse_in, shift_in, bias, pair_order, table, counts, item_list, d_k, d_v, d_b, part_k, part_v,
+    q, k, v, d_out, terms, bias, pair_order, table, counts, item_list, d_k, d_v, d_b, part_k, part_v,
     part_b, part_q, scale, T, S, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, first_query, first_row, span_length, num_blocks, row_blocks, unit, span_items,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, TRANS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block's gradients from one segment of its readers; with DQ also every pair's part of its query's gradient. ADD: onto
     what earlier spans left."""
@@ -62,6 +74,7 @@ def _dkv_kernel(
     rows = tl.arange(0, BP * GP)
     inside = (i < BS) & (first + i < S)
     column = (first + i).to(tl.int64)
+    key = tl.where(i < BS, first + i, S)
     key_mask = inside[:, None] & (d < D)[None, :]
     keys = tl.load(k + b * k_b + kv * k_h + (column * k_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
     values = tl.load(v + b * v_b + kv * v_h + (column * v_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
@@ -71,23 +84,27 @@ def _dkv_kernel(
     sum_k = tl.zeros([BSP, DP], tl.float32)
     sum_v = tl.zeros([BSP, DP], tl.float32)
     g = rows % GP
+    q += b * q_b + (r * G).to(tl.int64) * q_h
+    d_out += (b * T * R + r) * (G * D)
+    terms += (b * T * R + r) * (G * 4)
+    first_pair = (first_row + local) * T * M  # of this row
+    # a tile's pairs are known a step before its rows are asked for: rows then have whole steps to arrive
+    e = low + rows // GP
+    coming = tl.load(pair_order + e, mask=e < high, other=-1)
     for c in range(low, high, BP):
-        e = c + rows // GP
-        pair = tl.load(pair_order + e, mask=e < high, other=0)
-        t = (pair // M % T).to(tl.int64)
-        real = (e < high) & (g < G)
+        real = (coming >= 0) & (g < G)
+        t = ((coming - first_pair) // M).to(tl.int64)
         mask = real[:, None] & (d < D)[None, :]
-        q_P = tl.load(q + b * q_b + (t * q_t + (r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
-        head = (b * T + t) * (R * G) + r * G + g
-        d_out_P = tl.load(d_out + (head * D)[:, None] + d[None, :], mask=mask, other=0.0)
-        lse = tl.load(lse_in + head, mask=real, other=0.0)
-        shift = tl.load(shift_in + head, mask=real, other=0.0)
+        q_P = tl.load(q + (t * q_t + g.to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
+        d_out_P = tl.load(d_out + (t * (R * G * D) + g * D)[:, None] + d[None, :], mask=mask, other=0.0)
+        term = tl.load(terms + (t * (R * G * 4) + g * 4)[:, None] + tl.arange(0, 4)[None, :], mask=real[:, None], other=0.0)
+        e = c + BP + rows // GP
+        coming = tl.load(pair_order + e, mask=e < high, other=-1)
         logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
+        lse, shift, limit = _terms(term)
         if BIAS:
             logits += key_bias[:, None]
-        # causal by columns: the query stands at column S - T + t, and a block never leaves its query's document
-        seen = real[None, :] & inside[:, None] & ((first + i)[:, None] <= (S - T + t)[None, :])
-        p = tl.where(seen, tl.exp2((logits - lse[None, :]) * LOG2E), 0.0)
+        p = tl.where(key[:, None] < limit[None, :], tl.exp2((logits - lse[None, :]) * LOG2E), 0.0)
         sum_v += tl.dot(p.to(d_out_P.dtype), d_out_P, input_precision=PRECISION)
         d_logits = p * (tl.dot(values, tl.trans(d_out_P), input_precision=PRECISION) - shift[None, :])
         if BIAS:
@@ -95,9 +112,15 @@ def _dkv_kernel(
         rounded = d_logits.to(q_P.dtype)
         sum_k += tl.dot(rounded, q_P, input_precision=PRECISION)
         if DQ:
-            slot = ((local * span_length + t - first_query) * M + pair % M) * G + g
-            d_q = tl.dot(tl.trans(rounded), keys, input_precision=PRECISION)
-            tl.store(part_q + (slot * D)[:, None] + d[None, :], d_q.to(part_q.dtype.element_ty), mask=mask)
+            if TRANS:
+                d_q = tl.trans(tl.dot(tl.trans(keys), rounded, input_precision=PRECISION).to(part_q.dtype.element_ty))
+            else:
+                d_q = tl.dot(tl.trans(rounded), keys, input_precision=PRECISION)
+            e = c + rows // GP
+            pair = tl.load(pair_order + e, mask=e < high, other=-1)
+            there = ((pair >= 0) & (g < G))[:, None] & (d < D)[None, :]
+            slot = (pair - first_pair + (local * span_length - first_query) * M).to(tl.int64) * G + g
+            tl.store(part_q + (slot * D)[:, None] + d[None, :], d_q.to(part_q.dtype.element_ty), mask=there)
     if segments == 1:
         # A document cut short by the next shares columns with it on paper only: nobody's query reads them there.
         last = S - T + _last_query(pair_order, high, M, T)
@@ -145,8 +168,17 @@ def _add_parts_kernel(
 
 
 @triton.jit
-def _shift_kernel(
-    out, d_out, d_lse, shift, heads, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr, D_LSE: tl.constexpr
+def leave_terms(terms, head, t, lse, shift, mask, T, S):
+    """What the gradient of a query's logits needs beside q and d_out, see `_terms`."""
+    tl.store(terms + head * 4, lse, mask=mask)
+    tl.store(terms + head * 4 + 1, shift, mask=mask)
+    tl.store(terms + head * 4 + 2, (S - T + t + 1).to(tl.int32).to(tl.float32, bitcast=True), mask=mask)
+
+
+@triton.jit
+def _terms_kernel(
+    out, d_out, lse_in, d_lse, terms, heads, T, S, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr,
+    D_LSE: tl.constexpr,
 ):  # fmt: skip
     """d logits = p * (d_out . v - shift), shift = d_out . out - d_lse."""
     h = tl.program_id(0).to(tl.int64) * BH + tl.arange(0, BH)
@@ -154,10 +186,11 @@ def _shift_kernel(
     mask = (h < heads)[:, None] & (d < D)[None, :]
     at = (h * D)[:, None] + d[None, :]
     product = tl.load(out + at, mask=mask, other=0.0).to(tl.float32) * tl.load(d_out + at, mask=mask, other=0.0).to(tl.float32)
-    total = tl.sum(product, 1)
+    shift = tl.sum(product, 1)
     if D_LSE:
-        total -= tl.load(d_lse + h, mask=h < heads, other=0.0)
-    tl.store(shift + h, total, mask=h < heads)
+        shift -= tl.load(d_lse + h, mask=h < heads, other=0.0)
+    lse = tl.load(lse_in + h, mask=h < heads, other=0.0)
+    leave_terms(terms, h, h // H % T, lse, shift, h < heads, T, S)
 
 
 @triton.jit(do_not_specialize=["first_query", "first_row"])
@@ -175,8 +208,8 @@ def _add_dq_kernel(
 
 
 def backward(
-    plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, d_out: Tensor, lse: Tensor,
-    shift: Tensor, d_q: Tensor | None, d_k: Tensor, d_v: Tensor, d_b: Tensor | None, scale: float, strides: tuple[int, ...],
+    plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, d_out: Tensor,
+    terms: Tensor, d_q: Tensor | None, d_k: Tensor, d_v: Tensor, d_b: Tensor | None, scale: float, strides: tuple[int, ...],
     shape: dict[str, Any], block_size: int,
 ) -> None:  # fmt: skip
     """Fills d_k, d_v [B, S, R, D] and d_b [B, S, R], zero before, and d_q where it is given."""
@@ -198,15 +231,16 @@ def backward(
             rows, warps, stages = (128 if block_size <= 16 else 64), 2, 3
         elif shape["DP"] * q.element_size() > 256:  # by the shared memory of compute capabilities 8.9 and 10.0
             rows, tile = rows // 2, max(16, tile // 2)
+    rows, warps, stages = key_side.FORCE.get("dkv_dq" if d_q is not None else "dkv", (rows, warps, stages))
     few, small = key_side.of_a_query(shape)
     for span in range(lists.spans):
         first = span // lists.groups * lists.length, span % lists.groups * lists.rows
         launch(
             plan, _dkv_kernel, (lists.span_items, padded // tile),
-            q, k, v, d_out, lse, shift, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
+            q, k, v, d_out, terms, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
             d_k, d_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, *first, lists.length, lists.num_blocks,
             lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
-            BIAS=bias is not None, DQ=part_q is not None, ADD=lists.spans > lists.groups, num_warps=warps, num_stages=stages, **shape,
+            BIAS=bias is not None, DQ=part_q is not None, ADD=lists.spans > lists.groups, TRANS=key_side.TRANS, num_warps=warps, num_stages=stages, **shape,
         )  # fmt: skip
         launch(
             plan, _add_parts_kernel, (lists.num_blocks,),
@@ -221,12 +255,10 @@ def backward(
             )  # fmt: skip
 
 
-def shifts(plan: Plan | None, out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
-    """fp32 [B, T, H], see `_shift_kernel`."""
-    shift = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    heads, size = shift.numel(), out.shape[3]
+def terms_of(plan: Plan | None, out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor | None, terms: Tensor, keys: int) -> None:
+    """Fills `terms` fp32 [B, T, H, 4], see `leave_terms`."""
+    _, queries, heads, size = out.shape
     launch(
-        plan, _shift_kernel, (ceil_div(heads, 16),), out, d_out, d_lse, shift, heads, D=size, DP=power_of_two(size), BH=16,
-        D_LSE=d_lse is not None, num_warps=2,
+        plan, _terms_kernel, (ceil_div(lse.numel(), 16),), out, d_out, lse, d_lse, terms, lse.numel(), queries, keys, H=heads, D=size,
+        DP=power_of_two(size), BH=16, D_LSE=d_lse is not None, num_warps=2,
     )  # fmt: skip
-    return shift

@@ -28,10 +28,13 @@ from ssa.ops.triton.reader_lists import LIST_BYTES, ReaderLists
 SPAN_BYTES = {"forward": 1 << 28, "backward": 1 << 27}  # partial results held at once; the backward pass holds more beside them
 SPAN_BLOCKS = 512  # as many blocks in a span as keep the GPU busy
 BLOCK_BYTES = 1 << 15  # keys of a block up to which tiles of many rows fit beside keys and values
+TRANS = False
+FORCE: dict = {}
+SEGMENT_ROWS = 2048
 TILES = {  # rows of a tile, warps, stages
     "partial": (128, 4, 2),
     "dkv": (64, 4, 2),
-    "dkv_dq": (32, 4, 3),
+    "dkv_dq": (64, 8, 3),
 }
 
 
@@ -83,25 +86,31 @@ def _partial_kernel(
     values = tl.load(v + b * v_b + kv * v_h + (column * v_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
     if BIAS:
         key_bias = tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=inside, other=0.0).to(tl.float32)
+    key = tl.where(i < BS, first + i, S)
+    q += b * q_b + (r * G).to(tl.int64) * q_h
+    first_pair = (first_row + local) * T * M  # of this row
+    # a tile's pairs are known a step before its rows are asked for: rows then have whole steps to arrive
+    e = low + rows // GP
+    coming = tl.load(pair_order + e, mask=e < high, other=-1)
     for c in range(low, high, BP):
+        t = ((coming - first_pair) // M).to(tl.int64)
+        mask = ((coming >= 0) & (g < G))[:, None] & (d < D)[None, :]
+        q_P = tl.load(q + (t * q_t + g.to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
         e = c + rows // GP
-        real = (e < high) & (g < G)
-        pair = tl.load(pair_order + e, mask=e < high, other=0)
-        t = (pair // M % T).to(tl.int64)
-        mask = real[:, None] & (d < D)[None, :]
-        q_P = tl.load(q + b * q_b + (t * q_t + (r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
+        coming = tl.load(pair_order + e + BP, mask=e + BP < high, other=-1)
+        pair = tl.load(pair_order + e, mask=e < high, other=first_pair) - first_pair
         logits = tl.dot(q_P, tl.trans(keys), input_precision=PRECISION) * scale
         if BIAS:
             logits += key_bias[None, :]
         # causal by columns: the query stands at column S - T + t, and a block never leaves its query's document
-        seen = inside[None, :] & ((first + i)[None, :] <= (S - T + t)[:, None])
-        logits = tl.where(seen, logits, float("-inf"))
+        logits = tl.where(key[None, :] <= (S - T + pair // M)[:, None], logits, float("-inf"))
         peak = tl.max(logits, 1)
         p = tl.exp2((logits - peak[:, None]) * LOG2E)
         total = tl.sum(p, 1)
         out = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) / total[:, None]
-        slot = ((local * span_length + t - first_query) * M + pair % M) * G + g
-        tl.store(part_o + (slot * D)[:, None] + d[None, :], out.to(part_o.dtype.element_ty), mask=mask)
+        slot = (pair + (local * span_length - first_query) * M).to(tl.int64) * G + g
+        real = (e < high) & (g < G)
+        tl.store(part_o + (slot * D)[:, None] + d[None, :], out.to(part_o.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
         tl.store(part_lse + slot, peak + natural_log(total), mask=real)
 
 
@@ -197,6 +206,7 @@ def forward(
     rows, warps, stages = TILES["partial"]
     if 2 * block_size * shape["DP"] * q.element_size() > BLOCK_BYTES:  # large blocks leave room for half as many
         rows //= 2
+    rows, warps, stages = FORCE.get("partial", (rows, warps, stages))
     slots = lists.rows * lists.length * shape["M"] * shape["G"]
     part_o = torch.empty(slots, shape["D"], dtype=q.dtype, device=q.device)
     part_lse = torch.empty(slots, dtype=torch.float32, device=q.device)
