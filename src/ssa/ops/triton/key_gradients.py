@@ -14,21 +14,31 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton import key_side
-from ssa.ops.triton.key_side import block_place, queries_of_span, work_item
+from ssa.ops.triton.key_side import block_place, pair_place, queries_of_span, work_item
 from ssa.ops.triton.launch import Plan, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E
 from ssa.ops.triton.reader_lists import ReaderLists
 
 
 @triton.jit
-def _last_query(pair_order, stop, M: tl.constexpr, T):
-    """The last query of a list; the pairs of a list are in the order of their queries."""
-    return tl.load(pair_order + stop - 1) // M % T
+def _alive(pair_order, start, stop, column, inside, T, S, J: tl.constexpr, M: tl.constexpr, PLAIN: tl.constexpr):
+    """Which of a block's columns are its own. A document cut short by the next shares columns with it on paper only: no query of the
+    list reads them."""
+    if not PLAIN:
+        if J == 1:  # pairs are in the order of their queries
+            last = tl.load(pair_order + stop - 1) // M % T
+        else:
+            last = start * 0
+            for c in range(start, stop, 1024):
+                e = c + tl.arange(0, 1024)
+                last = tl.maximum(last, tl.max(tl.load(pair_order + e, mask=e < stop, other=0) // M % T, 0))
+        inside = inside & (column <= S - T + last)
+    return inside
 
 
 @triton.jit
 def _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, at, alive, d, D: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr):
-    """Stores a block's gradients at its keys' places in [B, S, R]. ADD: onto what earlier spans left."""
+    """Stores a block's gradients at its keys' places in [B, S, K]. ADD: onto what earlier spans left."""
     to = (at * D)[:, None] + d[None, :]
     there = alive[:, None] & (d < D)[None, :]
     if ADD:
@@ -60,15 +70,15 @@ def _dkv_kernel(
     part_b, part_q, scale, T, S, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, first_query, first_row, span_length, num_blocks, row_blocks, unit, span_items,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr,
-    ADD: tl.constexpr, TRANS: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block's gradients from one segment of its readers; with DQ also every pair's part of its query's gradient. ADD: onto
     what earlier spans left."""
     block, which, part, segments, low, high = work_item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
     if block < 0:
         return
-    local, b, r, first = block_place(block, first_row, row_blocks, unit, R)
-    kv = (r // (R // K)).to(tl.int64)
+    local, row, b, kv, first = block_place(block, first_row, row_blocks, unit, K)
+    J: tl.constexpr = R // K
     i = tl.program_id(1) * BSP + tl.arange(0, BSP)  # keys of a block do not need each other: large ones are cut
     d = tl.arange(0, DP)
     rows = tl.arange(0, BP * GP)
@@ -76,30 +86,27 @@ def _dkv_kernel(
     column = (first + i).to(tl.int64)
     key = tl.where(i < BS, first + i, S)
     key_mask = inside[:, None] & (d < D)[None, :]
-    keys = tl.load(k + b * k_b + kv * k_h + (column * k_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
-    values = tl.load(v + b * v_b + kv * v_h + (column * v_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
+    keys = tl.load(k + b * k_b + kv.to(tl.int64) * k_h + (column * k_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
+    values = tl.load(v + b * v_b + kv.to(tl.int64) * v_h + (column * v_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
     if BIAS:
-        key_bias = tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=inside, other=0.0).to(tl.float32)
+        key_bias = tl.load(bias + b * b_b + kv.to(tl.int64) * b_h + column * b_s, mask=inside, other=0.0).to(tl.float32)
     sum_b = tl.zeros([BSP], tl.float32)
     sum_k = tl.zeros([BSP, DP], tl.float32)
     sum_v = tl.zeros([BSP, DP], tl.float32)
     g = rows % GP
-    q += b * q_b + (r * G).to(tl.int64) * q_h
-    d_out += (b * T * R + r) * (G * D)
-    terms += (b * T * R + r) * (G * 4)
-    first_pair = (first_row + local) * T * M  # of this row
-    # a tile's pairs are known a step before its rows are asked for: rows then have whole steps to arrive
-    e = low + rows // GP
-    coming = tl.load(pair_order + e, mask=e < high, other=-1)
+    q += b * q_b + (kv * J * G).to(tl.int64) * q_h
+    d_out += (b * T * R + kv * J) * (G * D)
+    terms += (b * T * R + kv * J) * (G * 4)
     for c in range(low, high, BP):
-        real = (coming >= 0) & (g < G)
-        t = ((coming - first_pair) // M).to(tl.int64)
+        e = c + rows // GP
+        pair = tl.load(pair_order + e, mask=e < high, other=0) - row * J * T * M
+        j, t, slot = pair_place(pair, local, span_length, first_query, T, J, M)
+        h = j * G + g
+        real = (e < high) & (g < G)
         mask = real[:, None] & (d < D)[None, :]
-        q_P = tl.load(q + (t * q_t + g.to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
-        d_out_P = tl.load(d_out + (t * (R * G * D) + g * D)[:, None] + d[None, :], mask=mask, other=0.0)
-        term = tl.load(terms + (t * (R * G * 4) + g * 4)[:, None] + tl.arange(0, 4)[None, :], mask=real[:, None], other=0.0)
-        e = c + BP + rows // GP
-        coming = tl.load(pair_order + e, mask=e < high, other=-1)
+        q_P = tl.load(q + (t * q_t + h.to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
+        d_out_P = tl.load(d_out + (t * (R * G * D) + h * D)[:, None] + d[None, :], mask=mask, other=0.0)
+        term = tl.load(terms + (t * (R * G * 4) + h * 4)[:, None] + tl.arange(0, 4)[None, :], mask=real[:, None], other=0.0)
         logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
         lse, shift, limit = _terms(term)
         if BIAS:
@@ -112,20 +119,12 @@ def _dkv_kernel(
         rounded = d_logits.to(q_P.dtype)
         sum_k += tl.dot(rounded, q_P, input_precision=PRECISION)
         if DQ:
-            if TRANS:
-                d_q = tl.trans(tl.dot(tl.trans(keys), rounded, input_precision=PRECISION).to(part_q.dtype.element_ty))
-            else:
-                d_q = tl.dot(tl.trans(rounded), keys, input_precision=PRECISION)
-            e = c + rows // GP
-            pair = tl.load(pair_order + e, mask=e < high, other=-1)
-            there = ((pair >= 0) & (g < G))[:, None] & (d < D)[None, :]
-            slot = (pair - first_pair + (local * span_length - first_query) * M).to(tl.int64) * G + g
-            tl.store(part_q + (slot * D)[:, None] + d[None, :], d_q.to(part_q.dtype.element_ty), mask=there)
+            d_q = tl.dot(tl.trans(rounded), keys, input_precision=PRECISION)
+            at = (slot * G + g) * D
+            tl.store(part_q + at[:, None] + d[None, :], d_q.to(part_q.dtype.element_ty), mask=mask)
     if segments == 1:
-        # A document cut short by the next shares columns with it on paper only: nobody's query reads them there.
-        last = S - T + _last_query(pair_order, high, M, T)
-        at = (b * S + column) * R + r
-        _leave(d_k, d_v, d_b, sum_k * scale, sum_v, sum_b, at, inside & (column <= last), d, D, BIAS, ADD)
+        alive = _alive(pair_order, low, high, column, inside, T, S, J, M, PLAIN)
+        _leave(d_k, d_v, d_b, sum_k * scale, sum_v, sum_b, (b * S + column) * K + kv, alive, d, D, BIAS, ADD)
     else:
         slot = tl.load(table + which * 3 + 2) + part
         to = (slot.to(tl.int64) * BS + i)[:, None] * D + d[None, :]
@@ -138,8 +137,8 @@ def _dkv_kernel(
 @triton.jit(do_not_specialize=["span", "first_row"])
 def _add_parts_kernel(
     pair_order, table, d_k, d_v, d_b, part_k, part_v, part_b, T, S, span, first_row, num_blocks, row_blocks, unit,
-    R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, BSP: tl.constexpr,
-    SEGMENT: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, BSP: tl.constexpr,
+    SEGMENT: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     which = span * num_blocks + block
@@ -148,10 +147,11 @@ def _add_parts_kernel(
     segments = tl.cdiv(stop - start, SEGMENT)
     if segments < 2:
         return
-    _, b, r, first = block_place(block, first_row, row_blocks, unit, R)
-    i = tl.arange(0, BSP)
+    _, _, b, kv, first = block_place(block, first_row, row_blocks, unit, K)
+    i = tl.program_id(1) * BSP + tl.arange(0, BSP)
     d = tl.arange(0, DP)
-    mask = (i < BS)[:, None] & (d < D)[None, :]
+    inside = (i < BS) & (first + i < S)
+    mask = inside[:, None] & (d < D)[None, :]
     sum_k = tl.zeros([BSP, DP], tl.float32)
     sum_v = tl.zeros([BSP, DP], tl.float32)
     sum_b = tl.zeros([BSP], tl.float32)
@@ -161,10 +161,10 @@ def _add_parts_kernel(
         sum_k += tl.load(part_k + (at * D)[:, None] + d[None, :], mask=mask, other=0.0)
         sum_v += tl.load(part_v + (at * D)[:, None] + d[None, :], mask=mask, other=0.0)
         if BIAS:
-            sum_b += tl.load(part_b + at, mask=i < BS, other=0.0)
+            sum_b += tl.load(part_b + at, mask=inside, other=0.0)
     column = (first + i).to(tl.int64)
-    alive = (i < BS) & (column <= S - T + _last_query(pair_order, stop, M, T))
-    _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, (b * S + column) * R + r, alive, d, D, BIAS, ADD)
+    alive = _alive(pair_order, start, stop, column, inside, T, S, R // K, M, PLAIN)
+    _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, (b * S + column) * K + kv, alive, d, D, BIAS, ADD)
 
 
 @triton.jit
@@ -212,7 +212,7 @@ def backward(
     terms: Tensor, d_q: Tensor | None, d_k: Tensor, d_v: Tensor, d_b: Tensor | None, scale: float, strides: tuple[int, ...],
     shape: dict[str, Any], block_size: int,
 ) -> None:  # fmt: skip
-    """Fills d_k, d_v [B, S, R, D] and d_b [B, S, R], zero before, and d_q where it is given."""
+    """Fills d_k, d_v [B, S, K, D] and d_b [B, S, K], zero before, and d_q where it is given."""
     queries, size = q.shape[1], q.shape[3]
     keys, device = k.shape[1], q.device
     padded = max(16, power_of_two(block_size))
@@ -221,7 +221,7 @@ def backward(
     part_q, tile = None, padded
     if d_q is not None:
         shape = key_side.narrow(shape)
-        slots = lists.rows * lists.length * shape["M"] * shape["G"]
+        slots = lists.rows * lists.length * shape["M"] * (q.shape[2] // k.shape[2])
         part_q = torch.empty(slots, size, dtype=q.dtype, device=device)
         rows, warps, stages = key_side.TILES["dkv_dq"]
     else:
@@ -233,25 +233,27 @@ def backward(
             rows, tile = rows // 2, max(16, tile // 2)
     rows, warps, stages = key_side.FORCE.get("dkv_dq" if d_q is not None else "dkv", (rows, warps, stages))
     few, small = key_side.of_a_query(shape)
+    choosing = shape["R"] // shape["K"] * lists.rows
+    how = dict(ADD=lists.spans > lists.groups, PLAIN=lists.unit == block_size, BIAS=bias is not None, SEGMENT=lists.segment)
     for span in range(lists.spans):
         first = span // lists.groups * lists.length, span % lists.groups * lists.rows
         launch(
             plan, _dkv_kernel, (lists.span_items, padded // tile),
             q, k, v, d_out, terms, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
             d_k, d_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, *first, lists.length, lists.num_blocks,
-            lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
-            BIAS=bias is not None, DQ=part_q is not None, ADD=lists.spans > lists.groups, TRANS=key_side.TRANS, num_warps=warps, num_stages=stages, **shape,
+            lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), DQ=part_q is not None,
+            num_warps=warps, num_stages=stages, **how, **shape,
         )  # fmt: skip
         launch(
-            plan, _add_parts_kernel, (lists.num_blocks,),
+            plan, _add_parts_kernel, (lists.num_blocks, padded // 16),
             lists.pair_order, lists.table, d_k, d_v, d_b, part_k, part_v, part_b, queries, keys, span, first[1],
-            lists.num_blocks, lists.row_blocks, lists.unit, R=shape["R"], D=size, DP=shape["DP"], M=shape["M"], BS=block_size,
-            BSP=padded, SEGMENT=lists.segment, BIAS=bias is not None, ADD=lists.spans > lists.groups, num_warps=4,
+            lists.num_blocks, lists.row_blocks, lists.unit, R=shape["R"], K=shape["K"], D=size, DP=shape["DP"], M=shape["M"],
+            BS=block_size, BSP=16, num_warps=2, **how,
         )  # fmt: skip
         if part_q is not None:
             launch(
-                plan, _add_dq_kernel, (ceil_div(lists.length, few), lists.rows), block_indices, part_q, d_q, scale,
-                queries, *first, lists.length, BT=few, num_warps=4, num_stages=3, **small,
+                plan, _add_dq_kernel, (ceil_div(lists.length, few), choosing), block_indices, part_q, d_q, scale,
+                queries, first[0], span % lists.groups * choosing, lists.length, BT=few, num_warps=4, num_stages=3, **small,
             )  # fmt: skip
 
 

@@ -25,16 +25,15 @@ from ssa.ops.triton.launch import Plan, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.reader_lists import LIST_BYTES, ReaderLists
 
-SPAN_BYTES = {"forward": 1 << 28, "backward": 1 << 27}  # partial results held at once; the backward pass holds more beside them
-SPAN_BLOCKS = 512  # as many blocks in a span as keep the GPU busy
+SPAN_BYTES = {"forward": 1 << 28, "backward": 1 << 28}  # partial results held at once; the backward pass holds more beside them
+SPAN_BLOCKS = 256  # as many blocks in a span as keep the GPU busy
 BLOCK_BYTES = 1 << 15  # keys of a block up to which tiles of many rows fit beside keys and values
-TRANS = False
 FORCE: dict = {}
 SEGMENT_ROWS = 2048
 TILES = {  # rows of a tile, warps, stages
     "partial": (128, 4, 2),
     "dkv": (64, 4, 2),
-    "dkv_dq": (64, 8, 3),
+    "dkv_dq": (64, 8, 5),
 }
 
 
@@ -55,11 +54,25 @@ def work_item(table, counts, item_list, span, num_blocks, span_items, SEGMENT: t
 
 
 @triton.jit
-def block_place(block, first_row, row_blocks, unit, R: tl.constexpr):
-    """(row of the span, batch row, who selects, first column) of a block's name."""
+def block_place(block, first_row, row_blocks, unit, K: tl.constexpr):
+    """(row of the span, row, batch row, kv head, first column) of a block's name."""
     local = block // row_blocks
     row = first_row + local
-    return local, (row // R).to(tl.int64), row % R, (block % row_blocks) * unit
+    return local, row, (row // K).to(tl.int64), row % K, (block % row_blocks) * unit
+
+
+@triton.jit
+def pair_place(pair, local, span_length, first_query, T, J: tl.constexpr, M: tl.constexpr):
+    """(which of the heads that choose for a row, query, place among the pairs of the span) of a row's pairs, counted from its first."""
+    t = pair // M
+    if J == 1:
+        j = 0
+        slot = pair + (local * span_length - first_query) * M
+    else:
+        j = t // T
+        t -= j * T
+        slot = ((local * J + j) * span_length + t - first_query) * M + pair % M
+    return j, t.to(tl.int64), slot.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["span", "first_query", "first_row"])
@@ -73,8 +86,8 @@ def _partial_kernel(
     block, _, _, _, low, high = work_item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
     if block < 0:
         return
-    local, b, r, first = block_place(block, first_row, row_blocks, unit, R)
-    kv = (r // (R // K)).to(tl.int64)
+    local, row, b, kv, first = block_place(block, first_row, row_blocks, unit, K)
+    J: tl.constexpr = R // K
     i = tl.arange(0, BSP)
     d = tl.arange(0, DP)
     rows = tl.arange(0, BP * GP)
@@ -82,35 +95,30 @@ def _partial_kernel(
     inside = (i < BS) & (first + i < S)
     column = (first + i).to(tl.int64)
     key_mask = inside[:, None] & (d < D)[None, :]
-    keys = tl.load(k + b * k_b + kv * k_h + (column * k_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
-    values = tl.load(v + b * v_b + kv * v_h + (column * v_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
+    keys = tl.load(k + b * k_b + kv.to(tl.int64) * k_h + (column * k_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
+    values = tl.load(v + b * v_b + kv.to(tl.int64) * v_h + (column * v_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
     if BIAS:
-        key_bias = tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=inside, other=0.0).to(tl.float32)
+        key_bias = tl.load(bias + b * b_b + kv.to(tl.int64) * b_h + column * b_s, mask=inside, other=0.0).to(tl.float32)
     key = tl.where(i < BS, first + i, S)
-    q += b * q_b + (r * G).to(tl.int64) * q_h
-    first_pair = (first_row + local) * T * M  # of this row
-    # a tile's pairs are known a step before its rows are asked for: rows then have whole steps to arrive
-    e = low + rows // GP
-    coming = tl.load(pair_order + e, mask=e < high, other=-1)
+    q += b * q_b + (kv * J * G).to(tl.int64) * q_h
     for c in range(low, high, BP):
-        t = ((coming - first_pair) // M).to(tl.int64)
-        mask = ((coming >= 0) & (g < G))[:, None] & (d < D)[None, :]
-        q_P = tl.load(q + (t * q_t + g.to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
         e = c + rows // GP
-        coming = tl.load(pair_order + e + BP, mask=e + BP < high, other=-1)
-        pair = tl.load(pair_order + e, mask=e < high, other=first_pair) - first_pair
+        pair = tl.load(pair_order + e, mask=e < high, other=0) - row * J * T * M
+        j, t, slot = pair_place(pair, local, span_length, first_query, T, J, M)
+        real = (e < high) & (g < G)
+        mask = real[:, None] & (d < D)[None, :]
+        q_P = tl.load(q + (t * q_t + (j * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
         logits = tl.dot(q_P, tl.trans(keys), input_precision=PRECISION) * scale
         if BIAS:
             logits += key_bias[None, :]
         # causal by columns: the query stands at column S - T + t, and a block never leaves its query's document
-        logits = tl.where(key[None, :] <= (S - T + pair // M)[:, None], logits, float("-inf"))
+        logits = tl.where(key[None, :] <= (S - T + t)[:, None], logits, float("-inf"))
         peak = tl.max(logits, 1)
         p = tl.exp2((logits - peak[:, None]) * LOG2E)
         total = tl.sum(p, 1)
         out = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) / total[:, None]
-        slot = (pair + (local * span_length - first_query) * M).to(tl.int64) * G + g
-        real = (e < high) & (g < G)
-        tl.store(part_o + (slot * D)[:, None] + d[None, :], out.to(part_o.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
+        slot = slot * G + g
+        tl.store(part_o + (slot * D)[:, None] + d[None, :], out.to(part_o.dtype.element_ty), mask=mask)
         tl.store(part_lse + slot, peak + natural_log(total), mask=real)
 
 
@@ -169,20 +177,21 @@ def _combine_kernel(
 
 def limits() -> tuple[int, ...]:
     """What decides, beside the arguments, how the work is cut."""
-    return *SPAN_BYTES.values(), SPAN_BLOCKS, BLOCK_BYTES, reader_lists.MAP_BYTES
+    return *SPAN_BYTES.values(), SPAN_BLOCKS, SEGMENT_ROWS, BLOCK_BYTES, reader_lists.MAP_BYTES
 
 
 def span_of(
     way: str, batch: int, queries: int, row_blocks: int, names: int, shape: dict[str, Any], itemsize: int
 ) -> tuple[int, int]:
-    """Queries, a multiple of 64, and rows of a span: rows with SPAN_BLOCKS blocks between them, and queries whose partial results
-    fit into SPAN_BYTES; more, where the table of lists (one for each of `names` a row and span, which with documents are many) would
-    outgrow the partial results."""
-    rows = batch * shape["R"]
-    while rows % 2 == 0 and rows // 2 * row_blocks >= SPAN_BLOCKS:
+    """Queries, a multiple of 64, and rows of a span: all where their partial results fit into SPAN_BYTES, otherwise fewer rows, down to
+    SPAN_BLOCKS blocks between them, and then fewer queries; more, where the table of lists (one for each of `names` a row and span,
+    which with documents are many) would outgrow the partial results."""
+    rows = batch * shape["K"]
+    row_bytes = shape["R"] // shape["K"] * shape["M"] * shape["G"] * shape["D"] * itemsize
+    while rows % 2 == 0 and rows * row_bytes * queries > SPAN_BYTES[way] and rows // 2 * row_blocks >= SPAN_BLOCKS:
         rows //= 2
-    per_query = rows * shape["M"] * shape["G"] * shape["D"] * itemsize
-    one_query_each = queries * batch * shape["R"] * names * LIST_BYTES  # the table if spans had one query
+    per_query = rows * row_bytes
+    one_query_each = queries * batch * shape["K"] * names * LIST_BYTES  # the table if spans had one query
     length = max(SPAN_BYTES[way] // per_query, math.isqrt(one_query_each // per_query))
     return min(queries, max(64, length // 64 * 64)), rows
 
@@ -207,12 +216,13 @@ def forward(
     if 2 * block_size * shape["DP"] * q.element_size() > BLOCK_BYTES:  # large blocks leave room for half as many
         rows //= 2
     rows, warps, stages = FORCE.get("partial", (rows, warps, stages))
-    slots = lists.rows * lists.length * shape["M"] * shape["G"]
+    slots = lists.rows * lists.length * shape["M"] * (q.shape[2] // k.shape[2])
     part_o = torch.empty(slots, shape["D"], dtype=q.dtype, device=q.device)
     part_lse = torch.empty(slots, dtype=torch.float32, device=q.device)
     few, small = of_a_query(shape)
     for span in range(lists.spans):
         first = span // lists.groups * lists.length, span % lists.groups * lists.rows
+        choosing = shape["R"] // shape["K"] * lists.rows
         launch(
             plan, _partial_kernel, (lists.span_items,),
             q, k, v, bias, lists.pair_order, lists.table, lists.counts, lists.item_list, part_o, part_lse, scale, queries,
@@ -221,6 +231,6 @@ def forward(
             BIAS=bias is not None, num_warps=warps, num_stages=stages, **shape,
         )  # fmt: skip
         launch(
-            plan, _combine_kernel, (ceil_div(lists.length, few), lists.rows), block_indices, part_o, part_lse, out, lse,
-            queries, *first, lists.length, BT=few, num_warps=4, num_stages=3, **small,
+            plan, _combine_kernel, (ceil_div(lists.length, few), choosing), block_indices, part_o, part_lse, out, lse,
+            queries, first[0], span % lists.groups * choosing, lists.length, BT=few, num_warps=4, num_stages=3, **small,
         )  # fmt: skip
