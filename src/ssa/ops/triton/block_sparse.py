@@ -111,7 +111,7 @@ def _forward_kernel(
 
 @triton.jit
 def _dq_kernel(
-    q, k, v, indices, positions, bias, out, lse_in, d_out, d_lse, terms, d_q, scale, T, S,
+    q, k, v, indices, positions, bias, out, lse_in, d_out, d_lse, shift_out, d_q, scale, T, S,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     BS: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, BIAS: tl.constexpr, D_LSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -125,8 +125,8 @@ def _dq_kernel(
     shift = tl.sum(d_out_G.to(tl.float32) * out_G.to(tl.float32), 1)
     if D_LSE:
         shift -= tl.load(d_lse + head, mask=g < G, other=0.0)
+    tl.store(shift_out + head, shift, mask=g < G)
     lse = tl.load(lse_in + head, mask=g < G, other=0.0)
-    key_gradients.leave_terms(terms, head, t, lse, shift, g < G, T, S)
     lse = tl.where(lse == float("-inf"), 0.0, lse)
     query = (b * R + r) * T + t
     acc = tl.zeros([GP, DP], tl.float32)
@@ -270,13 +270,12 @@ def _run_backward(
         *key_side.limits(),
     )
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    terms = torch.empty(*lse.shape, 4, dtype=torch.float32, device=q.device)
     all_from_keys = _from_the_key_side(q, shape, block_size, keys)
     if all_from_keys:
-        key_gradients.terms_of(plan, out, d_out, lse, d_lse, terms, keys)
+        terms = key_gradients.terms_of(plan, out, d_out, lse, d_lse, keys)
         span = _span("backward", q, k, positions, shape, block_size)
     else:
-        span = (queries, batch * k.shape[2])
+        terms, span = torch.empty_like(lse), (queries, batch * k.shape[2])
         launch(
             plan, _dq_kernel, (queries, batch * selectors),
             q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse, terms, d_q, scale, queries, keys, *strides, BS=block_size,
@@ -296,7 +295,7 @@ def _run_backward(
     d_k, d_v = (torch.zeros(k.shape, dtype=wide, device=q.device) for _ in range(2))
     d_b = None if bias is None else torch.zeros(batch, keys, k.shape[2], dtype=torch.float32, device=q.device)
     key_gradients.backward(
-        plan, q, k, v, block_indices, bias, lists, d_out, terms, d_q if all_from_keys else None, d_k, d_v, d_b, scale, strides,
+        plan, q, k, v, block_indices, bias, lists, d_out, lse, terms, d_q if all_from_keys else None, d_k, d_v, d_b, scale, strides,
         shape, block_size,
     )  # fmt: skip
     d_k, d_v = d_k.to(k.dtype), d_v.to(k.dtype)

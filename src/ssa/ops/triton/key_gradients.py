@@ -66,10 +66,10 @@ def _terms(term):
 
 @triton.jit(do_not_specialize=["span", "first_query", "first_row"])
 def _dkv_kernel(
-    q, k, v, d_out, terms, bias, pair_order, table, counts, item_list, d_k, d_v, d_b, part_k, part_v,
+    q, k, v, d_out, lse_in, terms, bias, pair_order, table, counts, item_list, d_k, d_v, d_b, part_k, part_v,
     part_b, part_q, scale, T, S, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, first_query, first_row, span_length, num_blocks, row_blocks, unit, span_items,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr,
+    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr, AHEAD: tl.constexpr,
     ADD: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block's gradients from one segment of its readers; with DQ also every pair's part of its query's gradient. ADD: onto
@@ -96,19 +96,34 @@ def _dkv_kernel(
     g = rows % GP
     q += b * q_b + (kv * J * G).to(tl.int64) * q_h
     d_out += (b * T * R + kv * J) * (G * D)
-    terms += (b * T * R + kv * J) * (G * 4)
+    lse_in += (b * T * R + kv * J) * G
+    terms += (b * T * R + kv * J) * (G * 4 if DQ else G)
+    first_pair = row * J * T * M
+    e = low + rows // GP
+    coming = tl.load(pair_order + e, mask=AHEAD & (e < high), other=0)
     for c in range(low, high, BP):
         e = c + rows // GP
-        pair = tl.load(pair_order + e, mask=e < high, other=0) - row * J * T * M
-        j, t, slot = pair_place(pair, local, span_length, first_query, T, J, M)
+        if AHEAD:  # pairs come a step ahead, so that a tile's rows have whole steps to arrive
+            pair = coming
+            coming = tl.load(pair_order + e + BP, mask=e + BP < high, other=0)
+        else:
+            pair = tl.load(pair_order + e, mask=e < high, other=0)
+        j, t, slot = pair_place(pair - first_pair, local, span_length, first_query, T, J, M)
         h = j * G + g
         real = (e < high) & (g < G)
         mask = real[:, None] & (d < D)[None, :]
         q_P = tl.load(q + (t * q_t + h.to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
-        d_out_P = tl.load(d_out + (t * (R * G * D) + h * D)[:, None] + d[None, :], mask=mask, other=0.0)
-        term = tl.load(terms + (t * (R * G * 4) + h * 4)[:, None] + tl.arange(0, 4)[None, :], mask=real[:, None], other=0.0)
-        logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
-        lse, shift, limit = _terms(term)
+        head = t * (R * G) + h
+        d_out_P = tl.load(d_out + (head * D)[:, None] + d[None, :], mask=mask, other=0.0)
+        if DQ:
+            term = tl.load(terms + (head * 4)[:, None] + tl.arange(0, 4)[None, :], mask=real[:, None], other=0.0)
+            logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
+            lse, shift, limit = _terms(term)
+        else:
+            lse = tl.load(lse_in + head, mask=real, other=0.0)
+            shift = tl.load(terms + head, mask=real, other=0.0)
+            logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
+            limit = tl.where(real, S - T + t.to(tl.int32) + 1, 0)
         if BIAS:
             logits += key_bias[:, None]
         p = tl.where(key[:, None] < limit[None, :], tl.exp2((logits - lse[None, :]) * LOG2E), 0.0)
@@ -120,6 +135,9 @@ def _dkv_kernel(
         sum_k += tl.dot(rounded, q_P, input_precision=PRECISION)
         if DQ:
             d_q = tl.dot(tl.trans(rounded), keys, input_precision=PRECISION)
+            if AHEAD:  # a second reading costs less than registers do
+                pair = tl.load(pair_order + e, mask=e < high, other=0)
+                j, t, slot = pair_place(pair - first_pair, local, span_length, first_query, T, J, M)
             at = (slot * G + g) * D
             tl.store(part_q + at[:, None] + d[None, :], d_q.to(part_q.dtype.element_ty), mask=mask)
     if segments == 1:
@@ -168,14 +186,6 @@ def _add_parts_kernel(
 
 
 @triton.jit
-def leave_terms(terms, head, t, lse, shift, mask, T, S):
-    """What the gradient of a query's logits needs beside q and d_out, see `_terms`."""
-    tl.store(terms + head * 4, lse, mask=mask)
-    tl.store(terms + head * 4 + 1, shift, mask=mask)
-    tl.store(terms + head * 4 + 2, (S - T + t + 1).to(tl.int32).to(tl.float32, bitcast=True), mask=mask)
-
-
-@triton.jit
 def _terms_kernel(
     out, d_out, lse_in, d_lse, terms, heads, T, S, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr,
     D_LSE: tl.constexpr,
@@ -190,7 +200,9 @@ def _terms_kernel(
     if D_LSE:
         shift -= tl.load(d_lse + h, mask=h < heads, other=0.0)
     lse = tl.load(lse_in + h, mask=h < heads, other=0.0)
-    leave_terms(terms, h, h // H % T, lse, shift, h < heads, T, S)
+    tl.store(terms + h * 4, lse, mask=h < heads)
+    tl.store(terms + h * 4 + 1, shift, mask=h < heads)
+    tl.store(terms + h * 4 + 2, (S - T + h // H % T + 1).to(tl.int32).to(tl.float32, bitcast=True), mask=h < heads)
 
 
 @triton.jit(do_not_specialize=["first_query", "first_row"])
@@ -208,7 +220,7 @@ def _add_dq_kernel(
 
 
 def backward(
-    plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, d_out: Tensor,
+    plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, d_out: Tensor, lse: Tensor,
     terms: Tensor, d_q: Tensor | None, d_k: Tensor, d_v: Tensor, d_b: Tensor | None, scale: float, strides: tuple[int, ...],
     shape: dict[str, Any], block_size: int,
 ) -> None:  # fmt: skip
@@ -232,6 +244,7 @@ def backward(
         elif shape["DP"] * q.element_size() > 256:  # by the shared memory of compute capabilities 8.9 and 10.0
             rows, tile = rows // 2, max(16, tile // 2)
     rows, warps, stages = key_side.FORCE.get("dkv_dq" if d_q is not None else "dkv", (rows, warps, stages))
+    ahead = key_side.FORCE.get("ahead", d_q is not None) and d_q is not None
     few, small = key_side.of_a_query(shape)
     choosing = shape["R"] // shape["K"] * lists.rows
     how = dict(ADD=lists.spans > lists.groups, PLAIN=lists.unit == block_size, BIAS=bias is not None, SEGMENT=lists.segment)
@@ -239,10 +252,10 @@ def backward(
         first = span // lists.groups * lists.length, span % lists.groups * lists.rows
         launch(
             plan, _dkv_kernel, (lists.span_items, padded // tile),
-            q, k, v, d_out, terms, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
+            q, k, v, d_out, lse, terms, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
             d_k, d_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, *first, lists.length, lists.num_blocks,
             lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), DQ=part_q is not None,
-            num_warps=warps, num_stages=stages, **how, **shape,
+            AHEAD=ahead,             num_warps=warps, num_stages=stages, **how, **shape,
         )  # fmt: skip
         launch(
             plan, _add_parts_kernel, (lists.num_blocks, padded // 16),
@@ -257,10 +270,12 @@ def backward(
             )  # fmt: skip
 
 
-def terms_of(plan: Plan | None, out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor | None, terms: Tensor, keys: int) -> None:
-    """Fills `terms` fp32 [B, T, H, 4], see `leave_terms`."""
+def terms_of(plan: Plan | None, out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor | None, keys: int) -> Tensor:
+    """fp32 [B, T, H, 4], see `_terms`."""
     _, queries, heads, size = out.shape
+    terms = torch.empty(*lse.shape, 4, dtype=torch.float32, device=out.device)
     launch(
         plan, _terms_kernel, (ceil_div(lse.numel(), 16),), out, d_out, lse, d_lse, terms, lse.numel(), queries, keys, H=heads, D=size,
         DP=power_of_two(size), BH=16, D_LSE=d_lse is not None, num_warps=2,
     )  # fmt: skip
+    return terms

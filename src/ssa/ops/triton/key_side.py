@@ -69,7 +69,9 @@ def pair_place(pair, local, span_length, first_query, T, J: tl.constexpr, M: tl.
         j = 0
         slot = pair + (local * span_length - first_query) * M
     else:
-        j = t // T
+        j = tl.zeros_like(t)
+        for i in tl.static_range(1, J):  # cheaper than dividing by T
+            j += (t >= i * T).to(tl.int32)
         t -= j * T
         slot = ((local * J + j) * span_length + t - first_query) * M + pair % M
     return j, t.to(tl.int64), slot.to(tl.int64)
@@ -101,13 +103,19 @@ def _partial_kernel(
         key_bias = tl.load(bias + b * b_b + kv.to(tl.int64) * b_h + column * b_s, mask=inside, other=0.0).to(tl.float32)
     key = tl.where(i < BS, first + i, S)
     q += b * q_b + (kv * J * G).to(tl.int64) * q_h
+    first_pair = row * J * T * M
+    e = low + rows // GP
+    coming = tl.load(pair_order + e, mask=e < high, other=0)
     for c in range(low, high, BP):
         e = c + rows // GP
-        pair = tl.load(pair_order + e, mask=e < high, other=0) - row * J * T * M
-        j, t, slot = pair_place(pair, local, span_length, first_query, T, J, M)
+        pair = coming  # pairs come a step ahead, so that a tile's rows have whole steps to arrive
+        coming = tl.load(pair_order + e + BP, mask=e + BP < high, other=0)
+        j, t, slot = pair_place(pair - first_pair, local, span_length, first_query, T, J, M)
         real = (e < high) & (g < G)
         mask = real[:, None] & (d < D)[None, :]
         q_P = tl.load(q + (t * q_t + (j * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
+        pair = tl.load(pair_order + e, mask=e < high, other=0)
+        j, t, slot = pair_place(pair - first_pair, local, span_length, first_query, T, J, M)
         logits = tl.dot(q_P, tl.trans(keys), input_precision=PRECISION) * scale
         if BIAS:
             logits += key_bias[None, :]
