@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssa.ops.triton import key_side
 from ssa.ops.triton.key_side import block_place, pair_place, queries_of_span, work_item
-from ssa.ops.triton.launch import Plan, ceil_div, launch, power_of_two
+from ssa.ops.triton.launch import Plan, capability, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E
 from ssa.ops.triton.reader_lists import ReaderLists
 
@@ -69,7 +69,7 @@ def _dkv_kernel(
     q, k, v, d_out, lse_in, terms, bias, pair_order, table, counts, item_list, d_k, d_v, d_b, part_k, part_v,
     part_b, part_q, scale, T, S, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, first_query, first_row, span_length, num_blocks, row_blocks, unit, span_items,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr, AHEAD: tl.constexpr,
+    BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr,
     ADD: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block's gradients from one segment of its readers; with DQ also every pair's part of its query's gradient. ADD: onto
@@ -99,15 +99,9 @@ def _dkv_kernel(
     lse_in += (b * T * R + kv * J) * G
     terms += (b * T * R + kv * J) * (G * 4 if DQ else G)
     first_pair = row * J * T * M
-    e = low + rows // GP
-    coming = tl.load(pair_order + e, mask=AHEAD & (e < high), other=0)
     for c in range(low, high, BP):
         e = c + rows // GP
-        if AHEAD:  # pairs come a step ahead, so that a tile's rows have whole steps to arrive
-            pair = coming
-            coming = tl.load(pair_order + e + BP, mask=e + BP < high, other=0)
-        else:
-            pair = tl.load(pair_order + e, mask=e < high, other=0)
+        pair = tl.load(pair_order + e, mask=e < high, other=0)
         j, t, slot = pair_place(pair - first_pair, local, span_length, first_query, T, J, M)
         h = j * G + g
         real = (e < high) & (g < G)
@@ -135,9 +129,6 @@ def _dkv_kernel(
         sum_k += tl.dot(rounded, q_P, input_precision=PRECISION)
         if DQ:
             d_q = tl.dot(tl.trans(rounded), keys, input_precision=PRECISION)
-            if AHEAD:  # a second reading costs less than registers do
-                pair = tl.load(pair_order + e, mask=e < high, other=0)
-                j, t, slot = pair_place(pair - first_pair, local, span_length, first_query, T, J, M)
             at = (slot * G + g) * D
             tl.store(part_q + at[:, None] + d[None, :], d_q.to(part_q.dtype.element_ty), mask=mask)
     if segments == 1:
@@ -219,6 +210,17 @@ def _add_dq_kernel(
     tl.store(d_q + (head * D)[:, None] + d[None, :], (acc * scale).to(d_q.dtype.element_ty), mask=mask)
 
 
+def _tile(q: Tensor, keys: int) -> tuple[int, int, int]:
+    """Rows, warps and stages of the programs that also leave the gradients of queries; measured on compute capability 9.0.
+
+    There two groups of four warps hold the sums of 128 keys, and tensor cores take tiles of 64. Rows are read through a list, so five stages
+    are what lets them come two steps ahead. GPUs with less shared memory have smaller tiles; so has fp32, which multiplies in registers.
+    """
+    if q.dtype != torch.float32 and 90 <= capability(q.get_device()) < 120:
+        return (max(16, min(64, 8192 // keys)), 8, 5) if keys >= 128 else (32, 4, 5)
+    return (32, 8, 2) if keys >= 128 else (32, 4, 3)
+
+
 def backward(
     plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, d_out: Tensor, lse: Tensor,
     terms: Tensor, d_q: Tensor | None, d_k: Tensor, d_v: Tensor, d_b: Tensor | None, scale: float, strides: tuple[int, ...],
@@ -235,16 +237,14 @@ def backward(
         shape = key_side.narrow(shape)
         slots = lists.rows * lists.length * shape["M"] * (q.shape[2] // k.shape[2])
         part_q = torch.empty(slots, size, dtype=q.dtype, device=device)
-        rows, warps, stages = key_side.TILES["dkv_dq"]
+        rows, warps, stages = _tile(q, padded)
     else:
-        rows, warps, stages = key_side.TILES["dkv"]
+        rows, warps, stages = 64, 4, 2
         tile = max(16, min(padded, key_side.BLOCK_BYTES // (shape["DP"] * q.element_size())))
         if size <= 64:
             rows, warps, stages = (128 if block_size <= 16 else 64), 2, 3
         elif shape["DP"] * q.element_size() > 256:  # by the shared memory of compute capabilities 8.9 and 10.0
             rows, tile = rows // 2, max(16, tile // 2)
-    rows, warps, stages = key_side.FORCE.get("dkv_dq" if d_q is not None else "dkv", (rows, warps, stages))
-    ahead = key_side.FORCE.get("ahead", d_q is not None) and d_q is not None
     few, small = key_side.of_a_query(shape)
     choosing = shape["R"] // shape["K"] * lists.rows
     how = dict(ADD=lists.spans > lists.groups, PLAIN=lists.unit == block_size, BIAS=bias is not None, SEGMENT=lists.segment)
@@ -255,7 +255,7 @@ def backward(
             q, k, v, d_out, lse, terms, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
             d_k, d_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, *first, lists.length, lists.num_blocks,
             lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), DQ=part_q is not None,
-            AHEAD=ahead,             num_warps=warps, num_stages=stages, **how, **shape,
+                        num_warps=warps, num_stages=stages, **how, **shape,
         )  # fmt: skip
         launch(
             plan, _add_parts_kernel, (lists.num_blocks, padded // 16),

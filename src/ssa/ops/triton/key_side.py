@@ -25,16 +25,15 @@ from ssa.ops.triton.launch import Plan, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.reader_lists import LIST_BYTES, ReaderLists
 
-SPAN_BYTES = {"forward": 1 << 28, "backward": 1 << 28}  # partial results held at once; the backward pass holds more beside them
-SPAN_BLOCKS = 256  # as many blocks in a span as keep the GPU busy
-BLOCK_BYTES = 1 << 15  # keys of a block up to which tiles of many rows fit beside keys and values
-FORCE: dict = {}
+SPAN_BYTES = {"forward": 1 << 28, "backward": 1 << 28}
+"""Partial results held at once, for queries of up to SPAN_SCALE bytes; more in proportion where they are larger."""
+SPAN_SCALE = 1 << 28
+SPAN_BLOCKS = 256
+"""As many blocks in a span as keep the GPU busy."""
 SEGMENT_ROWS = 2048
-TILES = {  # rows of a tile, warps, stages
-    "partial": (128, 4, 2),
-    "dkv": (64, 4, 2),
-    "dkv_dq": (64, 8, 5),
-}
+"""Rows of a work item of the backward pass: its sums are written once for so many rows read."""
+BLOCK_BYTES = 1 << 15
+"""Keys of a block up to which tiles of many rows fit beside keys and values."""
 
 
 @triton.jit
@@ -120,7 +119,8 @@ def _partial_kernel(
         if BIAS:
             logits += key_bias[None, :]
         # causal by columns: the query stands at column S - T + t, and a block never leaves its query's document
-        logits = tl.where(key[None, :] <= (S - T + t)[:, None], logits, float("-inf"))
+        last_seen = S - T + t.to(tl.int32)
+        logits = tl.where(key[None, :] <= last_seen[:, None], logits, float("-inf"))
         peak = tl.max(logits, 1)
         p = tl.exp2((logits - peak[:, None]) * LOG2E)
         total = tl.sum(p, 1)
@@ -185,22 +185,29 @@ def _combine_kernel(
 
 def limits() -> tuple[int, ...]:
     """What decides, beside the arguments, how the work is cut."""
-    return *SPAN_BYTES.values(), SPAN_BLOCKS, SEGMENT_ROWS, BLOCK_BYTES, reader_lists.MAP_BYTES
+    return *SPAN_BYTES.values(), SPAN_SCALE, SPAN_BLOCKS, SEGMENT_ROWS, BLOCK_BYTES, reader_lists.MAP_BYTES
 
 
 def span_of(
     way: str, batch: int, queries: int, row_blocks: int, names: int, shape: dict[str, Any], itemsize: int
 ) -> tuple[int, int]:
-    """Queries, a multiple of 64, and rows of a span: all where their partial results fit into SPAN_BYTES, otherwise fewer rows, down to
-    SPAN_BLOCKS blocks between them, and then fewer queries; more, where the table of lists (one for each of `names` a row and span,
-    which with documents are many) would outgrow the partial results."""
+    """Queries, a multiple of 64, and rows of a span: all where their partial results fit, otherwise fewer rows, down to SPAN_BLOCKS
+    blocks between them, and then fewer queries; more, where the table of lists (one for each of `names` a row and span, which with
+    documents are many) would outgrow the partial results.
+
+    Spans of fewer queries add up the gradients of keys in fp32. The backward pass then holds fewer partial results beside those.
+    """
     rows = batch * shape["K"]
     row_bytes = shape["R"] // shape["K"] * shape["M"] * shape["G"] * shape["D"] * itemsize
-    while rows % 2 == 0 and rows * row_bytes * queries > SPAN_BYTES[way] and rows // 2 * row_blocks >= SPAN_BLOCKS:
+    larger = max(1, queries * rows * row_bytes // shape["M"] // SPAN_SCALE)
+    room = SPAN_BYTES[way] * larger
+    while rows % 2 == 0 and rows * row_bytes * queries > room and rows // 2 * row_blocks >= SPAN_BLOCKS:
         rows //= 2
+    if way == "backward" and rows * row_bytes * queries > room:
+        room = SPAN_BYTES[way] // 2 * max(1, larger // 2)
     per_query = rows * row_bytes
     one_query_each = queries * batch * shape["K"] * names * LIST_BYTES  # the table if spans had one query
-    length = max(SPAN_BYTES[way] // per_query, math.isqrt(one_query_each // per_query))
+    length = max(room // per_query, math.isqrt(one_query_each // per_query))
     return min(queries, max(64, length // 64 * 64)), rows
 
 
@@ -220,10 +227,7 @@ def forward(
 ) -> None:  # fmt: skip
     queries = q.shape[1]
     shape = narrow(shape)
-    rows, warps, stages = TILES["partial"]
-    if 2 * block_size * shape["DP"] * q.element_size() > BLOCK_BYTES:  # large blocks leave room for half as many
-        rows //= 2
-    rows, warps, stages = FORCE.get("partial", (rows, warps, stages))
+    rows = 64 if 2 * block_size * shape["DP"] * q.element_size() >= BLOCK_BYTES else 128
     slots = lists.rows * lists.length * shape["M"] * (q.shape[2] // k.shape[2])
     part_o = torch.empty(slots, shape["D"], dtype=q.dtype, device=q.device)
     part_lse = torch.empty(slots, dtype=torch.float32, device=q.device)
@@ -236,7 +240,7 @@ def forward(
             q, k, v, bias, lists.pair_order, lists.table, lists.counts, lists.item_list, part_o, part_lse, scale, queries,
             k.shape[1], *strides, span, *first, lists.length, lists.num_blocks, lists.row_blocks, lists.unit, lists.span_items, BS=block_size,
             BSP=max(16, power_of_two(block_size)), BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
-            BIAS=bias is not None, num_warps=warps, num_stages=stages, **shape,
+            BIAS=bias is not None, num_warps=4, num_stages=2, **shape,
         )  # fmt: skip
         launch(
             plan, _combine_kernel, (ceil_div(lists.length, few), choosing), block_indices, part_o, part_lse, out, lse,
