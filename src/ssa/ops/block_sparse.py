@@ -36,12 +36,12 @@ def block_sparse_attention(
             keys n * block_size ... of its document. -1 = nothing; entries of a row are unique, no block starts after its query.
         positions: int [B, T] document-relative query positions (packed, padded or cached rows); None = plain rows.
         cu_seqlens: int32 [documents + 1], the same for one packed row (B = 1, T = S).
-        bias: [B, S, K] logit bias per key, added after scaling (NOSA).
+        bias: [B, S, K] logit bias per key, added after scaling (NOSA); -inf masks a key.
         scale: logit scale, 1/sqrt(D) by default.
         impl: "auto", "reference" or "triton".
 
     Returns:
-        out [B, T, H, D] in q's dtype, zero for a query with no key; lse [B, T, H], fp32 (fp64 for fp64), -inf there.
+        out [B, T, H, D] in q's dtype, zero for a query with no key but masked ones; lse [B, T, H], fp32 (fp64 for fp64), -inf there.
 
     Raises:
         UserError: shapes that do not fit.

@@ -45,7 +45,7 @@ def decode_attention(
         lengths: int32 or int64 [B], cached tokens of each row. Queries before a shorter row's start read nothing.
         starts: int32 or int64 [B], first column of each row; None = 0.
         scope, scoring, rule, scale: as for `select_blocks`.
-        bias: [B, S, K] logit bias per key, added after scaling.
+        bias: [B, S, K] logit bias per key, added after scaling; -inf masks a key. Blocks are chosen without it.
         impl: "auto", "reference" or "triton".
 
     Returns:

@@ -17,6 +17,7 @@ from ssa.ops.triton import key_side
 from ssa.ops.triton.key_side import block_place, pair_place, queries_of_span, work_item
 from ssa.ops.triton.launch import Plan, capability, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E
+from ssa.ops.triton.online_softmax import load_lse
 from ssa.ops.triton.reader_lists import ReaderLists
 
 
@@ -54,14 +55,14 @@ def _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, at, alive, d, D: tl.constexpr, BI
 
 @triton.jit
 def _terms(term):
-    """(lse, shift, first column that is not seen) [rows] of `term` [rows, 4].
+    """(peak, log, shift, first column that is not seen) [rows] of `term` [rows, 4], as `_terms_kernel` leaves them.
 
-    They travel together, as 16 bytes a row: loads of a single number a row would be made once for every thread that needs it.
+    They travel together, as 16 bytes a row: a load of one number a row would be made once for every thread that needs it.
     """
     even, odd = tl.split(tl.reshape(term, [term.shape[0], 2, 2]))
-    lse, limit = tl.split(even)
-    shift, _ = tl.split(odd)
-    return lse, shift, limit.to(tl.int32, bitcast=True)
+    peak, limit = tl.split(even)
+    shift, log = tl.split(odd)
+    return peak, log, shift, limit.to(tl.int32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["span", "first_query", "first_row"])
@@ -96,7 +97,7 @@ def _dkv_kernel(
     g = rows % GP
     q += b * q_b + (kv * J * G).to(tl.int64) * q_h
     d_out += (b * T * R + kv * J) * (G * D)
-    lse_in += (b * T * R + kv * J) * G
+    lse_in += (b * T * R + kv * J) * (2 * G if BIAS else G)
     terms += (b * T * R + kv * J) * (G * 4 if DQ else G)
     first_pair = row * J * T * M
     for c in range(low, high, BP):
@@ -112,15 +113,19 @@ def _dkv_kernel(
         if DQ:
             term = tl.load(terms + (head * 4)[:, None] + tl.arange(0, 4)[None, :], mask=real[:, None], other=0.0)
             logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
-            lse, shift, limit = _terms(term)
+            peak, log, shift, limit = _terms(term)
         else:
-            lse = tl.load(lse_in + head, mask=real, other=0.0)
+            peak, log = load_lse(lse_in, head, real, 0.0, BIAS)
             shift = tl.load(terms + head, mask=real, other=0.0)
             logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
             limit = tl.where(real, S - T + t.to(tl.int32) + 1, 0)
         if BIAS:
-            logits += key_bias[:, None]
-        p = tl.where(key[:, None] < limit[None, :], tl.exp2((logits - lse[None, :]) * LOG2E), 0.0)
+            log = tl.maximum(log, 0.0)  # -inf where all keys are masked: their logits are -inf, too
+            p = tl.exp2((logits + key_bias[:, None] - peak[None, :] - log[None, :]) * LOG2E)
+        else:
+            p = tl.exp2((logits - peak[None, :]) * LOG2E)
+        # causal by columns, and a block never leaves its query's document
+        p = tl.where(key[:, None] < limit[None, :], p, 0.0)
         sum_v += tl.dot(p.to(d_out_P.dtype), d_out_P, input_precision=PRECISION)
         d_logits = p * (tl.dot(values, tl.trans(d_out_P), input_precision=PRECISION) - shift[None, :])
         if BIAS:
@@ -179,7 +184,7 @@ def _add_parts_kernel(
 @triton.jit
 def _terms_kernel(
     out, d_out, lse_in, d_lse, terms, heads, T, S, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr,
-    D_LSE: tl.constexpr,
+    D_LSE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """d logits = p * (d_out . v - shift), shift = d_out . out - d_lse."""
     h = tl.program_id(0).to(tl.int64) * BH + tl.arange(0, BH)
@@ -190,10 +195,13 @@ def _terms_kernel(
     shift = tl.sum(product, 1)
     if D_LSE:
         shift -= tl.load(d_lse + h, mask=h < heads, other=0.0)
-    lse = tl.load(lse_in + h, mask=h < heads, other=0.0)
-    tl.store(terms + h * 4, lse, mask=h < heads)
+    peak, log = load_lse(lse_in, h, h < heads, 0.0, BIAS)
+    # causal by columns: a query stands at column S - T + t
+    limit = (S - T + h // H % T + 1).to(tl.int32)
+    tl.store(terms + h * 4, peak, mask=h < heads)
     tl.store(terms + h * 4 + 1, shift, mask=h < heads)
-    tl.store(terms + h * 4 + 2, (S - T + h // H % T + 1).to(tl.int32).to(tl.float32, bitcast=True), mask=h < heads)
+    tl.store(terms + h * 4 + 2, limit.to(tl.float32, bitcast=True), mask=h < heads)
+    tl.store(terms + h * 4 + 3, log, mask=h < heads)
 
 
 @triton.jit(do_not_specialize=["first_query", "first_row"])
@@ -270,12 +278,15 @@ def backward(
             )  # fmt: skip
 
 
-def terms_of(plan: Plan | None, out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor | None, keys: int) -> Tensor:
+def terms_of(
+    plan: Plan | None, out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor | None, keys: int, biased: bool
+) -> Tensor:  # fmt: skip
     """fp32 [B, T, H, 4], see `_terms`."""
-    _, queries, heads, size = out.shape
-    terms = torch.empty(*lse.shape, 4, dtype=torch.float32, device=out.device)
+    batch, queries, heads, size = out.shape
+    rows = batch * queries * heads
+    terms = torch.empty(batch, queries, heads, 4, dtype=torch.float32, device=out.device)
     launch(
-        plan, _terms_kernel, (ceil_div(lse.numel(), 16),), out, d_out, lse, d_lse, terms, lse.numel(), queries, keys, H=heads, D=size,
-        DP=power_of_two(size), BH=16, D_LSE=d_lse is not None, num_warps=2,
+        plan, _terms_kernel, (ceil_div(rows, 16),), out, d_out, lse, d_lse, terms, rows, queries, keys, H=heads, D=size,
+        DP=power_of_two(size), BH=16, D_LSE=d_lse is not None, BIAS=biased, num_warps=2,
     )  # fmt: skip
     return terms

@@ -23,6 +23,7 @@ from torch import Tensor
 from ssa.ops.triton import reader_lists
 from ssa.ops.triton.launch import Plan, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
+from ssa.ops.triton.online_softmax import LOWEST, load_lse, softmax_end, store_lse
 from ssa.ops.triton.reader_lists import LIST_BYTES, ReaderLists
 
 SPAN_BYTES = {"forward": 1 << 28, "backward": 1 << 28}
@@ -83,7 +84,7 @@ def _partial_kernel(
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Normalised output and lse of every pair of a block, [pairs of the span, G, D] and [pairs of the span, G]."""
+    """Normalised output and lse (`store_lse`) of every pair of a block, [pairs of the span, G, D] and [pairs of the span, G]."""
     block, _, _, _, low, high = work_item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
     if block < 0:
         return
@@ -122,12 +123,20 @@ def _partial_kernel(
         last_seen = S - T + t.to(tl.int32)
         logits = tl.where(key[None, :] <= last_seen[:, None], logits, float("-inf"))
         peak = tl.max(logits, 1)
+        if BIAS:  # which may mask all keys
+            peak = tl.maximum(peak, LOWEST)
         p = tl.exp2((logits - peak[:, None]) * LOG2E)
         total = tl.sum(p, 1)
-        out = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) / total[:, None]
+        out = tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
+        if BIAS:
+            out, log = softmax_end(total, out)
+        else:
+            out = out / total[:, None]
         slot = slot * G + g
         tl.store(part_o + (slot * D)[:, None] + d[None, :], out.to(part_o.dtype.element_ty), mask=mask)
-        tl.store(part_lse + slot, peak + natural_log(total), mask=real)
+        if not BIAS:
+            log = natural_log(total)
+        store_lse(part_lse, slot, peak, log, real, BIAS)
 
 
 @triton.jit
@@ -160,27 +169,30 @@ def queries_of_span(
 def _combine_kernel(
     indices, part_o, part_lse, out, lse_out, T, first_query, first_row, span_length,
     R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """A query's partial outputs, weighted by exp(lse of the pair - lse)."""
     g, d, real, mask, slot, query, head = queries_of_span(first_query, first_row, span_length, T, R, G, GP, D, DP, M, BT)
-    peak = tl.full([BT * GP], -1e30, tl.float32)
+    peak = tl.full([BT * GP], LOWEST, tl.float32)
     total = tl.zeros([BT * GP], tl.float32)
     acc = tl.zeros([BT * GP, DP], tl.float32)
     for m in range(M):
         there = real & (tl.load(indices + query + m, mask=real, other=-1) >= 0)
         at = (slot + m) * G + g
-        part = tl.load(part_lse + at, mask=there, other=float("-inf"))
+        part, log = load_lse(part_lse, at, there, float("-inf"), BIAS)
         piece = tl.load(part_o + (at * D)[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
         higher = tl.maximum(peak, part)
         shrink = tl.exp2((peak - higher) * LOG2E)
-        weight = tl.exp2((part - higher) * LOG2E)
+        gap = part - higher
+        if BIAS:
+            gap += log
+        weight = tl.exp2(gap * LOG2E)
         total = total * shrink + weight
         acc = acc * shrink[:, None] + piece.to(tl.float32) * weight[:, None]
         peak = higher
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    acc, log = softmax_end(total, acc)
     tl.store(out + (head * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
-    tl.store(lse_out + head, tl.where(empty, float("-inf"), peak + natural_log(total)), mask=real)
+    store_lse(lse_out, head, peak, log, real, BIAS)
 
 
 def limits() -> tuple[int, ...]:
@@ -230,7 +242,7 @@ def forward(
     rows = 64 if 2 * block_size * shape["DP"] * q.element_size() >= BLOCK_BYTES else 128
     slots = lists.rows * lists.length * shape["M"] * (q.shape[2] // k.shape[2])
     part_o = torch.empty(slots, shape["D"], dtype=q.dtype, device=q.device)
-    part_lse = torch.empty(slots, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(slots if bias is None else 2 * slots, dtype=torch.float32, device=q.device)
     few, small = of_a_query(shape)
     for span in range(lists.spans):
         first = span // lists.groups * lists.length, span % lists.groups * lists.rows
@@ -244,5 +256,5 @@ def forward(
         )  # fmt: skip
         launch(
             plan, _combine_kernel, (ceil_div(lists.length, few), choosing), block_indices, part_o, part_lse, out, lse,
-            queries, first[0], span % lists.groups * choosing, lists.length, BT=few, num_warps=4, num_stages=3, **small,
+            queries, first[0], span % lists.groups * choosing, lists.length, BT=few, BIAS=bias is not None, num_warps=4, num_stages=3, **small,
         )  # fmt: skip
