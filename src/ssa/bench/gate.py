@@ -70,9 +70,7 @@ def check(shape: Shape, tokens: int, device: str, impl: str, oracle: Any = None)
     for a, b in windows:
         exact = [x.detach()[:, cut].double().requires_grad_() for x, cut in ((q, slice(a, b)), (k, slice(b)), (v, slice(b)))]
         means = block_means(k.detach()[:, :b], block).double()
-        wanted, wanted_score = select_blocks(
-            exact[0], exact[1], **shape.selection, block_keys=means, impl="reference"
-        )
+        wanted, wanted_score = select_blocks(exact[0], exact[1], **shape.selection, block_keys=means, impl="reference")
         rows_equal, score_error = _selection_errors(index[:, :, a:b], score[:, :, a:b], wanted, wanted_score)
         gold, gold_lse = block_sparse_attention(
             exact[0], exact[1], exact[2], index[:, :, a:b].contiguous(), block_size=block, impl="reference"
