@@ -42,7 +42,7 @@ def test_the_main_kernels_compile(capability):
     } <= kernels
     assert {f"key_side._{name}_kernel" for name in ("partial", "combine")} <= kernels
     assert {f"reader_lists._{name}_kernel" for name in ("name", "gather", "list")} <= kernels
-    assert {f"key_gradients._{name}_kernel" for name in ("dkv", "add_parts", "add_dq", "shift")} <= kernels
+    assert {f"key_gradients._{name}_kernel" for name in ("dkv", "add_parts", "add_dq", "terms")} <= kernels
 
 
 @pytest.mark.slow

@@ -117,18 +117,30 @@ def test_nothing_to_select_or_attend_to():
 
 
 def test_spans_weigh_partial_results_against_lists():
-    from ssa.ops.triton.key_side import SPAN_BYTES, span_of
+    from ssa.ops.triton.key_side import SPAN_BYTES, SPAN_SCALE, span_of
     from ssa.ops.triton.reader_lists import LIST_BYTES
 
-    shape = dict(R=8, M=16, G=4, D=128)
+    shape = dict(R=8, K=8, M=16, G=4, D=128)
     per_query = 16 * 4 * 128 * 2
     for queries, names in ((32768, 512), (131072, 131072), (1 << 20, 1 << 20)):  # plain rows; packed ones name every column
         length, rows = span_of("forward", 1, queries, names if names < 1000 else names // 64, names, shape, 2)
         partial = length * rows * per_query
         table = -(-queries // length) * 8 * names * LIST_BYTES
         assert rows == 1 and length % 64 == 0
-        assert partial <= SPAN_BYTES["forward"] or partial <= 1.1 * table, "longer than lists ask for"
-        assert table <= SPAN_BYTES["forward"] or table <= 1.1 * partial + 8 * names * LIST_BYTES, "more lists than results"
+        room = SPAN_BYTES["forward"] * max(1, queries * 8 * 4 * 128 * 2 // SPAN_SCALE)  # larger inputs, larger spans
+        assert partial <= room or partial <= 1.1 * table, "longer than lists ask for"
+        assert table <= room or table <= 1.1 * partial + 8 * names * LIST_BYTES, "more lists than results"
+
+
+def test_spans_of_the_backward_pass():
+    from ssa.ops.triton.key_side import SPAN_BYTES, span_of
+
+    shape = dict(R=8, K=8, M=8, G=4, D=128)
+    assert span_of("backward", 1, 32768, 256, 256, shape, 2) == (32768, 1), "a row fits whole"
+    length, rows = span_of("backward", 1, 32768, 256, 256, shape | {"M": 16}, 2)
+    assert rows == 1 and length * 16 * 4 * 128 * 2 == SPAN_BYTES["backward"] // 2, "fp32 sums take the other half"
+    choosing = shape | {"R": 32, "G": 1}  # every query head for itself: those of a kv head stay together
+    assert span_of("backward", 1, 32768, 256, 256, choosing, 2) == (32768, 1)
 
 
 @pytest.mark.parametrize("sharpness", [30.0, 1e-3])
@@ -173,6 +185,9 @@ ATTENTIONS = {
     "key side, spans and segments": (1, 80, 80, 2, 2, 16, 16, 3, "group", None, True, 8),
     "key side, documents": (1, 30, 30, 3, 1, 24, 16, 3, "group", PACKED, True, 8),
     "key side, heads choose": (2, 36, 41, 4, 2, 16, 16, 3, "head", None, True, 256),
+    "key side, heads choose, documents": (1, 30, 30, 4, 1, 16, 16, 3, "head", PACKED, True, 8),
+    "key side, group of four, odd blocks": (1, 60, 60, 4, 1, 24, 24, 2, "group", None, True, 8),
+    "key side, group of eight": (1, 70, 70, 8, 1, 16, 32, 2, "group", None, False, 256),
     "key side, heads choose, spans": (2, 70, 75, 4, 2, 16, 16, 3, "head", None, True, 256),
 }
 

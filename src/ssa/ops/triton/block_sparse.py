@@ -192,7 +192,7 @@ def _run_forward(
     plan = plan_of(q, k, v, block_indices, positions, bias, block_size, "forward", SEGMENT, *key_side.limits())
     if _from_the_key_side(q, shape, block_size, k.shape[1]):
         span = _span("forward", q, k, positions, shape, block_size)
-        lists = reader_lists(plan, block_indices, positions, k.shape[1], block_size, span, SEGMENT)
+        lists = reader_lists(plan, block_indices, positions, k.shape[1], block_size, span, SEGMENT, k.shape[2])
         key_side.forward(plan, q, k, v, block_indices, bias, lists, out, lse, scale, strides, shape, block_size)
         return out, lse
     columns = _columns(shape, block_size)
@@ -277,37 +277,33 @@ def _run_backward(
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     all_from_keys = _from_the_key_side(q, shape, block_size, keys)
     if all_from_keys:
-        shift = key_gradients.shifts(plan, out, d_out, d_lse)
+        terms = key_gradients.terms_of(plan, out, d_out, lse, d_lse, keys, bias is not None)
         span = _span("backward", q, k, positions, shape, block_size)
     else:
-        shift = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        span = queries, batch * selectors
+        terms = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        span = queries, batch * k.shape[2]
         launch(
             plan, _dq_kernel, (queries, batch * selectors),
-            q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse, shift, d_q, scale, queries, keys, *strides, BS=block_size,
+            q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse, terms, d_q, scale, queries, keys, *strides, BS=block_size,
             BN=_columns(shape, block_size), PLAIN=positions is None, BIAS=bias is not None, D_LSE=d_lse is not None, num_warps=1,
             num_stages=3, **shape,
         )  # fmt: skip
     # sums of fp32 inputs keep their precision in short segments; long ones leave fewer partial sums in memory
     segment = min(max(1, 256 // shape["G"]), SEGMENT) if q.dtype == torch.float32 else SEGMENT
+    if all_from_keys and q.dtype != torch.float32:
+        segment = max(1, key_side.SEGMENT_ROWS // shape["G"])
     # spans hold partial results of queries, too
-    room = PART_BYTES // 4 if all_from_keys else PART_BYTES
-    while 2 * span[0] * span[1] * shape["M"] // segment * block_size * size * 4 > room:
+    room = PART_BYTES
+    while 2 * span[0] * span[1] * (selectors // k.shape[2]) * shape["M"] // segment * block_size * size * 4 > room:
         segment *= 2
-    lists = reader_lists(plan, block_indices, positions, keys, block_size, span, segment)
-    # query heads that choose for themselves share a kv head, and spans follow each other: their gradients add up in fp32
-    own = selectors == k.shape[2]
-    wide = k.dtype if own and lists.length >= queries else torch.float32
-    d_k, d_v = (torch.zeros(batch, keys, selectors, size, dtype=wide, device=q.device) for _ in range(2))
-    d_b = None if bias is None else torch.zeros(batch, keys, selectors, dtype=torch.float32, device=q.device)
+    lists = reader_lists(plan, block_indices, positions, keys, block_size, span, segment, k.shape[2])
+    wide = k.dtype if lists.length >= queries else torch.float32  # spans of later queries add onto what earlier ones left
+    d_k, d_v = (torch.zeros(k.shape, dtype=wide, device=q.device) for _ in range(2))
+    d_b = None if bias is None else torch.zeros(batch, keys, k.shape[2], dtype=torch.float32, device=q.device)
     key_gradients.backward(
-        plan, q, k, v, block_indices, bias, lists, d_out, lse, shift, d_q if all_from_keys else None, d_k, d_v, d_b, scale, strides,
+        plan, q, k, v, block_indices, bias, lists, d_out, lse, terms, d_q if all_from_keys else None, d_k, d_v, d_b, scale, strides,
         shape, block_size,
     )  # fmt: skip
-    if not own:
-        fold = (batch, keys, k.shape[2], selectors // k.shape[2])
-        d_k, d_v = (x.view(*fold, size).sum(3) for x in (d_k, d_v))
-        d_b = None if d_b is None else d_b.view(fold).sum(3)
     d_k, d_v = d_k.to(k.dtype), d_v.to(k.dtype)
     d_bias = q.new_empty(0) if bias is None or d_b is None else d_b.to(bias.dtype)
     return d_q, d_k, d_v, d_bias
