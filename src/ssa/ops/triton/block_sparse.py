@@ -292,9 +292,7 @@ def _run_backward(
     segment = min(max(1, 256 // shape["G"]), SEGMENT) if q.dtype == torch.float32 else SEGMENT
     if all_from_keys and q.dtype != torch.float32:
         segment = max(1, key_side.SEGMENT_ROWS // shape["G"])
-    # spans hold partial results of queries, too
-    room = PART_BYTES
-    while 2 * span[0] * span[1] * (selectors // k.shape[2]) * shape["M"] // segment * block_size * size * 4 > room:
+    while 2 * span[0] * span[1] * (selectors // k.shape[2]) * shape["M"] // segment * block_size * size * 4 > PART_BYTES:
         segment *= 2
     lists = reader_lists(plan, block_indices, positions, keys, block_size, span, segment, k.shape[2])
     wide = k.dtype if lists.length >= queries else torch.float32  # spans of later queries add onto what earlier ones left

@@ -6,8 +6,8 @@ pair writes a partial result, and a second kernel adds up a query's. That is don
 results stay small. Lists longer than `segment` pairs are cut into segments whose sums are added in a fixed order: results are
 bitwise reproducible.
 
-Legend: B batch, T queries, S keys, H query heads, K kv heads, R = K or H (who selects), G = H / R, D head size, M selected
-blocks. A row of a tile is one (pair, head of the group).
+Legend: B batch, T queries, S keys, H query heads, K kv heads, R = K or H (who selects), G = H / R, J = R / K (who selects and shares a
+kv head), D head size, M selected blocks. A row of a span is one kv head of one batch row, a row of a tile one (pair, head of the group).
 """
 
 from __future__ import annotations
