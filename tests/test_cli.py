@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -291,18 +292,69 @@ def test_ctrl_c_saves_and_exits_130(tmp_path, monkeypatch, capsys):
     assert main(["train", "tiny"]) == 130
 
 
-def test_doctor_knows_every_extra():
+@pytest.fixture
+def installed(monkeypatch):
+    """What the doctor sees: this project's requirements as pyproject.toml has them, and releases that a test chooses."""
     import tomllib
 
-    from ssa.doctor import EXTRAS
+    from ssa import doctor
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    declared = {
-        extra: tuple(re.split(r"[>=;\[]", package)[0] for package in packages)
-        for extra, packages in project["optional-dependencies"].items()
-        if extra != "dev"
-    }
-    assert declared == EXTRAS
+    metadata, releases = Message(), {}
+    for requirement in project["dependencies"]:
+        metadata["Requires-Dist"] = requirement
+    for extra, requirements in project["optional-dependencies"].items():
+        metadata["Provides-Extra"] = extra
+        for requirement in requirements:
+            name, _, marker = requirement.partition(";")
+            metadata["Requires-Dist"] = f"{name}; {f'({marker}) and ' if marker else ''}extra == '{extra}'"
+    monkeypatch.setattr(doctor, "SMOKE_TESTS", {})
+    monkeypatch.setattr(doctor.importlib.metadata, "metadata", lambda name: metadata)
+    version = doctor.importlib.metadata.version
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: releases.get(name) or version(name))
+    return releases
+
+
+def test_windows_are_those_of_the_project(installed):
+    from ssa.doctor import requirements, tested_windows
+
+    assert {"", "data", "plots", "track", "wandb", "trackio", "gguf", "bench", "eval", "trainers", "dev"} == set(requirements())
+    assert [requirement.name for requirement in requirements()["bench"]] == ["fla-core", "matplotlib"]
+    windows = tested_windows()
+    fast = {"torch", "transformers", "tokenizers", "safetensors", "triton", "lm-eval", "accelerate", "trl", "peft"}
+    assert {*windows, "triton"} == fast  # triton on Linux alone
+    assert all(re.fullmatch(r">=[\d.]+,<[\d.]+", window) for window in windows.values())
+
+
+@pytest.mark.parametrize(
+    "releases, cure",
+    [
+        ({"transformers": "5.25.0"}, '"transformers>=5.17,<5.25"'),
+        ({"transformers": "5.16.1", "lm-eval": "0.5.0.dev1"}, '"transformers>=5.17,<5.25" "lm-eval>=0.4.12,<0.4.14"'),
+        ({"torch": "2.15.0.dev20261201+cpu"}, '"torch>=2.11,<2.15"'),
+        ({"torch": "2.14.1+cu130", "transformers": "5.17.0"}, ""),
+    ],
+)
+def test_doctor_names_releases_that_are_not_tested_and_the_cure(installed, capsys, releases, cure):
+    installed.update(releases)
+    assert main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    if not cure:
+        assert "not tested" not in report and report.endswith("all well\n")
+        return
+    for name, release in releases.items():
+        assert f"\n  {name} {release}: not tested, >=" in report
+    assert f" -m pip install {cure}\n" in report and report.endswith(
+        "all well, on releases that are not tested: see the versions\n"
+    )
+
+
+def test_doctor_works_without_an_installation(monkeypatch, capsys):
+    from ssa import doctor
+
+    monkeypatch.setattr(doctor, "PROJECT", "a-project-that-nobody-installed")
+    assert main(["doctor"]) == 0
+    assert "which releases are tested is unknown (pip install -e .)" in capsys.readouterr().out
 
 
 def test_doctor(monkeypatch, capsys):
@@ -319,6 +371,11 @@ def test_doctor(monkeypatch, capsys):
     monkeypatch.setitem(doctor.SMOKE_TESTS, "a test", broken)
     assert main(["doctor"]) == 1
     assert "a test: FAILED: ArithmeticError: tokens differ" in capsys.readouterr().out
+    monkeypatch.setattr(
+        doctor, "_implementations", lambda: broken("cpu")
+    )  # as with a torch that is too old to import the operations
+    assert main(["doctor"]) == 1
+    assert "implementations\n  FAILED: ArithmeticError: tokens differ" in capsys.readouterr().out
 
 
 def test_other_ranks_leave_errors_to_the_first_and_stay_until_it_has_spoken(monkeypatch, capsys):
