@@ -281,7 +281,7 @@ def test_mode_and_budget_change_per_call_without_reloading():
 def test_save_and_load(tmp_path, method):
     model, x = tiny_model(method, attention_mode="sparse"), tokens()
     model.save_pretrained(tmp_path)
-    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors", ".md", ".py"}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(x.device)
     assert type(loaded) is SSAForCausalLM and loaded.config.method == method
     assert torch.equal(loaded(x).logits, model(x).logits)

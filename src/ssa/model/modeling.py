@@ -212,8 +212,8 @@ class SSAModel(SSAPreTrainedModel):
             cache = BlockCache()
         past = 0 if cache is None else cache.get_seq_length()
         position_ids = _document_positions(position_ids, cu_seq_lens_q, seq_idx, x_BTC, past)
-        # What a training loop hands over is not checked on the GPU, where looking at it would stall the step.
-        checked = not (self.training and x_BTC.is_cuda)
+        # What a training loop hands over is not checked on the GPU, where looking at it would stall the step; a graph cannot look.
+        checked = not ((self.training and x_BTC.is_cuda) or torch.compiler.is_compiling())
         positions_BT, padding_BT = _positions(attention_mask, position_ids, x_BTC, past, checked)
         if positions_BT is None or past or padding_BT is not None:
             cu_seqlens = None

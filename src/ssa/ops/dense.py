@@ -68,8 +68,10 @@ def dense_attention(
     position_BT = None if positions is None and window is None and queries in (1, keys) else query_positions(q, k, positions)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads first, as PyTorch has them
     if position_BT is None:
-        out = scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scale, enable_gqa=grouped)
-        return out.transpose(1, 2)
+        causal = False
+        if queries > 1:  # in a graph of any number of queries a branch is a bool, and a comparison is not
+            causal = True
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(1, 2)
     # a compiled graph cannot depend on where documents lie
     few = window is None and queries == keys and not torch.compiler.is_compiling()
     if few and int((position_BT == 0).sum()) <= DOCUMENTS_PER_ROW * batch:
@@ -79,9 +81,10 @@ def dense_attention(
     first_BT = start_BT if window is None else torch.maximum(start_BT, column_T - (window - 1))
     reach = keys if window is None else window
     chunk = max(1, min(queries, MASK_ELEMENTS // (batch * keys) if window is None else max(window, 256)))
+    # a graph would have to fix the number of chunks
+    cuts = [(0, queries)] if torch.compiler.is_compiling() else [(t, min(t + chunk, queries)) for t in range(0, queries, chunk)]
     outs = []
-    for t in range(0, queries, chunk):
-        stop = min(t + chunk, queries)
+    for t, stop in cuts:
         low = max(0, keys - queries + t - reach + 1)  # first key column that any of these queries can see
         high = keys - queries + stop
         columns = torch.arange(low, high, device=q.device)

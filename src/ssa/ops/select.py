@@ -21,10 +21,15 @@ def block_means(k: Tensor, block_size: int) -> Tensor:
     """
     batch, keys, heads, size = k.shape
     blocks = keys // block_size
+    wide = torch.promote_types(k.dtype, torch.float32)
+    if (
+        torch.compiler.is_compiling() and not k.is_cuda and keys >= block_size
+    ):  # the same without a shape that export cannot prove
+        return k.unfold(1, block_size, block_size).mean(-1, dtype=wide).to(k.dtype)
     x = k[:, : blocks * block_size].reshape(batch, blocks, block_size, heads, size)
     if k.is_cuda:  # sums in fp32 as it is, and rounds in the same kernel
         return x.mean(2)
-    return x.mean(2, dtype=torch.promote_types(k.dtype, torch.float32)).to(k.dtype)
+    return x.mean(2, dtype=wide).to(k.dtype)
 
 
 def select_blocks(

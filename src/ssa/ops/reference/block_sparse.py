@@ -10,6 +10,7 @@ blocks, P pairs of a tile, X tiles, s block size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,21 +22,31 @@ from ssa.ops.documents import document_starts, query_positions
 LOGIT_ELEMENTS = 1 << 26  # logits of a chunk of queries: 256 MiB in fp32
 
 
-def block_sparse_attention(
+def block_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """See `ssa.ops.block_sparse_attention`. One node of compiled and exported graphs, which cannot know how many tiles the pairs make."""
+    if torch.compiler.is_compiling():
+        return block_sparse_op(*args)
+    parts = [_Attend.apply(*chunk) for _, chunk in _chunks(*args)]
+    return _joined(parts)
+
+
+def _chunks(
     q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, block_indices_BRTM: Tensor, positions_BT: Tensor | None,
     bias_BSK: Tensor | None, block_size: int, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `ssa.ops.block_sparse_attention`."""
+) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor, Tensor | None, _Pairs, float]]]:  # fmt: skip
+    """Queries whose logits fit `LOGIT_ELEMENTS` together, and what `_Attend` takes for them."""
     batch, queries, heads, _ = q_BTHD.shape
     keys = k_BSKD.shape[1]
     positions_BT = query_positions(q_BTHD, k_BSKD, positions_BT)
     start_BT = document_starts(positions_BT, keys)
     chunk = max(1, LOGIT_ELEMENTS // max(1, batch * heads * block_indices_BRTM.shape[3] * block_size))
-    parts = []
     for t in range(0, queries, chunk):
         cut = slice(t, t + chunk)
         pairs = _pair_up(block_indices_BRTM[:, :, cut], start_BT[:, cut], positions_BT[:, cut], block_size, keys)
-        parts.append(_Attend.apply(q_BTHD[:, cut], k_BSKD, v_BSKD, bias_BSK, pairs, scale))
+        yield cut, (q_BTHD[:, cut], k_BSKD, v_BSKD, bias_BSK, pairs, scale)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if len(parts) == 1:
         return parts[0]
     outs, lses = zip(*parts, strict=True)
@@ -185,3 +196,67 @@ class _Tiles:
         else:
             total.index_add_(0, row.flatten(), x_XsD.reshape(-1, size))
         return total.view(batch, keys, heads, size).to(like_BSKD.dtype)
+
+
+class _Saved:
+    """What `_Attend` wants of autograd, where a graph's backward pass computes a chunk's forward pass again."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+    scale: float
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, positions: Tensor | None, bias: Tensor | None, block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    chunks = _chunks(q, k, v, block_indices, positions, bias, block_size, scale)
+    return _joined([_Attend.forward(_Saved(), *chunk) for _, chunk in chunks])
+
+
+def _run_backward(
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, positions: Tensor | None,
+    bias: Tensor | None, block_size: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and bias; that of no bias is empty."""
+    d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    d_bias = q.new_empty(0) if bias is None else torch.zeros_like(bias)
+    for cut, chunk in _chunks(q, k, v, block_indices, positions, bias, block_size, scale):
+        saved = _Saved()
+        _Attend.forward(saved, *chunk)
+        parts: Any = _Attend.backward(saved, d_out[:, cut], d_lse[:, cut])
+        d_q[:, cut] = parts[0]
+        d_k += parts[1]
+        d_v += parts[2]
+        if bias is not None:
+            d_bias += parts[3]
+    return d_q, d_k, d_v, d_bias
+
+
+block_sparse_op = torch.library.custom_op("ssa::block_sparse_reference", _run, mutates_args=())
+block_sparse_backward_op = torch.library.custom_op("ssa::block_sparse_reference_backward", _run_backward, mutates_args=())
+
+
+@block_sparse_op.register_fake
+def _(q, k, v, block_indices, positions, bias, block_size, scale):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@block_sparse_backward_op.register_fake
+def _(d_out, d_lse, q, k, v, block_indices, positions, bias, block_size, scale):
+    return *(torch.empty_like(x) for x in (q, k, v)), q.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.sizes = inputs[6:]
+
+
+def _backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    d_q, d_k, d_v, d_bias = block_sparse_backward_op(d_out, d_lse, *ctx.saved_tensors, *ctx.sizes)
+    return d_q, d_k, d_v, None, None, None if ctx.saved_tensors[5] is None else d_bias, None, None
+
+
+block_sparse_op.register_autograd(_backward, setup_context=_setup_context)

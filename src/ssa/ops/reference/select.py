@@ -6,6 +6,8 @@ N row blocks, M selected blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,21 +15,24 @@ SCORE_ELEMENTS = 1 << 24  # logits held at once: 64 MiB in fp32
 _NONE = 0x7FFFFFFF
 
 
-def select_blocks(
+def select_blocks(*args: Any) -> tuple[Tensor, Tensor]:
+    """See `ssa.ops.select_blocks`; `positions_BT` and `first_block_BT` None = plain rows. One node of compiled and exported graphs, which
+    would have to fix the number of chunks."""
+    return select_blocks_op(*args) if torch.compiler.is_compiling() else _select_blocks(*args)
+
+
+def _select_blocks(
     q_BTHD: Tensor, block_keys_BNKD: Tensor, first_block_BT: Tensor | None, positions_BT: Tensor | None, num_keys: int,
     block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `ssa.ops.select_blocks`; `positions_BT` and `first_block_BT` None = plain rows."""
     batch, queries, heads, _ = q_BTHD.shape
-    blocks, kv_heads = block_keys_BNKD.shape[1:3]
+    blocks = block_keys_BNKD.shape[1]
     if positions_BT is None:
         positions_BT = torch.arange(num_keys - queries, num_keys, device=q_BTHD.device).expand(batch, queries)
     if first_block_BT is None:
         first_block_BT = torch.zeros_like(positions_BT)
     chunk = max(1, SCORE_ELEMENTS // max(1, batch * heads * (blocks + 1)))
-    selectors = heads if scope == "head" else kv_heads
-    indices = torch.empty(batch, selectors, queries, num_selected, dtype=torch.int32, device=q_BTHD.device)
-    scores = torch.empty(indices.shape, dtype=torch.float32, device=q_BTHD.device)
+    indices, scores = _empty(q_BTHD, block_keys_BNKD, num_selected, scope)
     for t in range(0, queries, chunk):
         cut = slice(t, t + chunk)
         score_BRCN, block_BCN = block_scores(
@@ -38,6 +43,21 @@ def select_blocks(
             score_BRCN, block_BCN[:, None], own_BC[:, None], num_selected, block_size, rule
         )
     return indices, scores
+
+
+def _empty(q_BTHD: Tensor, block_keys_BNKD: Tensor, num_selected: int, scope: str) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q_BTHD.shape
+    selectors = heads if scope == "head" else block_keys_BNKD.shape[2]
+    indices = torch.empty(batch, selectors, queries, num_selected, dtype=torch.int32, device=q_BTHD.device)
+    return indices, torch.empty_like(indices, dtype=torch.float32)
+
+
+select_blocks_op = torch.library.custom_op("ssa::select_blocks_reference", _select_blocks, mutates_args=())
+
+
+@select_blocks_op.register_fake
+def _(q, block_keys, first_block, positions, num_keys, block_size, num_selected, scope, scoring, rule, scale):
+    return _empty(q, block_keys, num_selected, scope)
 
 
 def block_scores(
