@@ -8,6 +8,7 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -198,6 +199,92 @@ def test_exit_status_of_what_a_verb_raises(monkeypatch, capfd, error, status):
     else:
         assert main(["fail"]) == status
     assert "to stderr" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (FileNotFoundError(2, "No such file or directory", "a/b"), "a/b: No such file or directory"),
+        (OSError(36, "File name too long", "o" * 300), "o" * 300 + ": File name too long"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "unexpected end of data"), "a text cannot be read or written: 'utf-8' codec can't"),
+        (MemoryError(), "out of memory: MemoryError"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you\ntried"), "out of memory: [enforce"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: CUDA out of memory."),
+    ],
+    ids=range(7),
+)  # fmt: skip
+def test_files_text_and_memory_are_told_in_a_line_and_bugs_are_not(monkeypatch, capsys, error, says):
+    def verb() -> None:
+        """Fail."""
+        raise error
+
+    monkeypatch.setitem(VERBS, "fail", verb)
+    monkeypatch.delenv("SSA_DEBUG", raising=False)
+    assert main(["fail"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"ssa: error: {says}") and said.endswith(" (SSA_DEBUG=1 shows where)\n") and said.count("\n") == 1
+    monkeypatch.setenv("SSA_DEBUG", "1")
+    with pytest.raises(type(error)):
+        main(["fail"])
+    for bug in (ValueError("bug"), RuntimeError("bug"), KeyError("bug"), AssertionError("bug")):
+        error = bug
+        with pytest.raises(type(bug)):
+            main(["fail"])
+
+
+def test_control_characters_are_shown_in_errors_and_not_sent(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text(json.dumps({"\x1b]0;t\x07\x1b[31mred\nline": 1}))
+    assert main(["prepare", "a.jsonl", "--out", "out"]) == 2
+    assert main(["train", "\x1b[2J\u2028\x9b1m\r\n\t"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        not set(said) & {*map(chr, range(10)), *map(chr, range(11, 32)), *map(chr, range(127, 160)), "\u2028"}
+        and said.count("\n") == 2
+    )
+    assert r"(it has \x1b]0;t\x07\x1b[31mred\nline)" in said and r"\x1b[2J\u2028\x9b1m" in said
+
+
+@pytest.mark.parametrize(
+    "command", ["prepare|a.txt||--out|out", "prepare|a.txt|--out|", "eval|", "convert|run|", "analyze|run|", "train|"]
+)
+def test_an_empty_word_is_no_name(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split("|")) == 2
+    name = {"prepare": "INPUTS" if command.endswith("out") else "--out", "convert": "OUT", "train": "CONFIG"}.get(
+        command.split("|")[0], "RUN"
+    )
+    assert (
+        capsys.readouterr().err
+        == f"ssa: error: {name}{'S' * command.startswith('analyze')} is '' (a shell variable that is not set?)\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_and_a_closed_standard_output():
+    """In other processes: the interpreter's own flush at its end is on trial, too."""
+    here = f"{sys.executable} -m ssa"
+    for command, status, error in (
+        (f"{here} --help >/dev/full", 2, "ssa: error: standard output: No space left on device (SSA_DEBUG=1 shows where)\n"),
+        (f"{here} nonsense >/dev/full 2>/dev/full", 2, ""),
+        (f"{here} --help <&- >&-", 0, ""),
+        (f"{here} --help <&- >&- 2>&-", 0, ""),
+    ):
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (status, error)
+
+
+def test_names_that_are_no_text_here(tmp_path):
+    """Read they are; the tokenizers library writes to none, which is told."""
+    name = os.fsdecode(b"caf\xe9 \xe6\xbc\xa2")
+    (tmp_path / f"{name}.txt").write_text("some text")
+    for number, setting in enumerate(({"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"})):
+        for out, status in ((f"{number}", 0), (f"{name}{number}", 2)):
+            command = [sys.executable, "-m", "ssa", "prepare", f"{name}.txt", "--out", out, "--valid-fraction", "0"]
+            done = subprocess.run(command, capture_output=True, cwd=tmp_path, env={**os.environ, **setting})
+            assert done.returncode == status and done.stderr.count(b"\n") == (status == 2), done
+            assert b"train 10 tokens" in done.stdout if status == 0 else b"ssa: error: 'caf\\udce9" in done.stderr
 
 
 def test_a_closed_pipe_is_quiet():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssa.config import Recipe, load_recipe
 from ssa.demo_claims import judge_claims
+from ssa.errors import UserError
 from ssa.files import write_atomically
 
 if TYPE_CHECKING:
@@ -66,7 +67,12 @@ def run_demo(out: Path, steps: int | None = None, seed: int = 1, overwrite: bool
         console.print(f"[bold]{method}[/bold]")
         own = replace(recipe, model=replace(recipe.model, method=method))  # type: ignore[arg-type]
         started = (out / method / "recipe.json").is_file() and not overwrite
-        runs.append(train(own, out / method, resume=started, overwrite=overwrite).out)
+        trained = train(own, out / method, resume=started, overwrite=overwrite)
+        if trained.stopped_by == "SIGINT":
+            raise KeyboardInterrupt
+        if trained.stopped_by is not None:
+            raise UserError(f"stopped by {trained.stopped_by}: run it again to go on")
+        runs.append(trained.out)
     console.print("[bold]3/4 Evaluating[/bold] with full attention and with 2 and 4 blocks of 16 tokens")
     for run in runs:
         evaluate(run, budgets=[*BUDGETS, "full"], max_tokens=EVALUATED_TOKENS)

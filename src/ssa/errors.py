@@ -20,6 +20,8 @@ def described(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return ": ".join([*names[:1], error.strerror or one_line(error)])
+    if isinstance(error, UnicodeEncodeError):  # a name, mostly, that came from the system as bytes
+        return f"{error.object[:200]!r} cannot be written: {one_line(error)}"
     if isinstance(error, UnicodeError):
         return f"a text cannot be read or written: {one_line(error)}"
     out_of_memory = "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"  # PyTorch's, CPU and GPU

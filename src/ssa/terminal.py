@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ssa.errors import one_line
@@ -52,6 +52,9 @@ def console(**options: Any) -> Console:
             for segment in super().render(*arguments, **keywords):
                 yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the process with status 1
+
     return VisibleConsole(**options)
 
 
@@ -69,48 +72,70 @@ class Visible:
         self._stream.flush()
 
 
-class Lasting:
-    """A stream that outlives its reader: what can no longer be written goes nowhere, and `lost` hears of the error once."""
+class Output:
+    """A standard stream that may fail once: what can no longer be written goes nowhere, and `failed` decides what becomes of the error."""
 
-    def __init__(self, stream: TextIO, lost: Any = None) -> None:
-        self._stream, self._lost = stream, lost
+    def __init__(self, stream: TextIO, failed: Callable[[OSError], None]) -> None:
+        self._stream, self._failed = stream, failed
 
     def write(self, text: str) -> int:
-        try:
-            self._stream.write(text)
-        except OSError as error:
-            self._lose(error)
+        self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._lose(error)
+        self._try(self._stream.flush)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _lose(self, error: OSError) -> None:
-        silence(self._stream)
-        if self._lost is not None:
-            self._lost(error)
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as error:
+            silence(self._stream)
+            self._failed(error)
+
+
+@contextlib.contextmanager
+def named_output() -> Iterator[None]:
+    """Errors of standard output say that they are."""
+
+    def failed(error: OSError) -> None:
+        error.filename = "standard output"
+        raise error
+
+    with _replaced(stdout=Output(sys.stdout, failed)):
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # the interpreter would try again at its end, and complain
+                sys.stdout.flush()
+            raise
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Work that goes on when its terminal, pipe or log file is gone or full."""
+    """For work that goes on when its terminal, pipe or log file is gone or full."""
 
-    def lost(error: OSError) -> None:
+    def failed(error: OSError) -> None:
         warn(f"standard output is gone ({error.strerror or one_line(error)}): going on without it")
 
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Lasting(sys.stdout, lost), Lasting(sys.stderr)  # type: ignore[assignment]
-    try:
+    with _replaced(stdout=Output(sys.stdout, failed), stderr=Output(sys.stderr, lambda error: None)):
         yield
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _replaced(**streams: Output) -> Iterator[None]:
+    before = {name: getattr(sys, name) for name in streams}
+    for name, stream in streams.items():
+        setattr(sys, name, stream)
+    try:
+        yield
     finally:
-        sys.stdout, sys.stderr = streams
+        for name, stream in before.items():
+            setattr(sys, name, stream)
 
 
 def silence(stream: TextIO) -> None:

@@ -21,7 +21,7 @@ from ssa.cli.measuring import analyze, evaluate, report
 from ssa.cli.models import convert, doctor, generate
 from ssa.cli.training import demo, prepare, train
 from ssa.errors import UserError, described
-from ssa.terminal import open_standard_streams, silence, tell
+from ssa.terminal import named_output, open_standard_streams, tell
 
 VERBS: dict[str, Verb] = {
     "demo": demo,
@@ -51,9 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     open_standard_streams()
     try:
-        status = _dispatch(arguments)
-        sys.stdout.flush()
-        return status
+        with named_output():
+            return _dispatch(arguments)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader (head, less) is gone
@@ -62,23 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
         told = str(error) if isinstance(error, UserError) else described(error)
         if told is None or os.environ.get("SSA_DEBUG"):
             raise
-        if not isinstance(error, UserError):
-            nameless = isinstance(error, OSError) and error.filename is None
-            told = f"{'standard output: ' if nameless and _stdout_fails() else ''}{told} (SSA_DEBUG=1 shows where)"
-        tell(f"ssa: error: {told}")
+        hint = "" if isinstance(error, UserError) else " (SSA_DEBUG=1 shows where)"
+        tell(f"ssa: error: {told}{hint}")
         return 2
-    finally:
-        _stdout_fails()
-
-
-def _stdout_fails() -> bool:
-    """Whether it cannot be written; if so, it is closed, so that the interpreter at its end does not try and complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        silence(sys.stdout)
-        return True
-    return False
 
 
 def _dispatch(arguments: list[str]) -> int:

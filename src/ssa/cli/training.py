@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from ssa.cli.metavars import DIRECTORY, INPUT, NAME, RECIPE, TOKENIZER
-from ssa.config import Recipe, load_recipe
+from ssa.config import Recipe, check_seed, load_recipe
 from ssa.data.lines import MAX_LINE_BYTES
 from ssa.errors import UserError
 from ssa.terminal import lasting_output, say, warn
@@ -110,6 +110,7 @@ def demo(out: DIRECTORY = "runs/demo", steps: int = 0, seed: int = 1, overwrite:
         seed: Seed of weights and data order.
         overwrite: Start again.
     """
+    check_seed(seed, "seed")
     from ssa.demo import run_demo
 
     run_demo(Path(out), steps=steps or None, seed=seed, overwrite=overwrite)

@@ -23,6 +23,7 @@ MAX_WINDOW_BYTES = 128 << 20
 """The longest way back that compressed data may refer to, which has to be held in memory; what `zstd` itself allows by default."""
 _READ_BYTES = 64 << 10
 T = TypeVar("T")
+_DEEP = "is not readable JSON: nested too deeply"
 _BOM = b"\xef\xbb\xbf"
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _DECODER = json.JSONDecoder(strict=False)  # tabs and zero bytes in a string are unambiguous
@@ -52,8 +53,8 @@ def objects(raw: BinaryIO, name: str, make: Callable[[dict[str, Any]], T], refus
             try:
                 record = parse_line(line)
                 made = None if record is None else make(without_surrogates(record))
-            except (NotAnObjectError, UserError) as error:
-                reason = f"it {error}" if isinstance(error, NotAnObjectError) else str(error)
+            except (NotAnObjectError, UserError, RecursionError) as error:
+                reason = str(error) if isinstance(error, UserError) else f"it {_DEEP if isinstance(error, RecursionError) else error}"
                 raise UserError(f"{refusal.format(file=name, line=number)}: {reason}") from None
             if made is not None:
                 yield made
@@ -124,7 +125,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     except ValueError as error:
         raise NotAnObjectError(f"is not JSON: {str(error).partition(';')[0]}") from None
     except RecursionError:
-        raise NotAnObjectError("is not readable JSON: nested too deeply") from None
+        raise NotAnObjectError(_DEEP) from None
     if not isinstance(record, dict):
         raise NotAnObjectError("is not a JSON object: each line must be one, with a text in a field")
     return record

@@ -135,7 +135,7 @@ def _walk(directory: Path) -> tuple[list[Path], str]:
     left_out: defaultdict[str, list[str]] = defaultdict(list)
 
     def leave(why: str, path: Path | str) -> None:
-        left_out[why].append(os.path.relpath(path, directory))
+        left_out[why].append(str(path))
 
     for home, folders, names in os.walk(directory, onerror=lambda e: leave(e.strerror or one_line(e), e.filename)):
         for name in [folder for folder in folders if folder.startswith(".")]:
@@ -159,8 +159,8 @@ def _walk(directory: Path) -> tuple[list[Path], str]:
                 found.append(path)
     parts = []
     for why, paths in left_out.items():
-        some = ", ".join(sorted(paths)[:3]) + (", ..." if len(paths) > 3 else "")
-        parts.append(f"{len(paths):,} {why} ({some})")
+        more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
+        parts.append(f"{', '.join(sorted(paths)[:3])}{more} ({why})")
     return sorted(found), "; ".join(parts)
 
 

@@ -57,7 +57,7 @@ class Sampling:
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             which = f"--top-k {self.top_k}" if self.top_k else f"--top-p {self.top_p}"
             raise UserError(f"{which} has no effect without sampling: add --temperature 1, or leave it out to decode greedily")
-        check_seed(self.seed, "--seed")
+        check_seed(self.seed, "seed")
         if any(not s for s in self.stop):
             raise UserError("a --stop string is empty")
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ssa.checked_json import parse_json
 from ssa.errors import UserError
 from ssa.files import write_atomically
+from ssa.terminal import console, say
 from ssa.train.sinks import Sink, numbers, open_sink
 
 if TYPE_CHECKING:
@@ -229,7 +230,6 @@ class Display:
     """A progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, start_step: int, total_steps: int) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.total_steps = total_steps
@@ -242,7 +242,7 @@ class Display:
                 TimeRemainingColumn(),
                 TextColumn("{task.description}"),
             )
-            self._bar = Progress(*columns, console=Console(file=sys.stdout))
+            self._bar = Progress(*columns, console=console(file=sys.stdout))
             self._task = self._bar.add_task("", total=total_steps, completed=start_step)
             self._bar.start()
         self._since: tuple[float, int] | None = None
@@ -270,7 +270,7 @@ class Display:
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -136,11 +136,34 @@ def test_records_from_files(tmp_path):
     assert tasks[0].setting == tasks[1].setting  # a limit that is raised later finds the items done
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"context": "a"}', json.dumps(record(answers=[])), json.dumps(record(answers=[1]))])
+@pytest.mark.parametrize("line", ["{", "[]", '{"context": "a"}', json.dumps(record(answers=[])), json.dumps(record(answers=[1])),
+                                  json.dumps(record(answers="Anna")), json.dumps(record(context=["a"])), '{"context": "caf\udce9"}'])  # fmt: skip
 def test_damaged_records(tmp_path, line):
-    (tmp_path / "qasper.jsonl").write_text(json.dumps(record()) + "\n" + line + "\n")
+    (tmp_path / "qasper.jsonl").write_bytes((json.dumps(record()) + "\n" + line + "\n").encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match="line 2, is no LongBench record"):
         read_records("qasper", tmp_path)
+
+
+def test_records_are_lines_that_end_in_line_feeds_alone(tmp_path):
+    line = json.dumps(record(context="one\u2028two\x85"), ensure_ascii=False).encode()
+    (tmp_path / "qasper.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\n" + line)
+    assert [found["context"] for found in read_records("qasper", tmp_path)] == ["one\u2028two\x85"] * 2
+
+
+def test_records_from_the_hubs_archive(tmp_path, monkeypatch):
+    import zipfile
+
+    import huggingface_hub
+
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("data/qasper.jsonl", json.dumps(record(context="one\u2028two"), ensure_ascii=False) + "\n")
+        archive.writestr("data/trec.jsonl", json.dumps(record(all_classes="AB")))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: str(tmp_path / "data.zip"))
+    assert [found["context"] for found in read_records("qasper", None)] == ["one\u2028two"]
+    with pytest.raises(UserError, match="on the hub, trec, line 1, is no LongBench record: all_classes = 'AB' is not list"):
+        read_records("trec", None)
+    with pytest.raises(UserError, match="cannot be had from the hub"):
+        read_records("samsum", None)
 
 
 def test_errors(tmp_path):
