@@ -54,7 +54,9 @@ def objects(raw: BinaryIO, name: str, make: Callable[[dict[str, Any]], T], refus
                 record = parse_line(line)
                 made = None if record is None else make(without_surrogates(record))
             except (NotAnObjectError, UserError, RecursionError) as error:
-                reason = str(error) if isinstance(error, UserError) else f"it {_DEEP if isinstance(error, RecursionError) else error}"
+                reason = (
+                    str(error) if isinstance(error, UserError) else f"it {_DEEP if isinstance(error, RecursionError) else error}"
+                )
                 raise UserError(f"{refusal.format(file=name, line=number)}: {reason}") from None
             if made is not None:
                 yield made

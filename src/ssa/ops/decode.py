@@ -11,6 +11,7 @@ from torch import Tensor
 from ssa.config import released_rule_check
 from ssa.errors import UserError
 from ssa.ops.implementations import resolve
+from ssa.ops.select import within_rows
 
 MAX_QUERIES = 8
 
@@ -50,7 +51,7 @@ def decode_attention(
 
     Returns:
         out [B, T, H, D] in q's dtype; lse fp32 [B, T, H] (fp64 for fp64); block_indices int32 [B, K, T, M] ([B, H, T, M] for
-        head scope), ascending, right-padded with -1. A query that reads nothing: 0, -inf and -1.
+        head scope), ascending, right-padded with -1, M as for `select_blocks`. A query that reads nothing: 0, -inf and -1.
 
     Raises:
         UserError: shapes or dtypes that do not fit, an unknown option, or a "released" budget that their kernel cannot compute.
@@ -87,14 +88,15 @@ def decode_attention(
     if scale is not None and not scale > 0:
         raise UserError(f"scale = {scale} must be positive")
     _check_rows(lengths, starts, batch, k.shape[1])
+    impl = resolve(impl, q)
     arguments = (
-        q, k, v, block_means, lengths, starts, bias, block_size, num_selected_blocks, scope, scoring, rule,
-        size**-0.5 if scale is None else float(scale),
+        q, k, v, block_means, lengths, starts, bias, block_size, within_rows(num_selected_blocks, block_size, k.shape[1], impl),
+        scope, scoring, rule, size**-0.5 if scale is None else float(scale),
     )  # fmt: skip
     with torch.no_grad():
         # modules of one implementation are imported when it runs: without triton the reference still does; and by statements,
         # which torch.compile traces
-        if resolve(impl, q) == "triton":
+        if impl == "triton":
             from ssa.ops.triton.decode import decode_attention as by_triton
 
             return by_triton(*arguments)

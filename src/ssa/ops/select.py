@@ -13,6 +13,9 @@ from ssa.errors import UserError
 from ssa.ops.documents import BlockGrid, resolve_positions
 from ssa.ops.implementations import resolve
 
+FIXED_PLACES = 32
+"""Up to so many selected blocks `block_indices` has a place for each whatever the rows' length; beyond, what nobody fills would cost."""
+
 
 def block_means(k: Tensor, block_size: int) -> Tensor:
     """Mean of each complete block of keys of plain rows, the block keys of MoBA, NSA and SSA.
@@ -30,6 +33,18 @@ def block_means(k: Tensor, block_size: int) -> Tensor:
     if k.is_cuda:  # sums in fp32 as it is, and rounds in the same kernel
         return x.mean(2)
     return x.mean(2, dtype=wide).to(k.dtype)
+
+
+def within_rows(num_selected_blocks: int, block_size: int, num_keys: int, impl: str) -> int:
+    """M of `block_indices` for rows of `num_keys` keys, see `select_blocks`."""
+    if num_selected_blocks <= FIXED_PLACES:
+        return num_selected_blocks
+    places = blocks = -(-num_keys // block_size)
+    if impl == "triton":
+        places = FIXED_PLACES
+        while places < blocks and places < num_selected_blocks:  # by comparisons, which a graph of dynamic shapes can hold
+            places *= 2
+    return max(1, min(num_selected_blocks, places))
 
 
 def select_blocks(
@@ -67,7 +82,9 @@ def select_blocks(
         impl: "auto", "reference" or "triton".
 
     Returns:
-        block_indices: int32 [B, K, T, M] ([B, H, T, M] for head scope), document-relative, ascending, right-padded with -1.
+        block_indices: int32 [B, K, T, M] ([B, H, T, M] for head scope), document-relative, ascending, right-padded with -1. M is
+            `num_selected_blocks`; of more than 32 no more than rows have blocks, ceil(S / block_size), for the kernels, which compile for
+            each M, the next power of two from 32 on.
         scores: fp32, same shape; +inf for the own block, -inf for padding.
 
     Raises:
@@ -105,12 +122,13 @@ def select_blocks(
             grid = BlockGrid.build(q, k, positions, block_size)
             block_keys = grid.gather(k).mean(2, dtype=torch.promote_types(k.dtype, torch.float32)).to(k.dtype)
             first_block = grid.first_block_BT.contiguous()
+        impl = resolve(impl, q)
         arguments = (
-            q, block_keys, first_block, positions, k.shape[1], block_size, num_selected_blocks, scope, scoring, rule,
-            size**-0.5 if scale is None else float(scale),
+            q, block_keys, first_block, positions, k.shape[1], block_size, within_rows(num_selected_blocks, block_size, k.shape[1], impl),
+            scope, scoring, rule, size**-0.5 if scale is None else float(scale),
         )  # fmt: skip
         # modules of one implementation are imported when it runs: without triton the reference still does
-        if resolve(impl, q) == "triton":
+        if impl == "triton":
             from ssa.ops.triton.select import select_blocks as by_triton
 
             return by_triton(*arguments)
