@@ -193,7 +193,7 @@ def test_unknown_keywords_are_ignored_and_typos_are_not():
     ):
         with pytest.raises(UserError, match=f"^{typo} is no keyword of the model: {meant}\\?$"):
             model(x, **{typo: None})
-    with pytest.raises(UserError, match="^stream_ is no keyword"):
+    with pytest.raises(UserError, match=r"^stream_ is no keyword"):
         model.model(x, stream_="full")
 
 

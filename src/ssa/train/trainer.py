@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssa.config import Recipe
 from ssa.errors import UserError
+from ssa.terminal import say
 
 if TYPE_CHECKING:
     import torch
@@ -402,7 +403,7 @@ class _Run:
         if self.metrics is not None:
             self.metrics.say(text)
         elif self.ranks.main:
-            print(text, flush=True)
+            say(text)
 
 
 def _seed_everything(seed: int) -> None:
