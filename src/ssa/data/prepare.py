@@ -183,6 +183,8 @@ def _write_splits(
 
 def _install_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     partial = out / f"{TOKENIZER}.partial"
+    if partial.is_symlink():
+        partial.unlink()
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(out / TOKENIZER, ignore_errors=True)
