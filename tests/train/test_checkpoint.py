@@ -16,7 +16,16 @@ from ssa.testing import save_checkpoint, tiny_model
 from ssa.train import checkpoint_state
 from ssa.train import safetensors_file as module
 from ssa.train import saver as saver_module
-from ssa.train.checkpoint import find_checkpoints, load_checkpoint, resolve_checkpoint, verify_checkpoint
+from ssa.train import checkpoint as checkpoint_module
+from ssa.train.checkpoint import (
+    find_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
+    read_metadata,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
 from ssa.train.checkpoint_state import file_names, writer_of
 from ssa.train.distributed import Ranks
 from ssa.train.saver import Saver
@@ -198,7 +207,8 @@ def test_resolve(tmp_path):
         resolve_checkpoint(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}', '{"format": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}', '{"format": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}', "[" * 10**5,
+                                  '{"format": 1, "step": 1, "versions": {}, "files": {"..": {"bytes": 4096, "sha256": "' + "0" * 64 + '"}}}'])
 def test_hostile_metadata_is_an_incomplete_checkpoint(tmp_path, text):
     path = tmp_path / "checkpoints" / "step-00000001"
     path.mkdir(parents=True)
@@ -206,6 +216,107 @@ def test_hostile_metadata_is_an_incomplete_checkpoint(tmp_path, text):
     assert find_checkpoints(tmp_path) == []
     with pytest.raises(UserError, match="incomplete"):
         verify_checkpoint(path)
+
+
+def test_every_byte_of_the_metadata_counts(tmp_path):
+    path = save_checkpoint(tmp_path, 2, tiny_model(), None, None, {})
+    file = path / "checkpoint.json"
+    whole = file.read_bytes()
+    assert read_metadata(path)["step"] == 2
+    for at in range(0, len(whole), 3):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(UserError, match=r"checkpoint\.json"):
+            read_metadata(path)
+
+
+def test_metadata_of_old_has_no_hash_of_its_own(tmp_path):
+    path = save_checkpoint(tmp_path, 2, tiny_model(), None, None, {})
+    metadata = json.loads((path / "checkpoint.json").read_text())
+    del metadata["sha256"]
+    (path / "checkpoint.json").write_text(json.dumps(metadata))
+    assert verify_checkpoint(path)["step"] == 2
+    (path / "checkpoint.json").write_text(json.dumps(metadata | {"format": 9}))
+    with pytest.raises(UserError, match="has format 9; this version reads format 1"):
+        verify_checkpoint(path)
+
+
+def test_files_are_hashed_once_unless_they_change(tmp_path, monkeypatch, capsys):
+    path = save_checkpoint(tmp_path, 2, tiny_model(), None, None, {})
+    hashed = []
+    monkeypatch.setattr(checkpoint_module, "sha256_of_file", lambda file, real=checkpoint_module.sha256_of_file: hashed.append(file.name) or real(file))
+    for _ in range(2):  # written a moment ago: they could change once more without its showing
+        hashed.clear()
+        verify_checkpoint(path)
+        assert sorted(hashed) == sorted(read_metadata(path)["files"])
+    monkeypatch.setattr(checkpoint_module.time, "time_ns", lambda now=time.time_ns: now() + 3 * 10**9)
+    verify_checkpoint(path)
+    hashed.clear()
+    verify_checkpoint(path)
+    assert hashed == []
+    content = (path / "config.json").read_bytes()
+    (path / "config.json").write_bytes(content[:-2] + b" }")
+    with pytest.raises(UserError, match=r"config\.json does not match its hash"):
+        verify_checkpoint(path)
+    assert hashed == ["config.json"]
+    (path / "config.json").write_bytes(content)
+    monkeypatch.setattr(checkpoint_module, "SAID_BYTES", 1)
+    checkpoint_module._say.cache_clear()
+    verify_checkpoint(path)
+    assert "ssa: checking the hashes of 0.0 GB in" in capsys.readouterr().err
+
+
+def test_latest_leads_to_the_newest_and_goes_where_the_run_goes(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    import ssa.model  # noqa: F401  (registers the model)
+
+    model, optimizer = trained()
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path / "run", step, model, None, optimizer, {}, keep_last=1)
+        assert os.readlink(tmp_path / "run" / "latest") == os.path.join("checkpoints", f"step-0000000{step}")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoints", "latest"}
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "moved" / "latest")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    newest = tmp_path / "moved" / "checkpoints" / "step-00000003"
+    assert open_checkpoint(tmp_path / "moved" / "latest") == newest == newest_checkpoint(tmp_path / "moved")
+    (tmp_path / "moved" / "latest").unlink()
+    (tmp_path / "moved" / "latest").mkdir()
+    (tmp_path / "moved" / "latest" / "mine").touch()
+    save_checkpoint(tmp_path / "moved", 4, model, None, optimizer, {})
+    assert (tmp_path / "moved" / "latest" / "mine").exists()
+
+
+def test_where_no_links_can_be_made_there_is_none(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", fail)
+    path = save_checkpoint(tmp_path, 1, tiny_model(), None, None, {})
+    assert open_checkpoint(tmp_path) == path and [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_hostile_state_is_one_line(tmp_path):
+    """Hashes fit, content does not: whoever wrote the checkpoint wrote the hashes."""
+    model, optimizer = trained()
+    path = save_checkpoint(tmp_path, 2, model, None, optimizer, {})
+    state = json.loads((path / "trainer.json").read_text())
+    for change, says in (
+        ({"step": "2"}, "step = '2' is not int"),
+        ({"extra": []}, "extra = \\[\\] is not an object"),
+        ({"rng": {"numpy": ["MT19937", [1e300]]}}, "no state of the random generators"),
+        ({"rng": {}}, "no state of the random generators"),
+    ):
+        (path / "trainer.json").write_text(json.dumps(state | change))
+        metadata = read_metadata(path)
+        metadata["files"]["trainer.json"] = {
+            "bytes": (path / "trainer.json").stat().st_size, "sha256": checkpoint_module.sha256_of_file(path / "trainer.json")
+        }  # fmt: skip
+        del metadata["sha256"]
+        (path / "checkpoint.json").write_text(checkpoint_module.metadata_text(metadata))
+        with pytest.raises(UserError, match=says) as caught:
+            load_checkpoint(path, *trained(steps=0))
+        assert "\n" not in str(caught.value)
 
 
 def test_metadata_names_versions(tmp_path):

@@ -9,19 +9,27 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from inspect import get_annotations
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import torch
+from transformers import LlamaConfig
 
-from ssa.checked_json import read_json
+from ssa.checked_json import read_json, typed
 from ssa.config import MAX_LAYERS
 from ssa.errors import UserError, one_line
 from ssa.model.configuration import SSAConfig
 from ssa.model.modeling import SSAForCausalLM
 from ssa.model.weights import Weights, open_weights
 
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 _TAKEN = {field.name for field in fields(SSAConfig)} | {"rope_scaling", "rope_theta", "torch_dtype"}
+_PLAIN = {int, float, bool, str, NoneType, list[int], list[str]}
+_ANNOTATED = {**get_annotations(LlamaConfig), **get_annotations(SSAConfig, eval_str=True)}
+_CHECKED = {name: hint for name, hint in _ANNOTATED.items() if {*(get_args(hint) or [hint])} <= _PLAIN}
+"""Types of the fields whose types are those of JSON."""
 
 
 def read_config(directory: Path) -> SSAConfig:
@@ -47,12 +55,16 @@ def read_config(directory: Path) -> SSAConfig:
 
 
 def own_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config.json makes an `SSAConfig`."""
-    return {name: value for name, value in raw.items() if name in _TAKEN}
+    """What of a config.json makes an `SSAConfig`. Raises `UserError` for a value of another type."""
+    return {name: typed(value, _CHECKED.get(name, Any), name) for name, value in raw.items() if name in _TAKEN}
 
 
 def make_config(values: dict[str, Any]) -> SSAConfig:
     """An `SSAConfig`, or a `UserError` of one line."""
+    for name in ("dtype", "torch_dtype"):
+        value = values.get(name)
+        if value is not None and str(value).removeprefix("torch.") not in _DTYPES:
+            raise UserError(f"config.json: {name} = {value!r} is not one of {', '.join(_DTYPES)}")
     try:
         return SSAConfig(**values)
     except UserError:
