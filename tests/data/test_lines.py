@@ -60,7 +60,7 @@ def test_broken_escapes_become_the_replacement_character(tmp_path):
         (b'"text"', "is not a JSON object"),
         (b'{"text": "a"', "is not JSON"),
         (b'{"a": 1} {"a": 2}', "is not JSON: Extra data"),
-        (b'{"n": ' + b"9" * 5000 + b"}", r"is not JSON: Exceeds the limit \(4300 digits\)[^;]*$"),
+        (b'{"n": ' + b"9" * 5000 + b"}", r"is not readable JSON: Exceeds the limit \(4300 digits\)[^;]*$"),
         (b'{"n":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not readable JSON: nested too deeply"),
         (('{"n":"é","m":' + "[" * 700 + "]" * 700 + "}").encode(), "is not readable JSON: nested too deeply"),
         ('{"text": "a"}'.encode("utf-16"), "is not UTF-8 at byte 0"),

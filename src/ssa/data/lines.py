@@ -124,8 +124,10 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
         record = _DECODER.decode(line.decode())
     except UnicodeDecodeError as error:
         raise NotAnObjectError(f"is not UTF-8 at byte {error.start} of the line: convert it (iconv -t utf-8)") from None
-    except ValueError as error:
-        raise NotAnObjectError(f"is not JSON: {str(error).partition(';')[0]}") from None
+    except json.JSONDecodeError as error:
+        raise NotAnObjectError(f"is not JSON: {error}") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise NotAnObjectError(f"is not readable JSON: {str(error).partition(';')[0]}") from None
     except RecursionError:
         raise NotAnObjectError(_DEEP) from None
     if not isinstance(record, dict):
