@@ -4,12 +4,12 @@ import warnings
 
 import pytest
 import torch
+from step_gradients import SSA_WEIGHT, alignment_gradients, assert_same_gradients, step_gradients, take_gradients
 from torch.nn.functional import cross_entropy
 
 from ssa.errors import UserError
 from ssa.testing import document_positions, tiny_model
 from ssa.train.streams import draw_stream
-from step_gradients import SSA_WEIGHT, alignment_gradients, assert_same_gradients, step_gradients, take_gradients
 
 
 def documents(*lengths):

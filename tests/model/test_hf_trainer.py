@@ -238,7 +238,9 @@ def test_labels_that_trainer_counts_and_the_loss_leaves_out_are_said(tmp_path):
 def test_trainers_of_other_models_are_left_alone(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
     trainer(tmp_path, 1)
     gradients, _ = gradients_of_trainer(tmp_path, llama, Rows(4), 4, 1)
     assert len(gradients) == 1

@@ -147,6 +147,7 @@ def test_documents_in_the_words_of_collators(said, stream):
     expected = model(x, labels=x, position_ids=document_positions([5, 1, 34]), stream=stream)
     out = model(x, labels=x, stream=stream, cache_position=torch.arange(40), **words)
     torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(model.token_nll(x, stream=stream, **words).sum() / 37, expected.cross_entropy)
     hidden = model.model(x, stream=stream, **words).last_hidden_state  # as TRL calls it
     torch.testing.assert_close(
         hidden, model.model(x, stream=stream, position_ids=document_positions([5, 1, 34])).last_hidden_state
@@ -171,10 +172,15 @@ def test_unknown_keywords_are_ignored_and_typos_are_not():
     expected = model(x).logits
     assert torch.equal(model(x, **dict.fromkeys(FOREIGN, 1)).logits, expected)
     model.model(x, **dict.fromkeys(FOREIGN, 1))
-    for typo, meant in (("attention_mod", "attention_mode"), ("budgets", "budget"), ("lables", "labels"), ("position_id", "position_ids")):
+    for typo, meant in (
+        ("attention_mod", "attention_mode"),
+        ("budgets", "budget"),
+        ("lables", "labels"),
+        ("position_id", "position_ids"),
+    ):
         with pytest.raises(UserError, match=f"^{typo} is no keyword of the model: {meant}\\?$"):
             model(x, **{typo: None})
-    with pytest.raises(UserError, match="^stream_ is no keyword"):
+    with pytest.raises(UserError, match=r"^stream_ is no keyword"):
         model.model(x, stream_="full")
 
 

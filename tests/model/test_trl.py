@@ -1,5 +1,7 @@
 """TRL's trainers compute their losses outside the model; what they train is what `ssa train` does, alignment included."""
 
+from itertools import pairwise
+
 import pytest
 
 from ssa.testing import tiny_model
@@ -13,7 +15,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ class WatchBatches:
             if "position_ids" in batch:
                 starts = (batch["position_ids"][row] == 0).nonzero().flatten().tolist()
             bounds = [*starts, len(ids)]
-            documents += [(ids[a:b], labels[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+            documents += [(ids[a:b], labels[a:b]) for a, b in pairwise(bounds)]
         self.documents.append(documents)
         return batch
 
@@ -116,7 +117,9 @@ def test_sft(tmp_path, tokenizer, case, accumulation):
 
 
 def test_sft_evaluates_and_trains_in_bfloat16(tmp_path, tokenizer):
-    arguments = SFTConfig(**common(tmp_path, 4, 2, packing=True, max_length=48) | {"bf16": True, "learning_rate": 1e-2, "max_steps": 12})
+    arguments = SFTConfig(
+        **common(tmp_path, 4, 2, packing=True, max_length=48) | {"bf16": True, "learning_rate": 1e-2, "max_steps": 12}
+    )
     data = Dataset.from_dict({"text": TEXT["text"] * 8})
     run = SFTTrainer(tiny_model(), args=arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
     before = run.evaluate()["eval_loss"]
