@@ -161,6 +161,7 @@ def test_documents_in_the_words_of_collators(said, stream):
     expected = model(x, labels=x, position_ids=document_positions([5, 1, 34]), stream=stream)
     out = model(x, labels=x, stream=stream, cache_position=torch.arange(40), **words)
     torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(model.token_nll(x, stream=stream, **words).sum() / 37, expected.cross_entropy)
     hidden = model.model(x, stream=stream, **words).last_hidden_state  # as TRL calls it
     torch.testing.assert_close(
         hidden, model.model(x, stream=stream, position_ids=document_positions([5, 1, 34])).last_hidden_state

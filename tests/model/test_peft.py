@@ -83,6 +83,10 @@ def test_prompt_tuning_trains_and_prefix_tuning_is_refused():
     out = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids))
     out.loss.backward()
     assert out.sparsity_loss > 0 and [name for name in take_gradients(model)] == ["prompt_encoder.default.embedding.weight"]
+    with pytest.raises(UserError, match=r"no weight of the model is trained, and .*micro_batches"):
+        model(input_ids=ids).logits.sum().backward()
+    model.train_step.micro_batches = 1
+    model(input_ids=ids).logits.sum().backward()
     model = get_peft_model(tiny_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).train()
     with pytest.raises(UserError, match="DynamicCache") as error:
         model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids))

@@ -1,5 +1,7 @@
 """TRL's trainers compute their losses outside the model; what they train is what `ssa train` does, alignment included."""
 
+from itertools import pairwise
+
 import pytest
 
 from ssa.testing import tiny_model
@@ -53,7 +55,7 @@ class WatchBatches:
             if "position_ids" in batch:
                 starts = (batch["position_ids"][row] == 0).nonzero().flatten().tolist()
             bounds = [*starts, len(ids)]
-            documents += [(ids[a:b], labels[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+            documents += [(ids[a:b], labels[a:b]) for a, b in pairwise(bounds)]
         self.documents.append(documents)
         return batch
 

@@ -5,11 +5,8 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, C hi
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,13 +24,13 @@ from ssa.attention import METHODS, AttentionCall, AttentionRecord
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
 from ssa.files import follow_umask
-from ssa.model.alignment import carry_alignment as carried
-from ssa.model.alignment import warn_of_eval_mode
+from ssa.model.alignment import carry, warn_of_counted_starts, warn_of_eval_mode, weight_in_loss
 from ssa.model.cache import CACHE_FIELD, BlockCache, BlockCacheGeneration, CacheByEitherName, one_cache
 from ssa.model.configuration import SSAConfig
+from ssa.model.inputs import document_positions, refuse_typos, shifted_targets
 from ssa.ops.cross_entropy import SLICE_ELEMENTS, linear_cross_entropy
 from ssa.ops.decode import MAX_QUERIES
-from ssa.ops.documents import cu_seqlens_from_positions, positions_from_starts
+from ssa.ops.documents import cu_seqlens_from_positions
 from ssa.train.streams import TrainStep, follow_trainers
 
 
@@ -195,7 +192,7 @@ class SSAModel(SSAPreTrainedModel):
 
         carry_alignment: a loss of the hidden states trains the alignment, too (`ssa.model.alignment`).
         """
-        _refuse_typos(kwargs, SSAModel.forward)
+        refuse_typos(kwargs, SSAModel.forward)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("pass either input_ids or inputs_embeds")
         if output_attentions:
@@ -210,8 +207,8 @@ class SSAModel(SSAPreTrainedModel):
             use_cache, cache = False, None  # a layer that runs again in the backward pass would write its keys a second time
         if use_cache and cache is None:
             cache = BlockCache()
+        position_ids = document_positions(position_ids, cu_seq_lens_q, seq_idx, x_BTC, cache)
         past = 0 if cache is None else cache.get_seq_length()
-        position_ids = _document_positions(position_ids, cu_seq_lens_q, seq_idx, x_BTC, past)
         # What a training loop hands over is not checked on the GPU, where looking at it would stall the step; a graph cannot look.
         checked = not ((self.training and x_BTC.is_cuda) or torch.compiler.is_compiling())
         positions_BT, padding_BT = _positions(attention_mask, position_ids, x_BTC, past, checked)
@@ -236,10 +233,12 @@ class SSAModel(SSAPreTrainedModel):
                 alignments.append(alignment)
         x_BTC = self.norm(x_BTC)
         alignment = torch.stack(alignments).mean(0) if alignments else None
-        weight = self.config.alignment_weight
+        weight = self.config.alignment_weight if self.config.method == "ssa" and self.config.alignment_loss != "none" else 0
         if alignment is not None and alignment.requires_grad and carry_alignment and weight:
-            x_BTC = carried(x_BTC, alignment, weight, self.train_step, self.layers)
-        elif not self.training and self._aligns(attention_mode) and x_BTC.requires_grad and not torch.compiler.is_compiling():
+            x_BTC = carry(x_BTC, alignment, weight, self.train_step, self.parameters())
+        elif (
+            weight and not self.training and attention_mode is None and x_BTC.requires_grad and not torch.compiler.is_compiling()
+        ):
             warn_of_eval_mode(x_BTC)
         if output_hidden_states:
             hidden_states += (x_BTC,)
@@ -248,15 +247,6 @@ class SSAModel(SSAPreTrainedModel):
             hidden_states=hidden_states or None,
             alignment=alignment,
             **{CACHE_FIELD: cache if use_cache else None},
-        )
-
-    def _aligns(self, attention_mode: AttentionMode | None) -> bool:
-        config = self.config
-        return (
-            config.method == "ssa"
-            and config.alignment_loss != "none"
-            and bool(config.alignment_weight)
-            and attention_mode is None
         )
 
     def _attention_call(
@@ -279,39 +269,6 @@ class SSAModel(SSAPreTrainedModel):
             mode = attention_mode or config.attention_mode
         budget = config.budget if budget is None else Budget.parse(budget)
         return AttentionCall(mode, budget, align, positions_BT, padding_BT, cu_seqlens, self.impl, observer)
-
-
-IGNORED_KEYWORDS = frozenset({"cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"})
-"""Of what collators and generation loops hand over: nothing that the other keywords do not say."""
-
-
-def _refuse_typos(keywords: Iterable[str], forward: Callable) -> None:
-    """Unknown keywords are those of other models and newer releases, and ignored; one that nearly is an own one was meant to be it."""
-    for name in set(keywords) - IGNORED_KEYWORDS:
-        if close := difflib.get_close_matches(name, inspect.signature(forward).parameters, n=1, cutoff=0.8):
-            raise UserError(f"{name} is no keyword of the model: {close[0]}?")
-
-
-def _document_positions(
-    position_ids: Tensor | None, cu_seq_lens: Tensor | None, seq_idx: Tensor | None, tokens_BT: Tensor, past: int = 0
-) -> Tensor | None:
-    """`position_ids`, restarting also where a collator says in other words that a document starts; tokens [B, T, ...]."""
-    if cu_seq_lens is None and seq_idx is None:
-        return position_ids
-    batch, queries = tokens_BT.shape[:2]
-    if past:
-        raise UserError("cu_seq_lens_q and seq_idx describe whole rows: pass position_ids beside a cache")
-    starts_BT = torch.zeros(batch, queries + 1, dtype=torch.bool, device=tokens_BT.device)
-    starts_BT[:, 0] = True
-    if position_ids is not None:
-        starts_BT[:, :-1] |= position_ids == 0
-    if cu_seq_lens is not None:
-        if batch != 1:
-            raise UserError(f"cu_seq_lens_q describes one flattened row, not a batch of {batch}")
-        starts_BT[0, cu_seq_lens.to(torch.int64).clamp(0, queries)] = True
-    if seq_idx is not None:
-        starts_BT[:, 1:-1] |= seq_idx[:, 1:] != seq_idx[:, :-1]
-    return positions_from_starts(starts_BT[:, :-1])
 
 
 def _positions(
@@ -451,12 +408,11 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             is None beside labels: they are never held for all tokens. Without labels a loss of the logits trains the alignment, too
             (`ssa.model.alignment`).
         """
-        _refuse_typos(kwargs, SSAForCausalLM.forward)
+        refuse_typos(kwargs, SSAForCausalLM.forward)
         cache = one_cache(cache, past_key_values)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is not None:
-            past = 0 if cache is None else cache.get_seq_length()
-            position_ids = _document_positions(position_ids, cu_seq_lens_q, seq_idx, tokens, past)
+            position_ids = document_positions(position_ids, cu_seq_lens_q, seq_idx, tokens, cache)
         outputs: SSAModelOutput = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
             inputs_embeds=inputs_embeds, use_cache=use_cache, attention_mode=attention_mode, budget=budget, stream=stream,
@@ -469,16 +425,17 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         if outputs.alignment is not None:
             result.sparsity_loss, result.commitment_loss = outputs.alignment.detach().unbind()
         if labels is not None:
-            targets = _targets(labels, position_ids, attention_mask)
+            targets = shifted_targets(labels, position_ids, attention_mask)
             count = (targets != -100).sum()
-            nll, items = self.summed_nll(hidden_BTC, targets), count if num_items_in_batch is None else num_items_in_batch
-            result.loss = nll / torch.as_tensor(items).clamp(min=1)
+            nll = self.summed_nll(hidden_BTC, targets)
             result.cross_entropy = nll.detach() / count.clamp(min=1)
-            if self.training and num_items_in_batch is not None:
-                self._warn_of_counted_starts(labels, count)
+            result.loss = nll / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+            if self.training and num_items_in_batch is not None and not (labels.is_cuda and self.train_step.number):
+                warn_of_counted_starts(labels, count)  # on a GPU in the first step alone: to look is to wait
             if outputs.alignment is not None:
                 result.alignment = outputs.alignment
-                result.loss = result.loss + self._alignment_weight(count, num_items_in_batch) * outputs.alignment.sum()
+                weight = weight_in_loss(self.config.alignment_weight, self.train_step, count, num_items_in_batch)
+                result.loss = result.loss + weight * outputs.alignment.sum()
         if labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             result.logits = self.lm_head(hidden_BTC[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep])
@@ -487,35 +444,14 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
     def token_nll(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None, **kwargs) -> Tensor:
         """-log p(token t+1 | tokens <= t) in nats, fp32 [B, T-1]; 0 where there is no target (document starts, labels of -100).
 
-        kwargs (attention_mode, budget, attention_mask, observer) go to the model.
+        kwargs (attention_mode, budget, attention_mask, cu_seq_lens_q, seq_idx, observer) are those of `forward`.
         """
+        cu_seq_lens_q, seq_idx = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("seq_idx", None)
+        position_ids = document_positions(position_ids, cu_seq_lens_q, seq_idx, input_ids, None)
         kwargs |= {"use_cache": False, "return_dict": True}
         hidden_BTC = self.model(input_ids=input_ids, position_ids=position_ids, **kwargs).last_hidden_state
-        targets = _targets(input_ids if labels is None else labels, position_ids, kwargs.get("attention_mask"))
+        targets = shifted_targets(input_ids if labels is None else labels, position_ids, kwargs.get("attention_mask"))
         return self._nll(hidden_BTC[:, :-1], targets)
-
-    def _alignment_weight(self, count: Tensor, num_items: Tensor | int | None) -> float:
-        """What the sum of both alignment losses weighs in the loss of a pass with `count` targets."""
-        step = self.train_step
-        if num_items is None:
-            return self.config.alignment_weight
-        if step.micro_batches is None and bool(count != num_items):
-            raise UserError(
-                f"num_items_in_batch = {int(num_items)} counts targets of several passes, this one has {int(count)}, and nobody has said "
-                "how many passes make up a step: set model.train_step.micro_batches (a transformers Trainer wants "
-                "callbacks=[ssa.train.streams.StreamCallback()])"
-            )
-        return self.config.alignment_weight / ((step.micro_batches or 1) * step.count_ranks)
-
-    def _warn_of_counted_starts(self, labels_BT: Tensor, count: Tensor) -> None:
-        if labels_BT.is_cuda and self.train_step.number:  # looking would stall every step
-            return
-        if starts := int((labels_BT[:, 1:] != -100).sum() - count):
-            warnings.warn(
-                f"{starts} labels are padding or the first token of a document, which num_items_in_batch may count and the loss leaves "
-                "out, so that it comes out smaller by their share: set such labels to -100",
-                stacklevel=3,
-            )
 
     def summed_nll(self, hidden_BTC: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum over targets of -log p in nats, fp32 scalar. hidden [B, T, C]; targets int64 [B, T] or, where the last position has
@@ -543,17 +479,6 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
 
     def _nll_slice(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=-100, reduction="none")
-
-
-def _targets(labels_BT: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-    """Labels shifted to the position that predicts them, [B, T-1]; -100 for padding and where a document starts."""
-    targets = labels_BT[:, 1:]
-    if position_ids is not None:
-        targets = torch.where(position_ids.expand(labels_BT.shape)[:, 1:] == 0, -100, targets)
-    if attention_mask is not None:
-        real_BT = attention_mask[:, -labels_BT.shape[1] :] != 0
-        targets = torch.where(real_BT[:, 1:] & real_BT[:, :-1], targets, -100)
-    return targets
 
 
 def _is_plain(head: nn.Module) -> bool:
