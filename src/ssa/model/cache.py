@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssa.attention.base import BlockMeans
 from ssa.errors import UserError
+from ssa.ops.documents import block_within_rows
 from ssa.ops.running_means import extend_block_means
 
 CACHE_FIELD = "cache" if any(field.name == "cache" for field in dataclasses.fields(CausalLMOutputWithPast)) else "past_key_values"
@@ -161,6 +162,7 @@ class BlockLayer(DynamicLayer):
             self._show(length)
 
     def _extended(self, block_size: int, start_B: Tensor) -> list[Tensor]:
+        block_size = block_within_rows(block_size, self._buffers[0].shape[2])
         if block_size not in self._means:
             self._means[block_size] = _Means(block_size)
         return self._means[block_size].extended(self._buffers, self.get_seq_length(), self._end, start_B)
@@ -282,6 +284,9 @@ class BlockCacheGeneration:
     """Makes `generate` use a `BlockCache` and refuse prompts padded where tokens follow (mix in before GenerationMixin)."""
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs, *args, **kwargs):
+        if getattr(generation_config, "is_assistant", False):
+            # An assistant is handed what was generated so far, in which a pad token is text; transformers passes on a mask only if it has zeros.
+            return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.int64)
         mask = super()._prepare_attention_mask_for_generation(  # type: ignore[misc]
             inputs_tensor, generation_config, model_kwargs, *args, **kwargs
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssa.errors import UserError
-from ssa.ops.documents import resolve_positions
+from ssa.ops.documents import block_within_rows, resolve_positions
 from ssa.ops.implementations import resolve
 
 
@@ -62,6 +62,7 @@ def block_sparse_attention(
     if block_size < 1:
         raise UserError(f"block_size = {block_size} must be at least 1")
     positions = resolve_positions(q, k, positions, cu_seqlens)
+    block_size = block_within_rows(block_size, k.shape[1])
     scale = size**-0.5 if scale is None else float(scale)
     # modules of one implementation are imported when it runs: without triton the reference still does
     if resolve(impl, q) == "triton":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssa.config import released_rule_check
 from ssa.errors import UserError
+from ssa.ops.documents import block_within_rows
 from ssa.ops.implementations import resolve
 from ssa.ops.select import within_rows
 
@@ -89,6 +90,7 @@ def decode_attention(
         raise UserError(f"scale = {scale} must be positive")
     _check_rows(lengths, starts, batch, k.shape[1])
     impl = resolve(impl, q)
+    block_size = block_within_rows(block_size, k.shape[1])
     arguments = (
         q, k, v, block_means, lengths, starts, bias, block_size, within_rows(num_selected_blocks, block_size, k.shape[1], impl),
         scope, scoring, rule, size**-0.5 if scale is None else float(scale),
