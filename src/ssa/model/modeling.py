@@ -401,13 +401,16 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits of the last so many positions only (0 = all).
             cu_seq_lens_q: int32 [documents + 1], B = 1: where documents begin, with or without `position_ids`.
             seq_idx: int [B, T], a document's number for each of its tokens; says the same.
-            kwargs: what collators and other releases hand over besides, ignored.
+            kwargs: shift_labels, int [B, T], labels at the position that predicts them, as trainers give that shift before they cut
+                rows; they are taken as they are, instead of `labels`. What collators and other releases hand over besides is ignored.
 
         Returns:
             `SSACausalLMOutput`. In training `loss` = CE + alpha * mean over layers of (sparsity + commitment loss), and `logits`
             is None beside labels: they are never held for all tokens. Without labels a loss of the logits trains the alignment, too
             (`ssa.model.alignment`).
         """
+        # no argument by name: in whatever is called so `Trainer` sees labels that each batch must have
+        shift_labels = kwargs.pop("shift_labels", None)
         refuse_typos(kwargs, SSAForCausalLM.forward)
         cache = one_cache(cache, past_key_values)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -417,26 +420,28 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
             inputs_embeds=inputs_embeds, use_cache=use_cache, attention_mode=attention_mode, budget=budget, stream=stream,
             cu_seqlens=cu_seqlens, observer=observer, output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            carry_alignment=labels is None,
-            return_dict=True,
+            carry_alignment=labels is None and shift_labels is None, return_dict=True,
         )  # fmt: skip
         hidden_BTC = outputs.last_hidden_state
         result = SSACausalLMOutput(hidden_states=outputs.hidden_states, **{CACHE_FIELD: outputs.cache})
         if outputs.alignment is not None:
             result.sparsity_loss, result.commitment_loss = outputs.alignment.detach().unbind()
-        if labels is not None:
+        targets = shift_labels
+        if labels is not None and targets is None:
             targets = shifted_targets(labels, position_ids, attention_mask)
+        if targets is not None:
             count = (targets != -100).sum()
             nll = self.summed_nll(hidden_BTC, targets)
             result.cross_entropy = nll.detach() / count.clamp(min=1)
             result.loss = nll / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-            if self.training and num_items_in_batch is not None and not (labels.is_cuda and self.train_step.number):
+            counted = self.training and num_items_in_batch is not None and shift_labels is None
+            if counted and labels is not None and not (labels.is_cuda and self.train_step.number):
                 warn_of_counted_starts(labels, count)  # on a GPU in the first step alone: to look is to wait
             if outputs.alignment is not None:
                 result.alignment = outputs.alignment
                 weight = weight_in_loss(self.config.alignment_weight, self.train_step, count, num_items_in_batch)
                 result.loss = result.loss + weight * outputs.alignment.sum()
-        if labels is None or not self.training:
+        if targets is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             result.logits = self.lm_head(hidden_BTC[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep])
         return replace(result)  # in the order of the fields, loss and logits first, not in that of their making
