@@ -65,10 +65,11 @@ def test_every_verb_names_the_damaged_file(run, tmp_path, capfd, verb):
         at = source.randrange(len(whole))
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << source.randrange(8)]) + whole[at + 1 :])
         assert main(words) == status, file.name
-        said = "".join(capfd.readouterr())
+        told, error = capfd.readouterr()
+        said = told + error
         assert str(file) in said and "no complete checkpoint yet" not in said, (file.name, said)
         if status == 2:
-            assert said.startswith("ssa: error: ") and said.count("\n") == 1, said
+            assert error.startswith("ssa: error: ") and error.count("\n") == 1, said
         file.write_bytes(whole)
     assert not (tmp_path / "out" / "new").exists() and not (tmp_path / "out" / "model").exists()
     assert main(words) == 0

@@ -179,7 +179,7 @@ def test_a_state_in_parts_is_a_model_directory(outs):
     model, _ = load_model(base / "fsdp", device="cpu")
     stored = weights(base / "fsdp")
     assert all(torch.equal(p, stored[name]) for name, p in model.named_parameters())
-    assert {p.suffix for p in directory.iterdir()} <= {".json", ".safetensors"}
+    assert {p.suffix for p in directory.iterdir()} <= {".json", ".safetensors", ".md", ".py"}
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(outs):

@@ -85,7 +85,10 @@ def test_training_outlives_its_reader_and_saves_on_a_hangup(shards, tmp_path):
     command = [sys.executable, "-m", "ssa", "train", "tiny", "--out", tmp_path / "run"]
     command += [word for name, value in words.items() for word in (f"--{name}", str(value))]
     with (tmp_path / "stderr").open("wb") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it is ignored
+        )  # fmt: skip
     try:
         assert process.stdout.readline()
         process.stdout.close()

@@ -98,13 +98,13 @@ def convert(
     say(report)
 
 
-def doctor(run: OPTIONAL_RUN = "", /) -> int:
+def doctor(run: OPTIONAL_RUN = None, /) -> int:
     """Say what is installed, which devices and implementations will be used, and try a tiny model; or look over a run.
 
     Args:
         run: A run, a checkpoint or a model directory: its hashes, configuration, tokenizer and data are checked, and nothing else.
     """
-    if run:
+    if run is not None:
         from ssa.examine_run import examine_run
 
         return examine_run(run)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
@@ -491,6 +492,6 @@ def _is_plain(head: nn.Module) -> bool:
     return (
         type(head) is nn.Linear
         and head.bias is None
-        and type(head.weight) in (nn.Parameter, Tensor)
+        and type(head.weight) in (nn.Parameter, Tensor, FakeTensor)  # the last while a graph is exported
         and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
     )
