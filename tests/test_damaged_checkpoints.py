@@ -30,9 +30,17 @@ def trained(tmp_path_factory):
     (home / "text.jsonl").write_text("".join(json.dumps({"text": f"to select is to attend {i}" * 4}) + "\n" for i in range(60)))
     prepare([home / "text.jsonl"], home / "data", valid_fraction=0.1, workers=1, show_progress=False)
     model = ModelRecipe(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8, block_size=4, num_selected_blocks=2
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=8,
+        block_size=4,
+        num_selected_blocks=2,
     )
-    recipe = Recipe(model, DataRecipe(str(home / "data"), context=32), TrainRecipe(steps=2, batch_size=1, device="cpu", keep_last=1))
+    recipe = Recipe(
+        model, DataRecipe(str(home / "data"), context=32), TrainRecipe(steps=2, batch_size=1, device="cpu", keep_last=1)
+    )
     return train(recipe, home / "run").out
 
 
@@ -77,7 +85,9 @@ def test_a_checkpoint_is_checked_under_any_of_its_names(run, capsys, name):
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert main(["generate", str(run / name), "--prompt", "a", "--max-new-tokens", "1"]) == 2
     said = capsys.readouterr().err
-    assert "model.safetensors does not match its hash" in said and ("checkpoint.json, and nothing is compared" in said) == (name == "copy")
+    assert "model.safetensors does not match its hash" in said and ("checkpoint.json, and nothing is compared" in said) == (
+        name == "copy"
+    )
 
 
 def test_a_model_directory_without_hashes_is_read_as_it_is(run, tmp_path, capsys):

@@ -236,7 +236,12 @@ def _check(recipe: Recipe) -> None:
         value, most = getattr(m, name), SIZE_LIMITS.get(name, 1 << 31)
         need(value >= 1 or name == "vocab_size", f"model.{name}", value, "must be at least 1")
         need(value <= most, f"model.{name}", value, f"is beyond reason: {most} at most")
-    need(m.num_hidden_layers <= MAX_LAYERS, "model.num_hidden_layers", m.num_hidden_layers, f"is beyond reason: {MAX_LAYERS} at most")
+    need(
+        m.num_hidden_layers <= MAX_LAYERS,
+        "model.num_hidden_layers",
+        m.num_hidden_layers,
+        f"is beyond reason: {MAX_LAYERS} at most",
+    )
     need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE rotates pairs")
     need(m.num_attention_heads % m.num_key_value_heads == 0, "model.num_attention_heads", m.num_attention_heads,
          f"must be a multiple of model.num_key_value_heads = {m.num_key_value_heads}")  # fmt: skip

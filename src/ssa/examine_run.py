@@ -96,7 +96,9 @@ def _hashes(path: Path) -> str:
 def _latest(home: Path) -> str:
     newest = newest_checkpoint(home)
     if newest is None or not (home / LATEST).is_dir() or (home / LATEST).resolve().name not in (newest.name, LATEST):
-        raise UserError(f"{home / LATEST} leads to {os.path.realpath(home / LATEST)}, the newest checkpoint is {newest}; remove the link")
+        raise UserError(
+            f"{home / LATEST} leads to {os.path.realpath(home / LATEST)}, the newest checkpoint is {newest}; remove the link"
+        )
     return f"leads to {newest.name}"
 
 

@@ -64,7 +64,10 @@ def test_nothing_in_a_config_names_code_to_run(directory, tmp_path, monkeypatch,
     ids = torch.arange(12)[None]
     assert torch.equal(model(ids).logits, tiny_model().eval()(ids).logits)
     written = json.loads((tmp_path / "converted" / "config.json").read_text())
-    assert asked == [] and not {*keys} & {*written, *vars(model.config)} - {"_attn_implementation_internal", "_experts_implementation_internal"}
+    assert asked == [] and not {*keys} & {*written, *vars(model.config)} - {
+        "_attn_implementation_internal",
+        "_experts_implementation_internal",
+    }
     assert "evil" not in json.dumps(written) and "evil" not in str(vars(model.config))
 
 
@@ -133,7 +136,9 @@ def test_headers_of_weights_that_lie(directory, header, length, says):
     refused(directory, says)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..\\x.safetensors", "sub/x.safetensors", 5, None, "x.safetensors\0"])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "..\\x.safetensors", "sub/x.safetensors", 5, None, "x.safetensors\0"]
+)
 def test_an_index_does_not_lead_out_of_the_directory(directory, name):
     (directory / "model.safetensors").rename(directory.parent / "secret.safetensors")
     (directory / "other.safetensors").touch()

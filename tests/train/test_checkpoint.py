@@ -13,10 +13,10 @@ import torch
 
 from ssa.errors import UserError
 from ssa.testing import save_checkpoint, tiny_model
+from ssa.train import checkpoint as checkpoint_module
 from ssa.train import checkpoint_state
 from ssa.train import safetensors_file as module
 from ssa.train import saver as saver_module
-from ssa.train import checkpoint as checkpoint_module
 from ssa.train.checkpoint import (
     find_checkpoints,
     load_checkpoint,
@@ -199,8 +199,18 @@ def test_resolve(tmp_path):
         resolve_checkpoint(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}', '{"format": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}', "[" * 10**5,
-                                  '{"format": 1, "step": 1, "versions": {}, "files": {"..": {"bytes": 4096, "sha256": "' + "0" * 64 + '"}}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"files": 3}',
+        '{"format": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}',
+        "[" * 10**5,
+        '{"format": 1, "step": 1, "versions": {}, "files": {"..": {"bytes": 4096, "sha256": "' + "0" * 64 + '"}}}',
+    ],
+)
 def test_hostile_metadata_is_an_incomplete_checkpoint(tmp_path, text):
     path = tmp_path / "checkpoints" / "step-00000001"
     path.mkdir(parents=True)
@@ -235,7 +245,11 @@ def test_metadata_of_old_has_no_hash_of_its_own(tmp_path):
 def test_files_are_hashed_once_unless_they_change(tmp_path, monkeypatch, capsys):
     path = save_checkpoint(tmp_path, 2, tiny_model(), None, None, {})
     hashed = []
-    monkeypatch.setattr(checkpoint_module, "sha256_of_file", lambda file, real=checkpoint_module.sha256_of_file: hashed.append(file.name) or real(file))
+    monkeypatch.setattr(
+        checkpoint_module,
+        "sha256_of_file",
+        lambda file, real=checkpoint_module.sha256_of_file: hashed.append(file.name) or real(file),
+    )
     for _ in range(2):  # written a moment ago: they could change once more without its showing
         hashed.clear()
         verify_checkpoint(path)

@@ -60,7 +60,9 @@ def test_run_and_data_may_move_together_or_the_run_alone(project):
 def test_what_was_tried_is_named(project):
     other = other_corpus(Path("data"))
     shutil.rmtree(project / "data")
-    with pytest.raises(UserError, match=rf"the data in {other.absolute()} is not what {project / 'run'} was trained on; pass --data"):
+    with pytest.raises(
+        UserError, match=rf"the data in {other.absolute()} is not what {project / 'run'} was trained on; pass --data"
+    ):
         run_data(project / "run")
     shutil.rmtree("data")
     with pytest.raises(UserError, match=f"not there any more .tried {Path('data').absolute()}, {project / 'data'}") as caught:
@@ -121,7 +123,7 @@ def test_other_data_is_refused_before_the_first_checkpoint_too(project):
     shutil.rmtree(project / "run" / "checkpoints")
     recipe = load_recipe(str(project / "run" / "recipe.json"))
     other = other_corpus(Path("other"))
-    with pytest.raises(UserError, match="the data in other is not what .* began with"):
+    with pytest.raises(UserError, match=r"the data in other is not what .* began with"):
         train(with_data(recipe, path=str(other)), project / "run", resume=True)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from ssa.data.encode import EncoderSpec, encode_blocks, valid_threshold
 from ssa.data.progress import Progress, begin, digest, remove, save, write_json
 from ssa.data.shard_writer import ShardWriter
-from ssa.data.shards import FORMAT, INDEX, PROGRESS, TOKENIZER, VERSION, ShardInfo, read_index
+from ssa.data.shards import FORMAT, INDEX, PROGRESS, TOKENIZER, VERSION, ShardInfo, TokenizerRecord, read_index
 from ssa.data.sources import Source, expand_inputs, read_blocks, read_texts
 from ssa.data.summary import PrepareSummary, summarize
 from ssa.data.tokenizer import fingerprint, load_tokenizer, token_dtype, train_bpe, vocabulary_size
@@ -181,7 +181,7 @@ def _write_splits(
             writer.abandon()
 
 
-def _install_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _install_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> TokenizerRecord:
     partial = out / f"{TOKENIZER}.partial"
     if partial.is_symlink():
         partial.unlink()
@@ -194,7 +194,7 @@ def _install_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> dict[st
         "fingerprint": fingerprint(tokenizer),
         "vocab_size": size,
         "end_id": tokenizer.eos_token_id,
-        "dtype": token_dtype(size).name,
+        "dtype": token_dtype(size).name,  # type: ignore[typeddict-item]
     }
 
 

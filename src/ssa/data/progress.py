@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ssa.checked_json import read_json
-from ssa.data.shards import INDEX, PROGRESS, TOKENIZER, TokenizerRecord, read_index
 from ssa.data.shard_writer import WriterState
+from ssa.data.shards import INDEX, PROGRESS, TOKENIZER, TokenizerRecord, read_index
 from ssa.errors import UserError
 from ssa.files import LOCK, sync
 

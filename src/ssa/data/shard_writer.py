@@ -139,7 +139,11 @@ class ShardWriter:
             for path, length in lengths.items():
                 if path.exists():  # the shard was closed after the last commit
                     path.rename(_partial(path))
-                if not _partial(path).exists() or _partial(path).is_symlink() or _partial(path).stat().st_size < _HEADER_BYTES + length:
+                if (
+                    not _partial(path).exists()
+                    or _partial(path).is_symlink()
+                    or _partial(path).stat().st_size < _HEADER_BYTES + length
+                ):
                     raise UserError(f"{_partial(path)} is missing or too short to go on from: prepare again with overwrite")
                 os.truncate(_partial(path), _HEADER_BYTES + length)
         for path in [*self._out.glob(f"{self._split}-*.npy"), *self._out.glob(f"{self._split}-*.npy.partial")]:

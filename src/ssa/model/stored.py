@@ -45,7 +45,9 @@ def read_config(directory: Path) -> SSAConfig:
             f"the model in {directory} is of type {raw.get('model_type')!r}, not 'ssa'; convert it first: ssa convert {directory} OUT"
         )
     if raw.get("quantization_config"):
-        raise UserError(f"{path} asks for quantised weights (quantization_config), which are not read; dequantise the model first")
+        raise UserError(
+            f"{path} asks for quantised weights (quantization_config), which are not read; dequantise the model first"
+        )
     try:
         return make_config(own_fields(raw))
     except UserError as error:
@@ -124,7 +126,9 @@ def load_pretrained(directory: Path, config: SSAConfig, dtype: torch.dtype) -> S
             read_json(directory / "generation_config.json")
         check_weights(directory, config)
         with _no_progress_bar():
-            return SSAForCausalLM.from_pretrained(directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True)
+            return SSAForCausalLM.from_pretrained(
+                directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
     except UserError as error:
         raise UserError(f"the model in {directory} cannot be loaded: {error}") from None
     except Exception as error:  # what transformers and safetensors raise for damaged files has no common class

@@ -95,7 +95,9 @@ def open_data(recipe: Recipe, out: Path, resume: bool = False) -> Data:
             except UserError as error:
                 raise UserError(f"{error}; restore it, or name its place with --data.path") from None
         elif not _is_prepared(path):
-            raise UserError(f"data.path = {recipe.data.path!r} holds no prepared data; a resumed run goes on with the data it began with")
+            raise UserError(
+                f"data.path = {recipe.data.path!r} holds no prepared data; a resumed run goes on with the data it began with"
+            )
     elif not _is_prepared(path):
         path = out / "data"
         if not (path / INDEX).is_file():

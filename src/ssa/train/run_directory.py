@@ -36,7 +36,18 @@ RESUMABLE = frozenset({
 })  # fmt: skip
 """Fields of `[train]` that a resumed run may change; any other would make it another run."""
 
-_OWN = ("recipe.json", "environment.json", "metrics.jsonl", "checkpoints", "latest", "tensorboard", "wandb", "data", "eval", "analysis")
+_OWN = (
+    "recipe.json",
+    "environment.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "latest",
+    "tensorboard",
+    "wandb",
+    "data",
+    "eval",
+    "analysis",
+)
 RECIPE, ENVIRONMENT = "recipe.json", "environment.json"
 
 
@@ -235,7 +246,9 @@ def record_start(out: Path, recipe: Recipe, environment: dict[str, Any]) -> None
     starts = read_starts(out)
     for start in starts[-1:]:
         if start.get("data", {}).get("fingerprint", environment["data"]["fingerprint"]) != environment["data"]["fingerprint"]:
-            raise UserError(f"the data in {environment['data']['path']} is not what {out} began with; restore it, or start a new run")
+            raise UserError(
+                f"the data in {environment['data']['path']} is not what {out} began with; restore it, or start a new run"
+            )
     place = {"directory": os.getcwd(), "run": os.path.abspath(out)}
     write_atomically(out / ENVIRONMENT, json.dumps({"starts": [*starts, environment | place]}, indent=2) + "\n")
     write_atomically(out / RECIPE, recipe.to_json())
