@@ -135,6 +135,7 @@ def typed(value: Any, hint: Any, name: str = "") -> Any:
 
 def _record(value: dict[str, Any], hint: Any, name: str) -> Any:
     hints = _hints(hint)
+    make: Any = hint if is_dataclass(hint) else dict
     if is_dataclass(hint):
         needed = {f.name for f in fields(hint) if f.default is MISSING and f.default_factory is MISSING}
         if stray := [key for key in value if key not in hints]:
@@ -143,8 +144,7 @@ def _record(value: dict[str, Any], hint: Any, name: str) -> Any:
         needed = hint.__required_keys__
     if missing := sorted(needed - value.keys()):
         raise UserError(f"{_joined(name, missing[0])} is missing")
-    found = {key: typed(x, hints[key], _joined(name, key)) if key in hints else x for key, x in value.items()}
-    return hint(**found) if isinstance(hint, type) and is_dataclass(hint) else found
+    return make(**{key: typed(x, hints[key], _joined(name, key)) if key in hints else x for key, x in value.items()})
 
 
 @functools.cache

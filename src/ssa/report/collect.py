@@ -230,7 +230,7 @@ def _read(file: Path, shown: str, runs: dict[Path, RunEvidence], evidence: Evide
             rows = [parse_json(line, f"line {i}", largest=LARGEST) for i, line in enumerate(lines, start=1)]
             content: Any = {**rows[0], "rows": rows[1:]} if rows and "rows" not in rows[0] else None
         else:
-            content = parse_json(read_bytes(file), shown, Any, largest=LARGEST)
+            content = parse_json(read_bytes(file), "it", Any, largest=LARGEST)
         kind = _kind(file, content)
         if kind == "recipe":
             run(file.parent).put("recipe", typed(content, _Recipe), shown)
@@ -255,8 +255,7 @@ def _read(file: Path, shown: str, runs: dict[Path, RunEvidence], evidence: Evide
 def why_not(error: Exception) -> str:
     """Why a file is not shown."""
     text = one_line(error)[:200] + (" is missing" if isinstance(error, KeyError) else "")
-    start = text.find("cannot be read")
-    return f"cannot be read: {text}" if start < 0 else text[start:]
+    return text.removeprefix("it ") if "cannot be read" in text else f"cannot be read: {text}"
 
 
 def _look_at_checkpoints(run: RunEvidence, hashes: bool, evidence: Evidence) -> None:

@@ -36,7 +36,7 @@ METADATA = "checkpoint.json"
 LATEST = "latest"
 """The link in a run directory to its newest checkpoint."""
 SAID_BYTES = 8 << 30
-"""So much is hashed without a word; it takes about five seconds on one core."""
+"""So much is hashed without a word: more takes many seconds."""
 _NAME = re.compile(r"step-(\d{8,})")
 _SCRATCH = re.compile(r"\.step-\d{8,}\.tmp-\d+")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
