@@ -85,7 +85,7 @@ def prepare(
         raise UserError(
             f"train_bpe = {train_bpe} makes a tokenizer and tokenizer = {str(tokenizer)!r} names one: leave one of them out"
         )
-    sources = expand_inputs(given)
+    sources = expand_inputs(given, tell=True)
     loaded = None if train_bpe else load_tokenizer(os.fspath(tokenizer or "byte"))
     plan: dict[str, Any] = {
         "tokenizer": f"BPE of {train_bpe} ids trained on the inputs" if loaded is None else fingerprint(loaded),

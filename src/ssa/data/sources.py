@@ -52,7 +52,7 @@ class Block:
     read_bytes: int = 0  # of the source on disk, up to and including this block
 
 
-def expand_inputs(inputs: Iterable[str | os.PathLike[str]], tell: bool = True) -> list[Source]:
+def expand_inputs(inputs: Iterable[str | os.PathLike[str]], tell: bool = False) -> list[Source]:
     """Sources in the order given; directories and globs in sorted order, each file once. Raises `UserError` for what cannot be read.
 
     `tell`: say on stderr what of a directory is left out, and why.

@@ -84,7 +84,7 @@ def read_texts(data: str | Path) -> Iterator[Text]:
         UserError: Nothing there, a line that is no such object, or no text in any document.
     """
     empty = True
-    for block in read_blocks(expand_inputs([data]), Reading()):
+    for block in read_blocks(expand_inputs([data], tell=True), Reading()):
         for text, record in block_texts(block, "text"):
             words = record.get("words")
             if type(words) is float or (type(words) is int and words < 0):
