@@ -262,6 +262,17 @@ def test_an_empty_word_is_no_name(tmp_path, monkeypatch, capsys, command):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_word_that_may_be_left_out_may_be_empty(monkeypatch, capsys):
+    def verb(run: str = "", /, out: str = "") -> None:
+        """Look."""
+        print(f"{run!r} {out!r}")
+
+    monkeypatch.setitem(VERBS, "look", verb)
+    for words in ([], [""], ["", "--out", ""]):
+        assert main(["look", *words]) == 0
+    assert capsys.readouterr().out == "'' ''\n" * 3
+
+
 def test_a_full_and_a_closed_standard_output():
     """In other processes: the interpreter's own flush at its end is on trial, too."""
     here = f"{sys.executable} -m ssa"

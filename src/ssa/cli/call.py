@@ -51,9 +51,8 @@ def _check_given(parameters: list[inspect.Parameter], call: functools.partial[in
     """Refuse '' for what has to be given: `ssa prepare "$TEXTS"` with no such variable would mean the current directory."""
     given = dict(zip((p.name for p in parameters), call.args, strict=False)) | call.keywords
     for parameter in parameters:
-        needed = parameter.kind is parameter.POSITIONAL_ONLY or parameter.default is parameter.empty
         value = given.get(parameter.name)
-        if needed and "" in (value if isinstance(value, tuple) else (value,)):
+        if parameter.default is parameter.empty and "" in (value if isinstance(value, tuple) else (value,)):
             flag = parameter.name.replace("_", "-")
             name = flag.upper() if parameter.kind is parameter.POSITIONAL_ONLY else f"--{flag}"
             raise UserError(f"{name} is '' (a shell variable that is not set?)")
