@@ -36,6 +36,7 @@ from ssa.eval.documents import is_prepared
 from ssa.eval.evaluate import evaluate
 from ssa.files import sole_writer, write_atomically
 from ssa.train.checkpoint import checkpoint_path, find_checkpoints
+from ssa.train.run_directory import read_starts
 from ssa.train.trainer import train
 
 RUNS: dict[str, list[str]] = {
@@ -154,7 +155,7 @@ def trained(name: str, recipe: Recipe, run: Path, path: Path) -> dict[str, Any]:
         sys.exit(f"{name}: stopped by {result.stopped_by} after step {result.step}; start again to go on")
     report = {
         "name": name, "command": " ".join(["python", *sys.argv]), "recipe": recipe.to_dict(),
-        "environment": json.loads((run / "environment.json").read_text()),
+        "environment": {"starts": [{k: v for k, v in start.items() if k not in ("directory", "run")} for start in read_starts(run)]},
         "seconds": {"train": time.perf_counter() - started}, "validation": result.validation, "curve": curve(run),
         "data_wait": data_wait(run),
     }  # fmt: skip

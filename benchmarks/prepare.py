@@ -22,11 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ssa.data.encode import block_texts
 from ssa.data.loader import PackedLoader
 from ssa.data.prefetch import Prefetcher
 from ssa.data.shards import TOKENIZER, TokenShards, read_index
-from ssa.data.sources import expand_inputs, read_blocks
+from ssa.data.sources import Reading, block_texts, expand_inputs, read_blocks
 from ssa.train.environment import versions
 
 LIBRARY_BYTES = 8_000_000
@@ -65,8 +64,8 @@ def measure_library(text: str, tokenizer: Path) -> dict[str, Any]:
 
     backend = Tokenizer.from_file(str(tokenizer / TOKENIZER / "tokenizer.json"))
     texts, size = [], 0
-    for block in read_blocks(expand_inputs([text]), "text", 256 << 10):
-        for one in block_texts(block, "text"):
+    for block in read_blocks(expand_inputs([text]), Reading(document_bytes=256 << 10)):
+        for one, _ in block_texts(block, "text"):
             texts.append(one)
             size += len(one.encode())
         if size >= LIBRARY_BYTES:

@@ -4,7 +4,7 @@ ssa prepare builtin:python --train-bpe 4096 --out data/python
 python benchmarks/resume.py data/python --recipe 60m --ranks 2 --out resume.json --data.context 1024 --train.batch-size 4 --train.accumulation 1
 
 The four runs go at the same time, on the same GPUs. A killed run loses what followed its last checkpoint; all its processes get SIGKILL. A stopped one gets SIGTERM by its launcher, and saves.
-On GPUs a run does not repeat itself bit by bit; how far it gets from itself is what the control tells, a second run that is left alone.
+On GPUs a run does not repeat itself bit for bit; how far it gets from itself is what the control tells, a second run that is left alone.
 What this does not know is for the recipe.
 """
 

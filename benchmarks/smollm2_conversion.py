@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ssa
 from ssa.config import parse_budgets
+from ssa.data.lines import read_objects
 from ssa.data.tokenizer import load_tokenizer
 from ssa.model import SSAForCausalLM
 from ssa.model.convert import convert
@@ -73,7 +75,7 @@ def main() -> None:
     kwargs = {"gguf_file": file.name, "dtype": torch.float32} if file else {}
     original = AutoModelForCausalLM.from_pretrained(file.parent if file else arguments.source, **kwargs).eval()
 
-    pages = [json.loads(line) for line in arguments.pages.read_text(encoding="utf-8").splitlines()][: arguments.num_pages]
+    pages = list(islice(read_objects(arguments.pages, dict, "{file}:{line} is no page"), arguments.num_pages))
     texts = {}
     for count in {len(pages), min(arguments.sparse_pages, len(pages))}:
         texts[count] = Text(pages[:count], tokenizer)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import types
@@ -7,7 +8,7 @@ import pytest
 
 from ssa import files
 from ssa.errors import UserError
-from ssa.files import LOCK, sole_writer, writer_in_turn
+from ssa.files import LOCK, is_plain_name, sole_writer, write_atomically, writer_in_turn
 
 HOLD = """
 import sys
@@ -111,4 +112,25 @@ def test_windows_has_locks_of_its_own(tmp_path, monkeypatch):
 
 def test_prepare_needs_no_posix_module():
     code = "import sys; sys.modules['fcntl'] = None; import ssa.data.prepare, ssa.train.run_directory"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_links_under_the_names_of_locks_and_scratch_files_are_not_followed(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("years of work")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".x.json.tmp-{os.getpid()}").symlink_to(mine)
+    write_atomically(tmp_path / "out" / "x.json", "new")
+    assert (tmp_path / "out" / "x.json").read_text() == "new" and mine.read_text() == "years of work"
+    absent = tmp_path / "absent"
+    (tmp_path / "out" / LOCK).symlink_to(absent)
+    with pytest.raises(OSError), sole_writer(tmp_path / "out", "busy"):
+        pass
+    with pytest.raises(OSError), writer_in_turn(tmp_path / "out"):
+        pass
+    assert not absent.exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/a", "../a", "a\\b", "a\0", 3, None])
+def test_what_leads_out_of_a_directory_is_no_plain_name(name):
+    assert not is_plain_name(name) and is_plain_name("a-00001.x") and is_plain_name("..a")

@@ -10,13 +10,15 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_type_hints
 
 from ssa.arguments import parse_arguments
+from ssa.checked_json import parse_json, read_bytes, typed
 from ssa.errors import UserError
 
 Method = Literal["full", "moba", "nsa", "ssa"]
@@ -182,6 +184,15 @@ class TrainRecipe:
     """Write checkpoints in the background while training goes on."""
 
 
+SIZE_LIMITS = {
+    "vocab_size": 1 << 24, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1 << 31, "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14, "head_dim": 1 << 14, "max_position_embeddings": 1 << 31, "block_size": 1 << 31,
+    "num_selected_blocks": 1 << 31, "window_size": 1 << 31,
+}  # fmt: skip
+"""The largest sizes of a model that are taken for what somebody means; each is at least 1."""
+MAX_LAYERS = 1 << 10
+"""Of a model that is built; laying out many more takes minutes."""
+
 TABLES: dict[str, type] = {"model": ModelRecipe, "data": DataRecipe, "train": TrainRecipe}
 """The tables of a recipe."""
 
@@ -218,10 +229,19 @@ def _check(recipe: Recipe) -> None:
             value = getattr(table, f.name)
             if isinstance(value, float):
                 need(value == value and abs(value) != float("inf"), f"{prefix}.{f.name}", value, "is not a finite number")
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                 "block_size", "num_selected_blocks", "window_size", "max_position_embeddings", "rope_original_max_position"):  # fmt: skip
-        need(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), "must be at least 1")
+            if isinstance(value, int):
+                need(value < 2**63, f"{prefix}.{f.name}", value, "must be below 2**63")
     need(m.vocab_size >= 0, "model.vocab_size", m.vocab_size, "must be 0 (the tokenizer's) or more")
+    for name in (*SIZE_LIMITS, "rope_original_max_position"):
+        value, most = getattr(m, name), SIZE_LIMITS.get(name, 1 << 31)
+        need(value >= 1 or name == "vocab_size", f"model.{name}", value, "must be at least 1")
+        need(value <= most, f"model.{name}", value, f"is beyond reason: {most} at most")
+    need(
+        m.num_hidden_layers <= MAX_LAYERS,
+        "model.num_hidden_layers",
+        m.num_hidden_layers,
+        f"is beyond reason: {MAX_LAYERS} at most",
+    )
     need(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even: RoPE rotates pairs")
     need(m.num_attention_heads % m.num_key_value_heads == 0, "model.num_attention_heads", m.num_attention_heads,
          f"must be a multiple of model.num_key_value_heads = {m.num_key_value_heads}")  # fmt: skip
@@ -260,12 +280,17 @@ def _check(recipe: Recipe) -> None:
         need(getattr(t, name) >= 0, f"train.{name}", getattr(t, name), "must be 0 or more")
     need(not t.shard_ranks or t.parallel == "hsdp", "train.shard_ranks", t.shard_ranks,
          f"goes with train.parallel = 'hsdp' only, which is {t.parallel!r} here")  # fmt: skip
-    need(t.seed < 2**63, "train.seed", t.seed, "must be below 2**63")
     need(t.lr > 0, "train.lr", t.lr, "must be positive")
     need(t.min_lr <= t.lr, "train.min_lr", t.min_lr, f"exceeds train.lr = {t.lr}")
     for name in ("warmup", "alignment_warmup"):
         need(0 <= getattr(t, name) <= 1, f"train.{name}", getattr(t, name), "is a share of the steps, which lies in 0..1")
     need(all(0 <= b < 1 for b in t.betas), "train.betas", t.betas, "must lie in 0..1, 1 excluded")
+
+
+def check_seed(seed: int, name: str) -> None:
+    """Raises `UserError` for a seed that PyTorch does not take."""
+    if abs(seed) >= 2**63:
+        raise UserError(f"{name} = {seed} is too large: it must be below 2**63")
 
 
 def released_rule_check(num_selected_blocks: int, block_size: int) -> None:
@@ -288,36 +313,11 @@ def _coerce(cls: type, table: Any, where: str) -> Any:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {where}.{near[0]}?" if near else f"known: {', '.join(known)}"
             raise UserError(f"unknown key {f'{where}.{key}'!r}; {hint}")
-        values[key] = _typed(value, _HINTS[cls][key], f"{where}.{key}")
+        values[key] = typed(value, _HINTS[cls][key], f"{where}.{key}")
     return cls(**values)
 
 
-def _typed(value: Any, hint: Any, name: str) -> Any:
-    choices = get_args(hint)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise UserError(f"{name} is an integer too large for a float") from None
-    if hint in (int, float, bool, str) and type(value) is hint:
-        return value
-    if choices and all(isinstance(c, str) for c in choices) and value in choices:
-        return value
-    if hint == dict[str, float] and isinstance(value, dict):
-        return {key: _typed(weight, float, f"{name}.{key}") for key, weight in value.items()}
-    if hint == tuple[float, float] and isinstance(value, list) and len(value) == 2:
-        return tuple(_typed(v, float, name) for v in value)
-    wanted = " or ".join(map(repr, choices)) if choices and isinstance(choices[0], str) else getattr(hint, "__name__", str(hint))
-    raise UserError(f"{name} = {value!r} is not {wanted}")
-
-
-def _hints() -> dict[type, dict[str, Any]]:
-    from typing import get_type_hints
-
-    return {cls: get_type_hints(cls) for cls in TABLES.values()}
-
-
-_HINTS = _hints()
+_HINTS = {cls: get_type_hints(cls) for cls in TABLES.values()}
 
 
 def recipe_directories() -> list[Path]:
@@ -334,13 +334,19 @@ def find_recipe(name: str) -> Path:
     presets = {path.stem: path for directory in reversed(recipe_directories()) for path in sorted(directory.glob("*.toml"))}
     if name in presets:
         return presets[name]
+    if os.path.isfile(os.path.join(name, "recipe.json")):
+        raise UserError(f"{name} is a run: go on with it by `ssa train --resume {name}`, or name {Path(name) / 'recipe.json'}")
+    if os.path.isdir(name):
+        raise UserError(f"no recipe {name!r}: the directory is no run, it has no recipe.json")
     raise UserError(f"no recipe {name!r}: neither a file nor one of the presets {', '.join(sorted(presets))}")
 
 
 def read_recipe(text: str, source: str = "recipe") -> Recipe:
     """A recipe from TOML text (or JSON, as run directories keep it)."""
     try:
-        data = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+        data = parse_json(text, source, largest=None) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source} cannot be read: {' '.join(str(error).split())}") from None
     if unknown := [k for k in data if k not in TABLES]:
@@ -357,8 +363,8 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """The recipe in file or preset `name`, with command-line `overrides` (`["--train.steps", "100"]`) on top."""
     path = find_recipe(name)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path).decode()
+    except UnicodeDecodeError as error:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
     recipe = read_recipe(text, str(path))
     return override(recipe, overrides) if overrides else recipe

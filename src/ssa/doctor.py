@@ -1,31 +1,33 @@
-"""`ssa doctor`: what is installed, what will be used and why, and whether a tiny model works."""
+"""`ssa doctor`: what is installed, whether it is what is tested, what will be used and why, and whether a tiny model works."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import platform
+import shlex
+import sys
 import traceback
+from collections import defaultdict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-EXTRAS = {
-    "data": ("datasets", "pyarrow", "zstandard"),
-    "plots": ("matplotlib",),
-    "track": ("tensorboard",),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-    "gguf": ("gguf",),
-    "bench": ("fla-core", "matplotlib"),
-    "eval": ("lm-eval",),
-}
-"""Optional packages by the extra of this project that installs them."""
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PROJECT = "sparse-sparse-attention"
 
 
 def examine() -> int:
-    """Print the report; 0 if the smoke test passes, 1 if not."""
+    """Print the report; 0 if everything in it works, 1 if not. A release that is not tested is named, with the cure, and is no failure."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    healthy = True
     for title, section in (
         ("versions", _versions),
         ("devices", _devices),
@@ -33,29 +35,77 @@ def examine() -> int:
         ("extras", _extras),
     ):
         console.print(title)
-        for line in section():
-            console.print(f"  {line}")
+        healthy &= _attempt(console, "", section)
     console.print("smoke test (a tiny SSA model)")
-    healthy = True
-    for device in _test_devices():
+    for device in _test_devices() if healthy else ():
         for name, test in SMOKE_TESTS.items():
-            try:
-                test(device)
-                console.print(f"  {device}: {name}: ok")
-            except Exception as error:  # whatever breaks is the finding
-                healthy = False
-                console.print(f"  {device}: {name}: FAILED: {type(error).__name__}: {error}")
-                console.print("".join(traceback.format_tb(error.__traceback__)[-2:]).rstrip())
-    console.print("all well" if healthy else "something is broken: see FAILED above")
+            healthy &= _attempt(console, f"{device}: {name}: ", test, device)
+    verdict = "all well" if healthy else "something is broken: see FAILED above"
+    console.print(verdict + (", on releases that are not tested: see the versions" if untested() else ""))
     return 0 if healthy else 1
+
+
+def _attempt(console: Console, what: str, action: Callable[..., list[str] | None], *arguments: str) -> bool:
+    """Print what `action` finds, or how it fails; whether it worked."""
+    try:
+        for line in action(*arguments) or ["ok"]:
+            console.print(f"  {what}{line}")
+        return True
+    except Exception as error:  # whatever breaks is the finding
+        console.print(f"  {what}FAILED: {type(error).__name__}: {error}")
+        console.print("".join(traceback.format_tb(error.__traceback__)[-2:]).rstrip())
+        return False
+
+
+def requirements() -> dict[str, list[Requirement]]:
+    """What the installed project asks for on this system, by extra ("" = always); empty if it runs without being installed."""
+    found: dict[str, list[Requirement]] = defaultdict(list)
+    try:
+        project = importlib.metadata.metadata(PROJECT)
+    except importlib.metadata.PackageNotFoundError:
+        return found
+    for requirement in map(Requirement, project.get_all("Requires-Dist", [])):
+        for extra in ("", *project.get_all("Provides-Extra", [])):
+            if requirement.name != PROJECT and (requirement.marker is None or requirement.marker.evaluate({"extra": extra})):
+                found[extra].append(requirement)
+                break
+    return found
+
+
+def tested_windows() -> dict[str, str]:
+    """{"transformers": ">=5.17,<5.25", ...}: whatever has both bounds."""
+    windows = {}
+    for requirement in itertools.chain(*requirements().values()):
+        bounds = sorted(map(str, requirement.specifier), reverse=True)
+        if [bound[0] for bound in bounds] == [">", "<"]:
+            windows[requirement.name] = ",".join(bounds)
+    return windows
+
+
+def untested() -> dict[str, str]:
+    """The windows of what is installed in a release outside."""
+    return {
+        name: window
+        for name, window in tested_windows().items()
+        if (installed := _version(name)) and not SpecifierSet(window).contains(installed, prereleases=True)
+    }
 
 
 def _versions() -> list[str]:
     from ssa import __version__
 
     lines = [f"ssa {__version__}", f"python {platform.python_version()} on {platform.platform()}"]
-    for package in ("torch", "transformers", "triton", "numpy", "safetensors", "tokenizers", "tyro", "rich"):
-        lines.append(f"{package} {_version(package) or 'not installed'}")
+    outside = untested()
+    for package in dict.fromkeys(
+        ["torch", "transformers", "triton", "numpy", "safetensors", "tokenizers", "tyro", "rich", *outside]
+    ):
+        verdict = f": not tested, {outside[package]} is" if package in outside else ""
+        lines.append(f"{package} {_version(package) or 'not installed'}{verdict}")
+    if outside:
+        cure = " ".join(f'"{name}{window}"' for name, window in outside.items())
+        lines.append(f"for tested releases: {shlex.quote(sys.executable)} -m pip install {cure}")
+    if not requirements():
+        lines.append("ssa is not installed, it runs from its sources: which releases are tested is unknown (pip install -e .)")
     return lines
 
 
@@ -98,7 +148,8 @@ def _implementations() -> list[str]:
 
 def _extras() -> list[str]:
     lines = []
-    for extra, packages in EXTRAS.items():
+    for extra in sorted(requirements().keys() - {"", "dev"}):
+        packages = [requirement.name for requirement in requirements()[extra]]
         missing = [name for name in packages if _version(name) is None]
         if missing:
             lines.append(f'{extra}: {", ".join(missing)} missing: pip install "sparse-sparse-attention[{extra}]"')

@@ -40,7 +40,8 @@ def write_atomically(path: Path, text: str) -> Path:
     scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("w", encoding="utf-8") as file:
+        scratch.unlink(missing_ok=True)
+        with scratch.open("x", encoding="utf-8") as file:  # x: through no link that somebody put there
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -50,6 +51,11 @@ def write_atomically(path: Path, text: str) -> Path:
             scratch.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether `name` is that of a file right in a directory, and no path that leads out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and not set(name) & set("\\\0")
 
 
 def sync(path: Path) -> None:
@@ -95,7 +101,7 @@ def sole_writer(directory: Path, busy: str) -> Iterator[None]:
     """
     path = directory / LOCK
     for _ in range(100):  # holders who come and go
-        with path.open("a") as file:
+        with _open_lock(path) as file:
             if not _locked(file):
                 break
             # Its last holder may have removed the file in between: then the lock on it is worth nothing.
@@ -121,10 +127,19 @@ def writer_in_turn(directory: Path) -> Iterator[None]:
     Raises:
         OSError: the directory cannot be written.
     """
-    with (directory / LOCK).open("a") as file:
+    with _open_lock(directory / LOCK) as file:
         while not _locked(file, wait=True):  # Windows waits for ten seconds only
             pass
         yield
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """Through no link: the file that it leads to would be made."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    return open(path, "a", opener=opener)
 
 
 def _locked(file: IO[str], wait: bool = False) -> bool:

@@ -38,7 +38,8 @@ def attention_oracle(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None = None, *, block_size: int = 1,
     positions: Tensor | None = None, bias: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Masked softmax attention, literally: (out [B, T, H, D], lse [B, T, H], weights [B, H, T, S]) in the inputs' dtype."""
+    """Masked softmax attention, literally: (out [B, T, H, D], lse [B, T, H], weights [B, H, T, S]) in the inputs' dtype; 0, -inf and 0
+    for a query that has no key or whose keys all have a bias of -inf."""
     heads, kv_heads = q.shape[2], k.shape[2]
     allowed = readable_keys(q, k, positions, block_indices, block_size)
     allowed = allowed.repeat_interleave(heads // allowed.shape[1], 1)
@@ -47,8 +48,12 @@ def attention_oracle(
     if bias is not None:
         logits = logits + bias.repeat_interleave(heads // kv_heads, 2).permute(0, 2, 1)[:, :, None].to(logits.dtype)
     logits = logits.masked_fill(~allowed, float("-inf"))
-    weights = logits.softmax(-1)
-    return torch.einsum("bhts,bshd->bthd", weights, v), logits.logsumexp(-1).transpose(1, 2), weights
+    peak = logits.detach().amax(-1, keepdim=True)
+    none = peak == float("-inf")
+    logits = (logits - peak).masked_fill(none, 0.0)  # relative: beside a bias of -1e38 not even fp64 holds the rest
+    weights = logits.softmax(-1).masked_fill(none, 0.0)
+    lse = logits.logsumexp(-1) + peak[..., 0]
+    return torch.einsum("bhts,bshd->bthd", weights, v), lse.transpose(1, 2), weights
 
 
 def rms_ratio(actual: Tensor, exact: Tensor) -> float:
@@ -62,12 +67,29 @@ def assert_near_exact(actual: Tensor, eager: Tensor, exact: Tensor, factor: floa
     """`actual` is as good as its precision allows: its largest error against the fp64 result is at most `factor` times that of
     plain eager code in the same precision, and its RMS ratio is below `RMS_RATIO`."""
     assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, expected {eager.dtype}"
-    assert torch.isfinite(actual).all(), f"{what}: not finite"
     error, allowed = (actual.double() - exact).abs().max().item(), (eager.double() - exact).abs().max().item()
     if actual.dtype != torch.float64:  # where eager code is itself the yardstick
         # an exact zero is the difference of sums over D terms (the gradient through a softmax over one key)
         floor = torch.finfo(actual.dtype).eps * (exact.abs().max().item() or exact.shape[-1])
         assert error <= factor * allowed + floor, f"{what}: error {error:.3g} > {factor} x eager's {allowed:.3g}"
+    _assert_small_rms_ratio(actual, exact, what)
+
+
+def assert_rounded(actual: Tensor, exact: Tensor, magnitude: Tensor, units: float, what: str = "value") -> None:
+    """Each element of `actual` is within `units` units in the last place of its `magnitude`, fp64, of the fp64 result, and the RMS ratio
+    is below `RMS_RATIO`.
+
+    The magnitude is what the result would be if all the terms that enter it were positive: rounding errors are relative to that,
+    whereas the error of eager code, which adds up in an order of its own, may be small by luck.
+    """
+    error = (actual.double() - exact).abs() / (torch.finfo(actual.dtype).eps * magnitude)
+    error = error.nan_to_num(0.0)  # 0 / 0 where nothing enters
+    assert error.max() <= units, f"{what}: an error of {error.max():.3g} units, more than {units}"
+    _assert_small_rms_ratio(actual, exact, what)
+
+
+def _assert_small_rms_ratio(actual: Tensor, exact: Tensor, what: str) -> None:
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
     ratio = rms_ratio(actual, exact)
     assert ratio <= RMS_RATIO[actual.dtype], f"{what}: RMS ratio {ratio:.3g} > {RMS_RATIO[actual.dtype]:.3g}"
 

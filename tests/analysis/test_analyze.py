@@ -146,12 +146,14 @@ def test_with_out_the_run_is_left_as_it_was(make_run, text, tmp_path):
 
 
 def test_what_cannot_be_analysed_is_one_line(make_run, text, tmp_path):
-    run = make_run("one")
+    run, empty = make_run("one"), tmp_path / "empty.txt"
+    empty.touch()
     for arguments, message in (
         ({"runs": []}, "at least one run"),
         ({"runs": [tmp_path / "no"]}, "no model at"),
         ({"runs": [run]}, "--data"),
         ({"runs": [run], "data": tmp_path / "no.txt"}, r"no\.txt"),
+        ({"runs": [run], "data": empty}, r"empty\.txt holds no text"),
         ({"runs": [run], "data": text, "context": 1}, "context = 1"),
         ({"runs": [run], "data": text, "max_tokens": 1}, "max_tokens = 1"),
         ({"runs": [run], "data": text, "budget": "4"}, "BLOCKSxSIZE"),

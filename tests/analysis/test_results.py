@@ -26,8 +26,8 @@ def test_everything_that_training_and_evaluation_left_is_read(tmp_path):
     run = read_results(tmp_path, {"method": "ssa"})
     assert run.metrics == lines
     assert [(p.budget, p.tokens) for p in run.perplexity] == [("4x4", 16), ("16x4", 64), ("full", math.inf)]
-    assert run.perplexity_at("4x4") == pytest.approx(math.exp(1.5)) and run.perplexity_at("8x4") is None
-    assert run.perplexity_setting == {"text_sha256": "a", "context": 64, "stride": 64, "step": 30}
+    assert (run.perplexity[0].nats, run.perplexity[0].perplexity) == (1.5, pytest.approx(math.exp(1.5)))
+    assert run.perplexity_setting == {"text_sha256": "a", "context": 64, "stride": 64, "tokens": None, "step": 30}
     (grid,) = run.needles
     assert (grid.lengths, grid.depths, grid.accuracy) == ([100, 200], [0.0, 1.0], [[0.0, 0.0], [None, 1.0]])
 
@@ -35,7 +35,7 @@ def test_everything_that_training_and_evaluation_left_is_read(tmp_path):
 def test_the_latest_evaluation_counts_and_infinite_perplexities_are_left_out(tmp_path):
     evaluated(tmp_path, {"full": 1.0}, context=32)
     evaluated(tmp_path, {"full": 2.0}, context=64)
-    assert read_results(tmp_path, {}).perplexity_at("full") == pytest.approx(math.exp(2.0))
+    assert [p.nats for p in read_results(tmp_path, {}).perplexity] == [2.0]
     huge = {"full": {"nats_per_token": 900.0, "perplexity": None}}
     add_results(tmp_path / "eval" / "perplexity.json", {"setting": {}, "model": {}, "budgets": huge})
     assert read_results(tmp_path, {}).perplexity == []

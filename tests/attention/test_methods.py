@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssa.attention import METHODS, AttentionCall
+from ssa.attention import METHODS, AttentionCall, AttentionMethod, base
 from ssa.config import Budget
+from ssa.errors import UserError
 from ssa.ops import block_means, block_sparse_attention, compressed_attention, dense_attention, select_blocks
-from ssa.testing import attention_oracle, document_positions, random_qkv, readable_keys
+from ssa.testing import attention_oracle, document_positions, random_qkv, readable_keys, tiny_model
 
 
 @pytest.mark.parametrize("method", ["full", "moba", "ssa"])
@@ -94,6 +95,66 @@ def test_head_scope_lets_every_query_head_choose():
     result = METHODS["moba"](scope="head", scoring="logit")(q, k, v, None, call)
     assert result.block_indices.shape == (1, 4, 64, 2)
     assert not torch.equal(result.block_indices[:, 0], result.block_indices[:, 1])
+
+
+class FirstAndOwn(METHODS["moba"]):
+    """A selection of its own: each query reads the first block and its own."""
+
+    def select(self, q, k, call, means):
+        queries, keys = q.shape[1], k.shape[1]
+        own = torch.arange(keys - queries, keys) // call.budget.block_size
+        rows = torch.stack([torch.zeros_like(own), torch.where(own > 0, own, -1)], -1)
+        return rows.int().expand(q.shape[0], k.shape[2], queries, 2).contiguous()
+
+
+@pytest.mark.parametrize("method", [METHODS["moba"], FirstAndOwn])
+@torch.no_grad()
+def test_decoding_selects_as_the_method_does(monkeypatch, method):
+    """Where a GPU would take the fused operation, computed by the reference here."""
+    fused = []
+    monkeypatch.setattr(base, "resolve", lambda impl, q: "triton")
+    monkeypatch.setattr(base, "decode_attention", lambda *a, f=base.decode_attention, **kw: fused.append(a) or f(*a, **kw))
+    monkeypatch.setitem(METHODS, "moba", method)
+    model, x = tiny_model("moba"), torch.randint(0, 256, (2, 41))
+    whole = model(x, use_cache=False).logits[:, -1]
+    cache = model(x[:, :-1], use_cache=True).cache
+    torch.testing.assert_close(model(x[:, -1:], cache=cache, use_cache=True).logits[:, -1], whole, rtol=1e-5, atol=1e-5)
+    assert len(fused) == (0 if method is FirstAndOwn else 2)
+
+
+class Head:
+    def __init__(self):
+        self.weights, self.itself = {"delta": (torch.nn.Parameter(torch.ones(3)),)}, self
+
+
+class Loose(METHODS["moba"]):
+    """A method with what a test puts into it."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.extra = self.make()
+
+
+class LooseModule(METHODS["moba"], torch.nn.Module):
+    def __init__(self, **options):
+        torch.nn.Module.__init__(self)
+        AttentionMethod.__init__(self, **options)
+        self.extra = self.make()
+
+
+@pytest.mark.parametrize("make", [lambda: torch.nn.Linear(8, 1), lambda: torch.zeros(3), lambda: [torch.nn.Linear(8, 1)], Head])
+@pytest.mark.parametrize("method", [Loose, LooseModule])
+def test_weights_that_no_model_knows_of_are_refused(monkeypatch, method, make):
+    monkeypatch.setattr(method, "make", staticmethod(make), raising=False)
+    monkeypatch.setitem(METHODS, "moba", method)
+    if method is LooseModule and isinstance(make(), torch.nn.Module):  # registered: trained and saved
+        weight = "model.layers.1.self_attn.method.extra.weight"
+        model = tiny_model("moba")
+        assert weight in model.state_dict() and weight in dict(model.named_parameters())
+        return
+    with pytest.raises(UserError, match=f"{method.__name__} holds a (Linear|Tensor|Parameter) in 'extra'") as error:
+        tiny_model("moba")
+    assert "\n" not in str(error.value)
 
 
 @settings(deadline=None, max_examples=50)

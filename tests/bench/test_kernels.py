@@ -61,6 +61,9 @@ def test_a_shape_that_is_none_is_one_line(text, says):
 def test_shapes_and_lengths():
     assert str(Shape.parse("16x16")) == "32/2/64:16x16"
     assert Shape.parse("32/8/128:16x64").dense == (32, 8, 128)
+    assert str(Shape.parse("32/8/128:8x128@head")) == "32/8/128:8x128@head"
+    assert Shape.parse("16x16@head").selection == {"block_size": 16, "num_selected_blocks": 16, "scope": "head"}
+    assert Shape.parse("16x16@group") == Shape.parse("16x16")
     assert parse_tokens("32k,100,8192,100") == [100, 8192, 32768]
     with pytest.raises(UserError, match="8m"):
         parse_tokens("8m")

@@ -51,10 +51,9 @@ def test_a_line_that_is_being_written_is_left_out(resume, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_killed_and_stopped_runs_end_as_one_left_alone(tmp_path):
     def run(*words):
-        done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=380)
+        done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
         assert not done.returncode, done.stderr[-3000:]
 
     run("-m", "ssa", "prepare", "builtin:python", "--out", tmp_path / "data")

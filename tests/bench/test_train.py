@@ -112,7 +112,7 @@ def ranks_bench(tmp_path, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [*command, *TINY, "--seconds", "0.001", "--out", str(out), *arguments],
-        env=environment, capture_output=True, text=True, timeout=240,
+        env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())

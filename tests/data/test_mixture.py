@@ -1,5 +1,6 @@
 import hashlib
 import json
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -153,3 +154,12 @@ def test_a_recipe_carries_a_mixture(home):
     ):
         with pytest.raises(UserError, match=message):
             read_recipe(f"[data]\nmixture = {text}")
+
+
+@pytest.mark.parametrize("kind", ["corpus", "mixture"])
+def test_a_loader_reads_the_same_after_pickling(home, mixture, kind):
+    loader = PackedLoader(mixture if kind == "mixture" else TokenShards(home / "data"), CONTEXT, 3, 5, 1, 2)
+    before = loader.batch(4)
+    again = pickle.loads(pickle.dumps(loader))
+    assert all(torch.equal(again.batch(4)[name], rows) for name, rows in before.items())
+    assert again.rows(4000).tolist() == loader.rows(4000).tolist()

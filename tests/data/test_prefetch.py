@@ -1,8 +1,10 @@
 import threading
+import types
 
 import pytest
 import torch
 
+from ssa.data import prefetch as module
 from ssa.data.prefetch import Prefetcher
 
 
@@ -35,22 +37,27 @@ def test_it_works_ahead_while_nobody_asks():
         return batch_of(step)
 
     with Prefetcher(make, 0, 100, depth=2) as ahead:
-        assert reached.wait(20)
+        assert reached.wait(1000)
         assert ahead.get(0)["input_ids"][0, 0] == 0
 
 
-def test_waiting_is_counted():
-    gate = threading.Event()
+def test_waiting_is_counted(monkeypatch):
+    now, waiting = [0.0], threading.Event()
+
+    def clock():
+        value = now[0]
+        waiting.set()
+        return value
 
     def make(step):
-        assert gate.wait(20)
+        assert waiting.wait(1000)
+        now[0] += 5 if step == 0 else 0
         return batch_of(step)
 
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=clock))
     with Prefetcher(make, 0, 3) as ahead:
-        threading.Timer(0.05, gate.set).start()
         ahead.get(0)
-        waited = ahead.take_wait()
-        assert waited > 0.02
+        assert ahead.take_wait() == 5
         assert ahead.take_wait() == 0
 
 

@@ -4,10 +4,10 @@ import json
 import lzma
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -139,11 +139,23 @@ def test_worker_errors_reach_the_caller(tmp_path, monkeypatch):
 
 
 KILLED_RUN = """
-import sys
+import os, signal, sys
 from ssa.data import prepare, sources
 if __name__ == "__main__":
     sources.BLOCK_BYTES, prepare._COMMIT_BLOCKS, prepare._BYTES_PER_WORKER = 1500, 8, int(sys.argv[3])
-    print("go", flush=True)
+    save, append, left = prepare.save, prepare.ShardWriter.append, []
+    def count():
+        left[:] = [left[0] - 1] if left else []
+        if left == [-1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def saved(*arguments):
+        save(*arguments)
+        left[:] = left or [int(word) for word in sys.argv[4:]]
+        count()
+    def appended(*arguments):
+        append(*arguments)
+        count()
+    prepare.save, prepare.ShardWriter.append = saved, appended
     prepare.prepare([sys.argv[1]], sys.argv[2], valid_fraction=0.05, shard_tokens=9000, workers=2)
 """
 
@@ -162,19 +174,13 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path, bytes_per_worker, attempt
     (tmp_path / "run.py").write_text(KILLED_RUN)
     command = [sys.executable, tmp_path / "run.py", source, tmp_path / "out", str(bytes_per_worker)]
     environment = os.environ | {"PYTHONPATH": str(Path(prepare_module.__file__).parents[2])}
-    progress, rng, kills = tmp_path / "out" / ".progress.json", random.Random(1), 0
-    for _ in range(attempts):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
-        before = progress.read_bytes() if progress.exists() else None
-        # Kill somewhere after the run has got further than the last one.
-        while process.poll() is None and (not progress.exists() or progress.read_bytes() == before):
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        process.stdout.close()
+    rng, places = random.Random(1), []
+    for _ in range(attempts):  # each is killed so many writes after it has got further than the last one
+        done = subprocess.run([*command, str(rng.randint(0, 12))], env=environment, capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        places.append(json.loads((tmp_path / "out" / ".progress.json").read_text())["position"])
+    assert places == sorted(places) and len({tuple(place) for place in places}) == attempts
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert kills >= 1
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
@@ -440,3 +446,248 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_said(tmp_path):
     assert str(prepare([source], tmp_path / "out", train_bpe=400, valid_fraction=0)) == str(summary)
     reached = prepare([source], tmp_path / "other", train_bpe=260, valid_fraction=0)
     assert (reached.vocab_size, reached.asked_vocab_size) == (260, 0)
+
+
+def test_what_of_a_directory_is_left_out_is_said(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.txt", ".b.txt", "sub/c.txt", "image.png", "data", "1.csv", "2.csv", ".DS_Store"):
+        (folder / name).write_text("words")
+    (folder / "empty.txt").touch()
+    (folder / "lost.md").symlink_to(folder / "nowhere")
+    (folder / "linked").symlink_to(tmp_path)
+    (folder / ".git").mkdir()
+    walk = os.walk
+
+    def some_unreadable(top, onerror):
+        yield from walk(top, onerror=onerror)
+        onerror(PermissionError(13, "Permission denied", f"{top}/closed"))
+
+    monkeypatch.setattr(sources.os, "walk", some_unreadable)
+    summary = prepare([folder], tmp_path / "out", valid_fraction=0)
+    assert texts_of(tmp_path / "out") == ["words", "words"] and summary.skipped_documents == 0
+    said = capsys.readouterr().err
+    assert said.startswith(f"ssa: warning: left out of {folder}: ") and said.count("\n") == 1
+    for part in (
+        f"{folder}/.b.txt, {folder}/.git (hidden)",
+        f"{folder}/.DS_Store, {folder}/1.csv, {folder}/2.csv and 2 more (of another kind)",
+        f"{folder}/empty.txt (empty)",
+        f"{folder}/lost.md (no file, or a link to none)",
+        f"{folder}/linked (link to a directory)",
+        f"{folder}/closed (Permission denied)",
+    ):
+        assert part in said
+    for name in ("a.txt", "sub/c.txt"):
+        (folder / name).unlink()
+    (folder / "empty.txt").unlink()
+    with pytest.raises(UserError, match=r"no \.txt .* file in .*closed \(Permission denied\)"):
+        prepare([folder], tmp_path / "none")
+
+
+def test_an_empty_name_is_not_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private.txt").write_text("words")
+    for inputs, out in ([""], "out"), (["private.txt", ""], "out"), (["private.txt"], ""):
+        with pytest.raises(UserError, match="a shell variable that is not set"):
+            prepare(inputs, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["private.txt"]
+
+
+def test_edits_that_keep_size_and_time_are_noticed(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", some_texts(20))
+    out = tmp_path / "out"
+    prepare([source], out, valid_fraction=0)
+    times = source.stat().st_atime_ns, source.stat().st_mtime_ns
+    source.write_text(source.read_text().replace("quick", "Quick"))
+    os.utime(source, ns=times)
+    with pytest.raises(UserError, match="already prepared, and the input has changed since"):
+        prepare([source], out, valid_fraction=0)
+    prepare([source], out, valid_fraction=0, overwrite=True)
+    os.utime(source, ns=(1, 1))  # another time alone is no other text
+    prepare([source], out, valid_fraction=0)
+    assert any("Quick" in text for text in texts_of(out))
+
+
+def test_links_in_the_place_of_our_files_are_not_followed(tmp_path):
+    precious, folder = tmp_path / "precious", tmp_path / "folder"
+    precious.write_text("!")
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("!")
+    source = write_jsonl(tmp_path / "a.jsonl", some_texts(20))
+    out = tmp_path / "out"
+    prepare([source], out, valid_fraction=0.5)
+    for name in (
+        ".progress.json.partial",
+        "index.json.partial",
+        "train-00000.tokens.npy.partial",
+        "valid-00000.docs.npy.partial",
+    ):
+        (out / name).symlink_to(precious)
+    (out / "tokenizer.partial").symlink_to(folder)
+    prepare([source], out, valid_fraction=0.5, overwrite=True)
+    assert precious.read_text() == "!" and [path.name for path in folder.iterdir()] == ["tokenizer.json"]
+    assert (folder / "tokenizer.json").read_text() == "!"
+    prepare([source], tmp_path / "expected", valid_fraction=0.5)
+    assert contents(out) == contents(tmp_path / "expected")
+
+
+def test_a_half_written_shard_that_is_a_link_is_not_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 400)
+    monkeypatch.setattr(prepare_module, "_COMMIT_BLOCKS", 1)
+    source = write_jsonl(tmp_path / "a.jsonl", some_texts(60))
+    encoded_block = encode.BlockEncoder.__call__
+
+    def stopping(self, block):
+        if block.number == 5:
+            raise StoppedError
+        return encoded_block(self, block)
+
+    monkeypatch.setattr(encode.BlockEncoder, "__call__", stopping)
+    with pytest.raises(StoppedError):
+        prepare([source], tmp_path / "out", valid_fraction=0)
+    partial, elsewhere = tmp_path / "out" / "train-00000.tokens.npy.partial", tmp_path / "elsewhere"
+    partial.rename(elsewhere)
+    elsewhere.write_bytes(elsewhere.read_bytes() + b"more")
+    partial.symlink_to(elsewhere)
+    with pytest.raises(UserError, match="is a link"):
+        prepare([source], tmp_path / "out", valid_fraction=0)
+    assert elsewhere.read_bytes().endswith(b"more")
+
+
+def test_lines_and_rows_have_a_longest_length(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = ["short", "x" * ((2 << 20) + 1), "short"]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    with pytest.raises(UserError, match=r"a\.jsonl:2 is longer than 2,097,152 bytes"):
+        prepare([path], tmp_path / "out", valid_fraction=0, max_line_bytes=2 << 20)
+    for number, dictionary in enumerate((False, True)):
+        table = tmp_path / f"{number}.parquet"
+        parquet.write_table(pyarrow.table({"text": texts}), table, use_dictionary=dictionary)
+        with pytest.raises(UserError, match=rf"{number}\.parquet, row 2 is longer than 2,097,152 bytes"):
+            prepare([table], tmp_path / "out", valid_fraction=0, max_line_bytes=2 << 20)
+        prepare([table], tmp_path / f"{number}", valid_fraction=0)
+        assert texts_of(tmp_path / f"{number}") == texts
+    table = tmp_path / "one.parquet"
+    parquet.write_table(pyarrow.table({"text": texts[1:2]}), table)
+    with pytest.raises(UserError, match=r"one\.parquet: a row is longer"):  # before it is read
+        prepare([table], tmp_path / "out", valid_fraction=0, max_line_bytes=2 << 20)
+    with pytest.raises(UserError, match="max_line_bytes of 5 is too small"):
+        prepare([path], tmp_path / "out", max_line_bytes=5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_large_dictionaries_are_not_repeated_in_memory(tmp_path):
+    """A hundred rows of one text of 12 MiB, which the file has once; arrays of 64 rows would take 768 MiB."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100, pyarrow.int32()), pyarrow.array(["ab " * (4 << 20)]))
+    parquet.write_table(pyarrow.table({"text": column}).cast(pyarrow.schema([("text", pyarrow.large_string())])), tmp_path / "a.parquet",
+                        data_page_size=1 << 30, dictionary_pagesize_limit=1 << 30)  # fmt: skip
+    group = parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0)
+    assert sources._rows_at_once(tmp_path / "a.parquet", group, "text", 16 << 20) == 5
+    rows = sources._parquet(tmp_path / "a.parquet", sources.Reading(), 100)
+    for number, (text, read_bytes) in zip(range(1, 8), rows, strict=False):
+        assert len(text) == 12 << 20 and read_bytes == number
+    plain = pyarrow.table({"text": [f"text {i}" for i in range(1000)]})
+    parquet.write_table(plain, tmp_path / "b.parquet")
+    assert (
+        sources._rows_at_once(
+            tmp_path / "b.parquet", parquet.ParquetFile(tmp_path / "b.parquet").metadata.row_group(0), "text", 100
+        )
+        == 64
+    )
+
+
+def test_parquet_text_that_is_not_utf8_names_its_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    column = pyarrow.array([b"fine"] * 70 + [None, b"caf\xe9", b"fine"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", row_group_size=40)
+    with pytest.raises(UserError, match=r"a\.parquet, row 72 is not UTF-8 at byte 3"):
+        prepare([tmp_path / "a.parquet"], tmp_path / "out")
+
+
+def test_what_a_tokenizer_cannot_encode_is_one_line(tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    monkeypatch.setattr(prepare_module, "_BYTES_PER_WORKER", 1)
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("a word")
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"the tokenizer cannot encode the text: .*\[UNK\]"):
+            prepare(
+                [tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", valid_fraction=0, workers=workers
+            )
+
+
+def test_a_disk_that_refuses_is_one_line_and_the_run_goes_on_afterwards(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", some_texts(30))
+    append = prepare_module.ShardWriter.append
+
+    def failing(self, tokens, docs):
+        raise OSError(27, "File too large")
+
+    monkeypatch.setattr(prepare_module.ShardWriter, "append", failing)
+    with pytest.raises(UserError, match=r"out: File too large; what is done is kept, run again to go on"):
+        prepare([source], tmp_path / "out")
+    monkeypatch.setattr(prepare_module.ShardWriter, "append", append)
+    prepare([source], tmp_path / "out")
+    with pytest.raises(UserError, match=r"o: File name too long$"):
+        prepare([source], tmp_path / ("o" * 300))
+
+
+def test_too_little_validation_text_is_said_with_the_fraction_that_would_do(tmp_path, capsys):
+    texts = [f"{text} " * 30 for text in some_texts(500)]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    prepare([source], tmp_path / "out")
+    said = capsys.readouterr().err
+    found = re.fullmatch(
+        r"ssa: warning: the split valid has [\d,]+ documents and [\d,]+ tokens, too few for figures that mean much: "
+        r"--valid-fraction (\S+) sets at least 20 documents and 50,000 tokens apart\n", said,
+    )  # fmt: skip
+    assert found
+    summary = prepare([source], tmp_path / "better", valid_fraction=float(found[1]))
+    valid = summary.splits["valid"]
+    assert capsys.readouterr().err == "" and valid.documents >= 20 and valid.tokens >= 50_000
+    less = prepare([source], tmp_path / "less", valid_fraction=float(found[1]) * 0.89).splits["valid"]
+    assert less.documents < 20 or less.tokens < 50_000
+    capsys.readouterr()
+    prepare([write_jsonl(tmp_path / "b.jsonl", some_texts(40))], tmp_path / "small")
+    assert "too few for figures that mean much: give it more text" in capsys.readouterr().err
+    prepare([source], tmp_path / "apart", split="valid", overwrite=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_documents_in_both_training_and_validation_text_are_counted_and_named(tmp_path, capsys, monkeypatch):
+    from ssa.data import split_checks
+
+    monkeypatch.setattr(split_checks, "_AT_ONCE", 7)
+    texts = [f"{text} " * 30 for text in some_texts(100)]
+    write_jsonl(tmp_path / "train.jsonl", [*texts[:90], texts[3], "x"])
+    write_jsonl(tmp_path / "valid.jsonl", [*texts[88:], texts[3], *(f"{text} " * 30 for text in some_texts(99, seed=1))])
+    out = tmp_path / "out"
+    prepare([tmp_path / "train.jsonl"], out, split="train")
+    assert capsys.readouterr().err == ""
+    prepare([tmp_path / "valid.jsonl"], out, split="valid")
+    said = capsys.readouterr().err
+    assert (
+        said.count("\n") == 1
+        and "3 of the 112 documents in valid are in train, too, for example '88: " in said
+        and "'3: " in said
+    )
+    prepare([tmp_path / "train.jsonl"], out, split="recent")  # training text of another kind may share some
+    assert "3 of the 112 documents in valid are in recent, too" in capsys.readouterr().err
+    prepare([write_jsonl(tmp_path / "other.jsonl", texts[:50])], out, split="books")
+    assert "1 of the 112 documents in valid are in books" in capsys.readouterr().err
+
+
+def test_copies_that_fill_a_split_are_said(tmp_path, capsys):
+    low, high = sorted(("one text " * 100, "same text " * 100), key=lambda text: document_hash(text.encode()))
+    source = write_jsonl(tmp_path / "a.jsonl", [low] * 500 + [high])
+    assert prepare([source], tmp_path / "out", valid_fraction=1e-9).splits["valid"].documents == 500
+    said = capsys.readouterr().err
+    assert f"most of the text is in the split valid: {500 * len(low) + 500:,} tokens, and {len(high) + 1:,} in train" in said
+    assert f"499 of the 500 documents in valid are copies of others there; '{low[:40]}...' is there 500 times" in said

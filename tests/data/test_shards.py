@@ -102,3 +102,30 @@ def test_bad_directories_are_one_line_errors(corpus, tmp_path):
     (corpus / "index.json").rename(corpus / ".progress.json")
     with pytest.raises(UserError, match="half prepared"):
         TokenShards(corpus)
+
+
+@pytest.mark.parametrize(
+    "place, value, says",
+    [
+        (("splits", "train", "shards", 0, "name"), "../out/train-00000", r"'\.\./out/train-00000' does not lie beside it"),
+        (("splits", "train", "shards", 0, "name"), "..", "does not lie beside it"),
+        (("splits", "train", "shards", 0, "tokens"), -1, "counts that cannot be"),
+        (("splits", "train", "shards", 0, "tokens"), 1 << 50, r"train-00000\.tokens\.npy is missing or damaged"),
+        (("splits", "train", "shards", 0, "tokens"), "7", r"splits\.train\.shards\[0\]\.tokens = '7' is not int"),
+        (("splits", "train", "shards", 0, "odd"), 1, "odd is not known"),
+        (("splits", "train"), [], r"splits\.train = \[\] is not an object"),
+        (("tokenizer", "dtype"), "O", "tokenizer.dtype = 'O'"),
+        (("tokenizer", "vocab_size"), 1e308, "vocab_size"),
+    ],
+)
+def test_an_index_is_checked_before_anything_is_opened(corpus, place, value, says):
+    index = json.loads((corpus / "index.json").read_text())
+    *above, last = place
+    inner = index
+    for key in above:
+        inner = inner[key]
+    inner[last] = value
+    (corpus / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=says) as caught:
+        TokenShards(corpus)
+    assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ import pytest
 from ssa.data.shards import TokenShards
 from ssa.data.tokenizer import byte_tokenizer, train_bpe
 from ssa.errors import UserError
-from ssa.eval.documents import document_texts, fingerprint, is_prepared, read_documents
+from ssa.eval.documents import document_texts, fingerprint, is_prepared, read_documents, read_texts
 
 TEXT = "Zwölf Boxkämpfer  jagen\nViktor quer über den großen Sylter Deich. "
 
@@ -48,6 +48,19 @@ def test_json_lines_with_word_counts(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode()))
     documents, _ = read_documents(tmp_path / "a.jsonl.gz", "valid", byte_tokenizer())
     assert [d.num_words for d in documents] == [10, 99, 10]
+    for words in (-1, 9.5):
+        (tmp_path / "b.jsonl").write_text(json.dumps({"text": TEXT, "words": words}))
+        with pytest.raises(UserError, match=f'"words" = {words} beside a text is no number of words'):
+            read_documents(tmp_path / "b.jsonl", "valid", byte_tokenizer())
+
+
+def test_text_that_is_none_is_an_error_and_broken_text_is_read(tmp_path):
+    for name, content in (("a.txt", b""), ("b.txt", b" \n"), ("c.jsonl", b'{"text": ""}\n{"text": null}\n'), ("d.jsonl", b"\n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name[0]}\.\w+ holds no text: every document is empty"):
+            read_documents(tmp_path / name, "valid", byte_tokenizer())
+    (tmp_path / "e.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a\\ud800\xe2\x80\xa8b"}\r\n')
+    assert list(read_texts(tmp_path / "e.jsonl")) == [("a\ufffd\u2028b", 2)]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 67, 68, 69, 120, 137, 500])

@@ -28,28 +28,37 @@ def test_every_rank_has_what_all_say_and_the_end_of_one_ends_the_others(run_on_t
 
 
 NEVER = """
-import os, sys
+import contextlib, os, sys, time
 from datetime import timedelta
+from pathlib import Path
 from ssa.errors import UserError
 from ssa.eval import exchange
+comes, here, over = sys.argv[1], Path(sys.argv[2]) / "here", Path(sys.argv[2]) / "over"
+def wait(path):
+    while not path.exists():
+        time.sleep(0.01)
 if os.environ["RANK"] == "0":
+    wait(here)
     exchange.MEETING = timedelta(seconds=2)
     try:
         exchange.meet()
     except UserError as error:
         print(error)
+    over.touch()
 else:
-    import time
     from torch.distributed import TCPStore
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), 2) if "store" in sys.argv else None
-    time.sleep(10)
+    here.touch()
+    with contextlib.suppress(RuntimeError):  # rank 0 may have given up
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(*place, 2, timeout=timedelta(seconds=10)) if comes == "store" else None
+    wait(over)
 """
 
 
 @pytest.mark.parametrize("comes", ["nowhere", "store"])
-def test_a_rank_that_never_comes_is_noticed(run_on_two_ranks, comes):
+def test_a_rank_that_never_comes_is_noticed(run_on_two_ranks, tmp_path, comes):
     """Whether or not it has reached the place where the ranks find each other."""
-    (first, _), _ = run_on_two_ranks("-c", NEVER, comes)
+    (first, _), _ = run_on_two_ranks("-c", NEVER, comes, tmp_path)
     assert first.startswith("rank 0 of 2 cannot meet the others (") and first.count("\n") == 1
 
 

@@ -96,12 +96,32 @@ def test_a_question_that_is_there_twice_is_no_example_of_itself(tmp_path):
     "line",
     ["{", "[]", '{"goal": "g", "choices": ["a", "b"]}', '{"goal": "g", "choices": ["a", "b"], "label": 2}',
      '{"goal": "g", "choices": ["a", 3], "label": 0}', '{"goal": "g", "choices": ["a", ""], "label": 0}',
+     '{"goal": "g", "choices": "AB", "label": 0}', '{"goal": ["g"], "choices": ["a", "b"], "label": 0}',
+     '{"goal": "g", "choices": ["a", "b"], "label": "0"}', '{"goal": "g", "choices": ["a", "b"], "label": -1}', '{"goal": "caf\udce9"}',
      '{"goal": "g", "choices": ["a"], "label": 0}', '{"goal": "g", "choices": ["a", "b"], "label": true}'],
 )  # fmt: skip
 def test_lines_that_are_no_questions(tmp_path, line):
-    (tmp_path / "piqa_val.jsonl").write_text(json.dumps(LINES["piqa"]) + "\n" + line + "\n")
+    content = json.dumps(LINES["piqa"]) + "\n" + line + "\n"
+    (tmp_path / "piqa_val.jsonl").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"piqa_val\.jsonl:2 is no question of piqa"):
         read_questions(CHOICE_TASKS["piqa"], tmp_path)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_text_where_a_list_belongs_is_no_question(tmp_path, name):
+    """It would be a list of letters."""
+    written(tmp_path, name, [LINES[name]])
+    for field, value in LINES[name].items():
+        wrong = "".join(value) if isinstance(value, list) else [value]
+        with pytest.raises(UserError, match=rf":2 is no question of {name}: {field} = .* is not"):
+            written(tmp_path, name, [LINES[name], {**LINES[name], field: wrong}])
+
+
+def test_task_files_are_read_as_prepare_reads(tmp_path):
+    line = json.dumps({**LINES["piqa"], "goal": "one\u2028two\x85"}, ensure_ascii=False).encode()
+    (tmp_path / "piqa_val.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line)
+    first, second = read_questions(CHOICE_TASKS["piqa"], tmp_path).questions
+    assert first == second and first.contexts == ("Question: one\u2028two\x85\nAnswer:",)
 
 
 def test_files_that_are_not_there(tmp_path):
@@ -125,15 +145,24 @@ def test_pages_of_the_raw_file(tmp_path):
     # words by white space, one more at each end where the page begins or ends with it
     assert [page.num_words for page in found.pages] == [len(page.split()) + 2 for page in split_pages(RAW)]
     assert found.notes == []
+    (tmp_path / "wiki.test.raw").write_bytes(b"\xef\xbb\xbf" + RAW.replace("\n", "\r\n").encode())
+    assert read_pages(tmp_path).pages == found.pages
+    (tmp_path / "wiki.test.raw").write_bytes(b"one\ncaf\xe9")
+    with pytest.raises(UserError, match=r"wiki\.test\.raw:2 is not UTF-8 at byte 7"):
+        read_pages(tmp_path)
+    (tmp_path / "wiki.test.raw").write_bytes(b" \n")
+    with pytest.raises(UserError, match=r"wiki\.test\.raw holds no text"):
+        read_pages(tmp_path)
 
 
 def test_detokenised_pages_say_that_bytes_are_counted_elsewhere(tmp_path):
     (tmp_path / "test_pages_detok.jsonl").write_text('{"text": "= Bob =\\nHe.", "words": 9}\n')
     found = read_pages(tmp_path)
     assert found.pages == [("= Bob =\nHe.", 9, 11)] and "bytes are counted" in found.notes[0]
-    (tmp_path / "test_pages_detok.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(UserError, match=r"jsonl:1 is no page"):
-        read_pages(tmp_path)
+    for wrong in ('{"text": "a"}', '{"text": ["a"], "words": 1}', '{"text": "a", "words": "1"}', '{"text": "a", "words": -1}'):
+        (tmp_path / "test_pages_detok.jsonl").write_text(wrong + "\n")
+        with pytest.raises(UserError, match=r"jsonl:1 is no page"):
+            read_pages(tmp_path)
 
 
 def test_detokenising_by_hand():

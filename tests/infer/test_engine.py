@@ -163,12 +163,27 @@ def test_saved_generation_settings_do_not_mix_in(saved, tokenizer):
         ({"top_p": 0.9}, "--top-p 0.9 has no effect"),
         ({"stop": [""]}, "--stop string is empty"),
         ({"batch_size": 0}, "--batch-size 0"),
+        ({"seed": 2**63, "temperature": 1.0}, r"seed = 9223372036854775808 is too large"),
+        ({"prompts": ["fine", "caf\udce9"]}, r"the prompt 'caf\\udce9' is no text"),
     ],
 )
 def test_errors(saved, arguments, match):
     path = saved(max_position_embeddings=64)
     with pytest.raises(UserError, match=match):
         generate(path, **({"prompts": ["hello"]} | arguments))
+
+
+def test_a_prompt_that_the_tokenizer_cannot_encode_is_one_line(saved):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = saved()
+    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(path)
+    generate(path, ["a a"], max_new_tokens=1)
+    with pytest.raises(UserError, match=r"the tokenizer cannot encode the text: .*\[UNK\]"):
+        generate(path, ["a word"], max_new_tokens=1)
 
 
 class Terminal(io.StringIO):
@@ -190,6 +205,8 @@ def test_where_prompts_come_from(tmp_path):
             read_prompts([], None, io.StringIO(empty))
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts([], tmp_path / "missing", Terminal())
+    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert read_prompts([], file, Terminal()) == ["one\ntwo"] == read_prompts([], "-", io.StringIO("\ufeffone\r\ntwo\r\n"))
     file.write_text("\n")
     with pytest.raises(UserError, match=r"prompt\.txt is empty"):
         read_prompts(["a"], file, Terminal())

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from ssa.attention import METHODS
 from ssa.errors import UserError
 from ssa.model import BlockCache
-from ssa.model.cache import BlockLayer
+from ssa.model.cache import CACHE_FIELD, BlockLayer
 from ssa.testing import rms_ratio, tiny_model
 
 
@@ -58,7 +58,7 @@ def test_left_padding_and_chunks(pads, cuts, tail, method, mode, max_length):
 @torch.no_grad()
 def test_decoding_at_other_budgets_than_the_models():
     model, x = tiny_model(), torch.randint(0, 256, (2, 40))
-    for budget in ("1x4", "2x8", "5x3", "40x1"):
+    for budget in ("1x4", "2x8", "5x3", "40x1", "999999999x4", "1x999999999"):
         whole = model(x, budget=budget).logits
         torch.testing.assert_close(in_chunks(model, x, list(range(1, 40)), budget=budget), whole, rtol=1e-5, atol=1e-5)
 
@@ -255,7 +255,8 @@ def test_generate_with_a_cache_of_fixed_length():
     model, x = tiny_model(), torch.randint(0, 256, (2, 20))
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     out = model.generate(x, cache_implementation="static", **options)
-    assert out.cache.max_length == 32 and out.cache.layers[0].room(4, torch.zeros(2, dtype=torch.int64)).k_BSKD.shape[1] == 32  # fmt: skip
+    cache = out[CACHE_FIELD]
+    assert cache.max_length == 32 and cache.layers[0].room(4, torch.zeros(2, dtype=torch.int64)).k_BSKD.shape[1] == 32
     assert torch.equal(out.sequences, model.generate(x, **options).sequences)
     assert torch.equal(out.sequences, model.generate(x, cache=BlockCache(32), **options).sequences)
     with pytest.raises(UserError, match="the cache is full"):

@@ -47,15 +47,23 @@ def test_padding_shifts_nothing(method, mode, side):
     torch.testing.assert_close(real, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_padded_and_unpadded_training_losses_agree():
-    model, x = tiny_model().train(), tokens(1, 30)
-    loss = model(x, labels=x, stream="sparse").loss
-    pads = torch.full((1, 7), 257)
-    padded = model(
-        torch.cat([x, pads], 1), attention_mask=torch.cat([torch.ones_like(x), torch.zeros_like(pads)], 1),
-        labels=torch.cat([x, torch.full_like(pads, -100)], 1), stream="sparse",
-    ).loss  # fmt: skip
-    torch.testing.assert_close(padded, loss, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_target_and_shifts_no_loss(side):
+    """Rows of 30 and 23 tokens, the shorter one padded; labels are the tokens, those of the padding included."""
+    model, x = tiny_model().train(), tokens(2, 30)
+    real = torch.arange(30) < 23 if side == "right" else torch.arange(30) >= 7
+    short = x[1:, real]
+    mask = torch.stack([torch.ones_like(real), real]).to(torch.int64)
+    padded = torch.where(mask == 1, x, 257)
+    nll = model.token_nll(padded, attention_mask=mask, stream="sparse")
+    assert (nll != 0).sum(1).tolist() == [29, 22]
+    alone = [model.token_nll(row, stream="sparse") for row in (x[:1], short)]
+    torch.testing.assert_close(nll.sum(1), torch.stack([n.sum() for n in alone]), rtol=1e-5, atol=1e-5)
+    out = model(padded, attention_mask=mask, labels=padded, stream="sparse")
+    torch.testing.assert_close(out.cross_entropy, torch.cat(alone, 1).mean(), rtol=1e-5, atol=1e-5)
+    packed = torch.cat([x[:1], short], 1)
+    same = model(packed, position_ids=document_positions([30, 23]), labels=packed, stream="sparse")
+    torch.testing.assert_close(out.loss, same.loss, rtol=1e-5, atol=1e-5)
 
 
 def test_loss_is_cross_entropy_plus_alpha_times_alignment():
@@ -77,6 +85,20 @@ def test_single_stream_methods_train_on_their_own_stream(method, mode):
     other = "sparse" if mode == "full" else "full"
     assert (out.loss - model(x, labels=x, attention_mode=other).loss).abs() > 1e-6
     assert out.sparsity_loss is None
+
+
+@pytest.mark.parametrize("stream", ["sparse", "full"])
+def test_the_alignment_is_the_mean_over_layers(stream):
+    model, x = tiny_model(alignment_weight=3.0, num_hidden_layers=3).train(), tokens()
+    of_layers = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda module, inputs, result: of_layers.append(result[1].detach()))
+    out = model(x, labels=x, stream=stream)
+    sparsity, commitment = torch.stack(of_layers).unbind(1)
+    assert len(sparsity) == 3 and (sparsity.max() - sparsity.min()) > 0.05 * sparsity.mean()
+    torch.testing.assert_close(out.sparsity_loss, sparsity.mean())
+    torch.testing.assert_close(out.commitment_loss, commitment.mean())
+    torch.testing.assert_close(out.loss.detach(), out.cross_entropy + 3.0 * (sparsity.mean() + commitment.mean()))
 
 
 def test_streams_are_drawn_from_seed_and_step():
@@ -119,6 +141,101 @@ def test_document_starts_are_no_targets():
     assert model.token_nll(x, labels, positions)[0, 7] == 0
 
 
+DOCUMENTS = {
+    "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor([0, 5, 6, 40], dtype=torch.int32)},
+    "all of flash attention's": {
+        "cu_seq_lens_q": torch.tensor([0, 5, 6, 40], dtype=torch.int32), "cu_seq_lens_k": torch.tensor([0, 5, 6, 40], dtype=torch.int32),
+        "max_length_q": 34, "max_length_k": 34, "position_ids": document_positions([5, 1, 34]),
+    },
+    "seq_idx": {"seq_idx": torch.tensor([0] * 5 + [1] + [2] * 34)[None]},
+    "positions that run on": {"seq_idx": torch.tensor([0] * 5 + [1] + [2] * 34)[None], "position_ids": torch.arange(40)[None]},
+    "positions alone restart": {"cu_seq_lens_q": torch.tensor([0, 6, 40]), "position_ids": document_positions([5, 35])},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", DOCUMENTS)
+@pytest.mark.parametrize("stream", ["full", "sparse"])
+def test_documents_in_the_words_of_collators(said, stream):
+    model, x = tiny_model().train(), tokens(1, 40)
+    words = {name: value.to(x.device) if isinstance(value, torch.Tensor) else value for name, value in DOCUMENTS[said].items()}
+    expected = model(x, labels=x, position_ids=document_positions([5, 1, 34]), stream=stream)
+    out = model(x, labels=x, stream=stream, cache_position=torch.arange(40), **words)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(model.token_nll(x, stream=stream, **words).sum() / 37, expected.cross_entropy)
+    hidden = model.model(x, stream=stream, **words).last_hidden_state  # as TRL calls it
+    torch.testing.assert_close(
+        hidden, model.model(x, stream=stream, position_ids=document_positions([5, 1, 34])).last_hidden_state
+    )
+
+
+def test_rows_of_a_batch_have_documents_of_their_own():
+    model, x = tiny_model().train(), tokens(2, 12)
+    seq_idx = torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [1] * 3])
+    positions = torch.cat([document_positions([5, 7]), document_positions([9, 3])])
+    torch.testing.assert_close(
+        model(x, labels=x, seq_idx=seq_idx, stream="full").loss, model(x, labels=x, position_ids=positions, stream="full").loss
+    )
+
+
+FOREIGN = ["cache_position", "token_type_ids", "output_router_logits", "shift_labels", "max_length_q", "cu_seq_lens_k", "num_logits",
+           "is_causal", "position_embeddings", "decoder_input_ids", "head_mask", "use_kernels", "fused_lm_head"]  # fmt: skip
+
+
+def test_unknown_keywords_are_ignored_and_typos_are_not():
+    model, x = tiny_model(), tokens()
+    expected = model(x).logits
+    assert torch.equal(model(x, **dict.fromkeys(FOREIGN, 1)).logits, expected)
+    model.model(x, **dict.fromkeys(FOREIGN, 1))
+    for typo, meant in (
+        ("attention_mod", "attention_mode"),
+        ("budgets", "budget"),
+        ("lables", "labels"),
+        ("position_id", "position_ids"),
+    ):
+        with pytest.raises(UserError, match=f"^{typo} is no keyword of the model: {meant}\\?$"):
+            model(x, **{typo: None})
+    with pytest.raises(UserError, match=r"^stream_ is no keyword"):
+        model.model(x, stream_="full")
+
+
+def test_generate_refuses_padding_where_tokens_would_follow():
+    model, x = tiny_model(), tokens(2, 12)
+    x[1, 9:] = 257
+    for options in ({}, {"attention_mask": (x != 257).long()}, {"attention_mask": (x != 257).long(), "use_cache": False}):
+        with pytest.raises(UserError, match="padding_side='left'") as error:
+            model.generate(x, max_new_tokens=2, **options)
+        assert "\n" not in str(error.value)
+    x = tokens(1, 12)
+    x[0, 5] = 257
+    with pytest.raises(UserError, match=r"pad token \(id 257\) .* pass attention_mask"):
+        model.generate(x, max_new_tokens=2)
+    assert model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=2).shape == (1, 14)
+    left = torch.cat([torch.full((1, 3), 257), tokens(1, 12)], 1)
+    alone = model.generate(left[:, 3:], max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(left, max_new_tokens=4, do_sample=False)[:, 3:], alone)
+
+
+@pytest.mark.parametrize("change", ["bias", "hook", "weight", "module", "forward"])
+def test_the_loss_goes_through_a_head_that_is_more_than_its_weight(change):
+    """Quantized and adapted heads, and those that offloading or a profiler hooks into."""
+    model, x = tiny_model(tie_word_embeddings=False), tokens()
+    if change == "bias":
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(258))
+    elif change == "hook":
+        model.lm_head.register_forward_hook(lambda module, inputs, out: 2 * out)
+    elif change == "weight":
+        torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+        torch.nn.init.uniform_(model.lm_head.parametrizations.weight.original0)
+    elif change == "module":
+        model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 32), model.lm_head)
+    else:
+        model.lm_head.forward = lambda hidden: hidden @ model.lm_head.weight.T + 1.0 * torch.arange(258)
+    out = model(x, labels=x)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    assert torch.equal(model.train()(x, labels=x, attention_mode="sparse").loss, out.loss)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_loss_in_slices_equals_the_whole_and_never_holds_all_logits(monkeypatch, grad):
     model, x = tiny_model(vocab_size=2000).train(), tokens(2, 100)
@@ -145,6 +262,7 @@ def test_token_weighted_accumulation():
     model(x, labels=x, stream="full").loss.backward()
     whole = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
+    model.train_step.micro_batches = 4
     for row in x:
         model(row[None], labels=row[None], stream="full", num_items_in_batch=4 * 29).loss.backward()
     for p, g in zip(model.parameters(), whole, strict=True):
@@ -227,6 +345,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
         ({"attention_mask": torch.ones(2, 39)}, "attention_mask"),
         ({"cache": object()}, "BlockCache"),
         ({"output_attentions": True}, "output_attentions"),
+        ({"cu_seq_lens_q": torch.tensor([0, 40])}, "cu_seq_lens_q describes one flattened row, not a batch of 2"),
     ],
 )
 def test_wrong_calls_are_one_line(call, words):

@@ -81,3 +81,16 @@ def test_trainer_predicts_one_array_of_logits(tmp_path, labelled):
     logits = trainer.model(torch.stack([row["input_ids"] for row in rows])).logits
     torch.testing.assert_close(torch.as_tensor(found), logits, rtol=1e-5, atol=1e-5)
     assert [x.shape for x in seen] == ([(5, 12, 258)] if labelled else [])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_shifted_labels_are_taken_as_they_are(training):
+    model, x = tiny_model().train(training), tokens()
+    shifted = torch.nn.functional.pad(x[:, 1:], (0, 1), value=-100)
+    shifted[0, :5] = -100  # what labels cannot say: the same label stands at another place
+    said = model(x, shift_labels=shifted, labels=torch.zeros_like(x), stream="sparse" if training else None)
+    labels = x.clone()
+    labels[0, :6] = -100
+    wanted = model(x, labels=labels, stream="sparse" if training else None)
+    torch.testing.assert_close(said.loss, wanted.loss)
+    assert said.loss.item() != pytest.approx(model(x, labels=x, stream="sparse" if training else None).loss.item(), abs=1e-3)

@@ -75,11 +75,11 @@ def tensors(*shapes, dtype=torch.bfloat16):
     return [torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def sparse(heads, kv_heads, size, count, block, tokens=512, dtype=torch.bfloat16, packed=False, bias=False):
+def sparse(heads, kv_heads, size, count, block, tokens=512, dtype=torch.bfloat16, packed=False, bias=False, scope="group"):
     q, k, v = tensors((1, tokens, heads, size), *[(1, tokens, kv_heads, size)] * 2, dtype=dtype)
     positions = torch.arange(tokens)[None] % (tokens // 2) if packed else None
     options = {"block_size": block, "positions": positions, "impl": "triton"}
-    index, _ = select_blocks(q, k, num_selected_blocks=count, **options)
+    index, _ = select_blocks(q, k, num_selected_blocks=count, scope=scope, **options)
     (per_key,) = tensors((1, tokens, kv_heads), dtype=torch.float32) if bias else (None,)
     out, lse = block_sparse_attention(q, k, v, torch.zeros_like(index), bias=per_key, **options)
     inputs = [q, k, v, *([per_key] if bias else [])]
@@ -139,9 +139,12 @@ def main(capability: int, everything: bool) -> None:
     running_means(2, 64)
     vocabulary()
     sparse(8, 2, 128, 16, 64, tokens=2048, packed=True, bias=True)  # from the key side
+    sparse(8, 2, 128, 8, 128, tokens=2048)
     with patch.object(reader_lists, "MAP_BYTES", 0):  # lists of readers by sorting
         sparse(32, 2, 64, 16, 16)
     if everything:
+        sparse(8, 2, 128, 8, 128, tokens=2048, packed=True, bias=True, scope="head")
+        sparse(8, 2, 64, 4, 256, tokens=4096)
         nsa(32, 2, 64, 16)
         alignment(32, 64)
         sparse(8, 2, 64, 16, 16, tokens=16384)  # chunks of 4 blocks

@@ -22,9 +22,7 @@ def compiled(capability: int, *words: str) -> dict:
         pytest.skip("this triton has no compiler for NVIDIA GPUs")
     script = Path(__file__).with_name("compile_only.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, script, str(capability), *words], env=environment, capture_output=True, text=True, timeout=1500
-    )
+    done = subprocess.run([sys.executable, script, str(capability), *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     too_large = {name: size for name, size in report["shared"].items() if size > SHARED[capability]}
@@ -44,7 +42,7 @@ def test_the_main_kernels_compile(capability):
     } <= kernels
     assert {f"key_side._{name}_kernel" for name in ("partial", "combine")} <= kernels
     assert {f"reader_lists._{name}_kernel" for name in ("name", "gather", "list")} <= kernels
-    assert {f"key_gradients._{name}_kernel" for name in ("dkv", "add_parts", "add_dq", "shift")} <= kernels
+    assert {f"key_gradients._{name}_kernel" for name in ("dkv", "add_parts", "add_dq", "terms")} <= kernels
 
 
 @pytest.mark.slow

@@ -130,6 +130,25 @@ def test_the_kernels_equal_the_reference(monkeypatch, name, tiles):
 
 
 @needs_triton
+@pytest.mark.parametrize("value", [float("-inf"), -1e38, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("part_keys", [16, 1024])
+def test_a_bias_may_mask_every_key_of_a_block_and_of_a_row(monkeypatch, part_keys, value):
+    from ssa.ops.triton import decode as kernels
+
+    monkeypatch.setattr(kernels, "_tile", lambda size, dtype: 16)
+    monkeypatch.setattr(kernels, "PART_KEYS", part_keys)
+    cache = a_cache([55, 61, 38], columns=64, queries=2, biased=True)
+    cache["bias"][0, :55] = value  # all that the row has, in its last block less than elsewhere
+    cache["bias"][1, 56:61, 0] = value  # its last blocks, for one kv head
+    cache["bias"][2, 1:38] = value
+    options = {"block_size": 4, "num_selected_blocks": 9}
+    check_kernels(cache, options)
+    out, lse, _ = decode_attention(**cache, **options, impl="triton")
+    masked = value == float("-inf")
+    assert (out[0] == 0).all() == masked and (lse[0] == float("-inf")).all() == masked and torch.isfinite(lse[1]).all()
+
+
+@needs_triton
 @pytest.mark.parametrize("options", [{}, {"rule": "released"}, {"scope": "head"}], ids=str)
 def test_long_rows(options):
     cache = a_cache([4200, 2099, 640], columns=4200, heads=2, kv_heads=1, block_size=4)

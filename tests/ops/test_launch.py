@@ -141,7 +141,7 @@ def test_plans_fix_what_binaries_depend_on(monkeypatch):
     for module in modules.values():
         monkeypatch.setattr(module, "launch", record, raising=False)
     tuned = {
-        "block_sparse": {"SEGMENT": 16, "PART_BYTES": 1}, "key_side": {"SPAN_BYTES": {"forward": 1, "backward": 1}, "SPAN_BLOCKS": 1, "BLOCK_BYTES": 0},
+        "block_sparse": {"SEGMENT": 16, "PART_BYTES": 1}, "key_side": {"SPAN_BYTES": {"forward": 1, "backward": 1}, "SPAN_SCALE": 1, "SPAN_BLOCKS": 1, "SEGMENT_ROWS": 16, "BLOCK_BYTES": 0},
         "reader_lists": {"MAP_BYTES": 0}, "select": {"CHUNKS": ((1 << 31, 8),), "SCORE_BYTES": 1},
         "decode": {"PART_KEYS": 16}, "span": {"PROGRAMS": 1, "MOST_PARTS": 1, "PART_BYTES": 1},
     }  # fmt: skip

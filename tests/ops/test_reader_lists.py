@@ -16,16 +16,17 @@ pytestmark = pytest.mark.skipif(
 
 MANY = "more lists than a program takes"
 ODD = "documents, spans of odd length"  # words of the map would be of two spans
-# B, T, S, K, block size, k, queries and rows of a span, segment, positions
+# B, T, S, heads that select, kv heads, block size, k, queries and rows of a span, segment, positions
 CASES = {
-    "plain": (2, 50, 60, 2, 8, 4, (50, 4), 16, None),
-    "spans": (1, 64, 64, 2, 8, 4, (16, 2), 8, None),
-    "spans of single rows": (2, 40, 40, 2, 8, 4, (16, 1), 8, None),
-    "spans of two rows": (2, 40, 44, 2, 8, 4, (40, 2), 8, None),
-    "one long list": (1, 70, 70, 1, 70, 1, (70, 1), 4, None),
-    "documents": (1, 40, 40, 1, 8, 3, (16, 1), 8, document_positions([17, 1, 22])),
-    ODD: (1, 40, 40, 1, 8, 3, (13, 1), 8, document_positions([17, 1, 22])),
-    MANY: (1, 300, 300, 1, 1, 2, (300, 1), 4, None),
+    "plain": (2, 50, 60, 2, 2, 8, 4, (50, 4), 16, None),
+    "spans": (1, 64, 64, 2, 2, 8, 4, (16, 2), 8, None),
+    "spans of single rows": (2, 40, 40, 2, 2, 8, 4, (16, 1), 8, None),
+    "spans of two rows": (2, 40, 44, 2, 2, 8, 4, (40, 2), 8, None),
+    "one long list": (1, 70, 70, 1, 1, 70, 1, (70, 1), 4, None),
+    "documents": (1, 40, 40, 1, 1, 8, 3, (16, 1), 8, document_positions([17, 1, 22])),
+    ODD: (1, 40, 40, 1, 1, 8, 3, (13, 1), 8, document_positions([17, 1, 22])),
+    "heads that share keys": (2, 36, 36, 6, 2, 8, 3, (20, 2), 8, None),
+    MANY: (1, 300, 300, 1, 1, 1, 2, (300, 1), 4, None),
 }
 WAYS = ("by a map", "by sorting")
 
@@ -36,9 +37,11 @@ def test_every_pair_is_in_the_list_of_its_block(case, way, monkeypatch):
 
     if way == "by sorting":
         monkeypatch.setattr(module, "MAP_BYTES", 0)
-    batch, queries, keys, heads, block_size, count, span, segment, positions = CASES[case]
-    q, k, _ = random_qkv(batch, queries, keys, heads, heads, 16, dtype=torch.float32)
-    index, _ = select_blocks(q, k, block_size=block_size, num_selected_blocks=count, positions=positions, impl="reference")
+    batch, queries, keys, heads, kv_heads, block_size, count, span, segment, positions = CASES[case]
+    q, k, _ = random_qkv(batch, queries, keys, heads, kv_heads, 16, dtype=torch.float32)
+    index, _ = select_blocks(
+        q, k, block_size=block_size, num_selected_blocks=count, positions=positions, scope="head", impl="reference"
+    )
     on_device = None if positions is None else positions.contiguous().to(device)
     launched = set()
 
@@ -47,7 +50,7 @@ def test_every_pair_is_in_the_list_of_its_block(case, way, monkeypatch):
         run(plan, kernel, *args, **options)
 
     monkeypatch.setattr(module, "launch", launch)
-    lists = module.reader_lists(None, index.to(device), on_device, keys, block_size, span, segment)
+    lists = module.reader_lists(None, index.to(device), on_device, keys, block_size, span, segment, kv_heads)
     mapped = way == "by a map" and case != ODD
     assert launched == {module._name_kernel, module._gather_kernel if mapped else module._list_kernel}
     table, counts, items = lists.table.cpu(), lists.counts.cpu(), lists.item_list.cpu()
@@ -60,10 +63,11 @@ def test_every_pair_is_in_the_list_of_its_block(case, way, monkeypatch):
         if block >= 0:
             name = (start + block * block_size) // lists.unit
             length, rows = span
-            of_span = t // length * (batch * heads // rows) + row // rows
-            expected[of_span * lists.num_blocks + row % rows * lists.row_blocks + name].append(pair)
+            kv_row = row // (heads // kv_heads)
+            of_span = t // length * (batch * kv_heads // rows) + kv_row // rows
+            expected[of_span * lists.num_blocks + kv_row % rows * lists.row_blocks + name].append(pair)
     found = [order[table[i, 0] : table[i, 1]].tolist() for i in range(len(expected))]
-    assert found == expected  # in the order of the queries, too
+    assert found == expected  # in the order of the heads and queries, too
 
     for s in range(lists.spans):
         of_span = list(range(s * lists.num_blocks, (s + 1) * lists.num_blocks))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssa.errors import UserError
-from ssa.ops import block_means, select_blocks
+from ssa.ops import block_means, block_sparse_attention, decode_attention, dense_attention, select_blocks
 from ssa.ops.reference import select as reference
 from ssa.testing import LargestTensor, document_positions, random_qkv
 
@@ -164,6 +164,50 @@ def test_query_chunks_change_nothing(monkeypatch, limit):
     monkeypatch.setattr(reference, "SCORE_ELEMENTS", limit)
     for a, b in zip(select_blocks(q, k, block_size=4, num_selected_blocks=4), whole, strict=True):
         assert torch.equal(a, b)
+
+
+HUGE = [(100_000, 16), (999_999_999, 16), (10**20, 1), (1, 999_999_999), (16, 100_000), (10**9, 10**9)]
+
+
+@pytest.mark.parametrize("positions", [None, document_positions([50, 7, 33])], ids=["plain", "packed"])
+@pytest.mark.parametrize(("count", "block_size"), HUGE)
+def test_a_budget_beyond_the_row_reads_all_of_it_at_its_cost(count, block_size, positions):
+    q, k, v = random_qkv(1, 90, 90, 4, 2, 8)
+
+    def run(count, block_size):
+        options = {"block_size": block_size, "positions": positions}
+        with LargestTensor() as seen:
+            index, _ = select_blocks(q, k, num_selected_blocks=count, **options)
+            out, _ = block_sparse_attention(q, k, v, index, **options)
+            gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+        return [out, *gradients], index, seen.elements
+
+    results, index, elements = run(count, block_size)
+    blocks, longest = -(-90 // block_size), 90 if positions is None else 50
+    assert index.shape == (1, 2, 90, blocks) and index.max() == (longest - 1) // block_size
+    assert elements <= run(blocks, min(block_size, 1024))[2]
+    dense = dense_attention(q, k, v, positions=positions)
+    for a, b in zip(results, [dense, *torch.autograd.grad(dense.square().sum(), (q, k, v))], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("count", "rule"), [(100_000, "exact"), (1 << 20, "released")])
+def test_kernels_take_a_budget_beyond_the_row(count, rule):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available() and torch.get_default_device().type != "cuda":
+        pytest.skip("with a GPU at hand the kernels are tested there: SSA_TEST_DEVICE=cuda")
+    q, k, v = (x.detach() for x in random_qkv(1, 4, 90, 2, 1, 16, dtype=torch.float32))
+    block_size = 16 if rule == "exact" else 1 << 20
+    options = {"block_size": block_size, "num_selected_blocks": count, "rule": rule, "impl": "triton"}
+    index, _ = select_blocks(q, k, **options)
+    assert index.shape[3] == (8 if rule == "exact" else 1)
+    means = block_means(k, 16)
+    outs = [
+        block_sparse_attention(q, k, v, index, block_size=block_size, impl="triton")[0],
+        decode_attention(q, k, v, means, torch.tensor([90]), **options)[0],
+    ]
+    for out in outs:
+        torch.testing.assert_close(out, dense_attention(q, k, v), rtol=1e-4, atol=1e-5)
 
 
 def test_memory_is_bounded_by_the_chunk(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, select_blocks
-from ssa.testing import assert_near_exact, attention_oracle, document_positions, poisoned_empty, random_qkv
+from ssa.testing import RMS_RATIO, assert_rounded, attention_oracle, document_positions, poisoned_empty, random_qkv, rms_ratio
 
 pytest.importorskip("triton")
 on_gpu = os.environ.get("SSA_TEST_DEVICE", "cpu").startswith("cuda")
@@ -117,18 +117,30 @@ def test_nothing_to_select_or_attend_to():
 
 
 def test_spans_weigh_partial_results_against_lists():
-    from ssa.ops.triton.key_side import SPAN_BYTES, span_of
+    from ssa.ops.triton.key_side import SPAN_BYTES, SPAN_SCALE, span_of
     from ssa.ops.triton.reader_lists import LIST_BYTES
 
-    shape = dict(R=8, M=16, G=4, D=128)
+    shape = dict(R=8, K=8, M=16, G=4, D=128)
     per_query = 16 * 4 * 128 * 2
     for queries, names in ((32768, 512), (131072, 131072), (1 << 20, 1 << 20)):  # plain rows; packed ones name every column
         length, rows = span_of("forward", 1, queries, names if names < 1000 else names // 64, names, shape, 2)
         partial = length * rows * per_query
         table = -(-queries // length) * 8 * names * LIST_BYTES
         assert rows == 1 and length % 64 == 0
-        assert partial <= SPAN_BYTES["forward"] or partial <= 1.1 * table, "longer than lists ask for"
-        assert table <= SPAN_BYTES["forward"] or table <= 1.1 * partial + 8 * names * LIST_BYTES, "more lists than results"
+        room = SPAN_BYTES["forward"] * max(1, queries * 8 * 4 * 128 * 2 // SPAN_SCALE)  # larger inputs, larger spans
+        assert partial <= room or partial <= 1.1 * table, "longer than lists ask for"
+        assert table <= room or table <= 1.1 * partial + 8 * names * LIST_BYTES, "more lists than results"
+
+
+def test_spans_of_the_backward_pass():
+    from ssa.ops.triton.key_side import SPAN_BYTES, span_of
+
+    shape = dict(R=8, K=8, M=8, G=4, D=128)
+    assert span_of("backward", 1, 32768, 256, 256, shape, 2) == (32768, 1), "a row fits whole"
+    length, rows = span_of("backward", 1, 32768, 256, 256, shape | {"M": 16}, 2)
+    assert rows == 1 and length * 16 * 4 * 128 * 2 == SPAN_BYTES["backward"] // 2, "fp32 sums take the other half"
+    choosing = shape | {"R": 32, "G": 1}  # every query head for itself: those of a kv head stay together
+    assert span_of("backward", 1, 32768, 256, 256, choosing, 2) == (32768, 1)
 
 
 @pytest.mark.parametrize("sharpness", [30.0, 1e-3])
@@ -146,6 +158,20 @@ def test_selection_with_extreme_logits(sharpness):
         assert not others or min(every[n] for n in picked) >= max(others) - 1e-5
 
 
+@pytest.mark.parametrize("chunks", [1, 4], indirect=True)
+@pytest.mark.parametrize("scoring", ["softmax", "logit"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
+def test_not_even_a_broken_key_breaks_the_contract(chunks, scoring, value):
+    q, k, _ = (x.detach() for x in random_qkv(1, 10, 60, 2, 1, 16, dtype=torch.float32))
+    k[:, 9], q[:, 3] = value, value
+    own = torch.arange(50, 60) // 4
+    for impl in ("reference", "triton"):
+        index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=4, scoring=scoring, impl=impl)
+        for row, last in zip(index[0, 0].tolist(), own.tolist(), strict=True):
+            picked = [n for n in row if n >= 0]
+            assert row == picked + [-1] * (4 - len(picked)) and picked == sorted(set(picked)) and picked[-1] == last
+
+
 ATTENTIONS = {
     "plain": (1, 24, 24, 4, 2, 16, 4, 3, "group", None, False, 256),
     "late queries, bias, padding": (2, 7, 15, 6, 2, 24, 4, 2, "group", None, True, 256),
@@ -159,8 +185,43 @@ ATTENTIONS = {
     "key side, spans and segments": (1, 80, 80, 2, 2, 16, 16, 3, "group", None, True, 8),
     "key side, documents": (1, 30, 30, 3, 1, 24, 16, 3, "group", PACKED, True, 8),
     "key side, heads choose": (2, 36, 41, 4, 2, 16, 16, 3, "head", None, True, 256),
+    "key side, heads choose, documents": (1, 30, 30, 4, 1, 16, 16, 3, "head", PACKED, True, 8),
+    "key side, group of four, odd blocks": (1, 60, 60, 4, 1, 24, 24, 2, "group", None, True, 8),
+    "key side, group of eight": (1, 70, 70, 8, 1, 16, 32, 2, "group", None, False, 256),
     "key side, heads choose, spans": (2, 70, 75, 4, 2, 16, 16, 3, "head", None, True, 256),
 }
+
+
+def gradients(attended, leaves, d_out, d_lse):
+    """[out, and the gradients of (out * d_out + lse * d_lse).sum() in `leaves`] of `attended` = (out, lse, ...)."""
+    out, lse = attended[:2]
+    return [out, *torch.autograd.grad((out, lse), leaves, (d_out.to(out.dtype), d_lse.to(lse.dtype)))]
+
+
+def magnitudes(q, k, v, weights, d_out, d_lse):
+    """For `assert_rounded`, of out, dq, dk, dv and dbias, fp64: their formulas with the absolute value of everything. A weight, too, is off by a
+    few units: by those of its logit, by how far that is below the log-sum-exp, and by four of 2^x (what vector libraries promise)."""
+    scale, kv_heads = q.shape[-1] ** -0.5, k.shape[2]
+    q, k, v, d_out, d_lse = (x.detach().double().abs() for x in (q, k, v, d_out, d_lse))
+    k, v = (x.repeat_interleave(q.shape[2] // kv_heads, 2) for x in (k, v))
+    below = -torch.where(weights > 0, weights, 1.0).log()
+    units = weights * (4 + torch.einsum("bthd,bshd->bhts", q, k) * scale + below)
+    d_weights = torch.einsum("bthd,bshd->bhts", d_out, v)
+    d_logits = units * (d_weights + (weights * d_weights).sum(-1, keepdim=True) + d_lse.transpose(1, 2)[..., None])
+
+    def by_kv_head(x_BSH):
+        return x_BSH.unflatten(2, (kv_heads, -1)).sum(3)
+
+    return [
+        torch.einsum("bhts,bshd->bthd", units, v),
+        torch.einsum("bhts,bshd->bthd", d_logits, k) * scale,
+        by_kv_head(torch.einsum("bhts,bthd->bshd", d_logits, q)) * scale,
+        by_kv_head(torch.einsum("bhts,bthd->bshd", units, d_out)),
+        by_kv_head(d_logits.sum(2).transpose(1, 2)),
+    ]
+
+
+NAMES = ("out", "dq", "dk", "dv", "dbias")
 LONG = "key side, heads choose, spans"  # a minute in the interpreter; spans alone and heads alone are tested quickly
 
 
@@ -179,31 +240,115 @@ def test_attention_and_gradients(monkeypatch, case):
     used = []
     monkeypatch.setattr(key_side, "forward", lambda *a, run=key_side.forward: (used.append(True), run(*a))[1])
     low = random_qkv(batch, queries, keys, heads, kv_heads, size, dtype=torch.float32)
-    exact = [x.detach().double().requires_grad_() for x in low]
     bias = torch.randn(batch, keys, kv_heads, requires_grad=True) if biased else None
+    leaves = [*low, *([bias] if biased else [])]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
     options = {"block_size": block_size, "positions": positions}
     index, _ = select_blocks(low[0], low[1], num_selected_blocks=count, scope=scope, impl="reference", **options)
-    weight, lse_weight = torch.randn(low[0].shape), torch.randn(low[0].shape[:3])
-
-    def results(out, lse, inputs):
-        leaves = [*inputs, bias] if biased else inputs
-        total = (out * weight.to(out.dtype)).sum() + (lse * lse_weight.to(lse.dtype)).sum()
-        return [out, *torch.autograd.grad(total, leaves)]
-
+    by = torch.randn(low[0].shape), torch.randn(low[0].shape[:3])
     with poisoned_empty():
-        actual = results(*block_sparse_attention(*low, index, bias=bias, impl="triton", **options), low)
+        actual = gradients(block_sparse_attention(*low, index, bias=bias, impl="triton", **options), leaves, *by)
         monkeypatch.setattr(reader_lists, "MAP_BYTES", 0)  # the lists of readers by sorting
-        again = results(*block_sparse_attention(*low, index, bias=bias, impl="triton", **options), low)
-    eager = results(*attention_oracle(*low, index, bias=bias, **options)[:2], low)
-    gold = results(*attention_oracle(*exact, index, bias=bias, **options)[:2], exact)
-    for i, name in enumerate(["out", "dq", "dk", "dv", "dbias"][: len(actual)]):
-        assert torch.equal(actual[i], again[i]), (
-            f"{name} differs from time to time, or from one way of listing readers to the other"
-        )
-        # weights come again from their log-sum-exp, on a GPU by its exp2, two units off; in so small sums eager errs little elsewhere
-        factor = 2 if i == 0 else 12 if on_gpu else 3
-        assert_near_exact(actual[i], eager[i], gold[i].double(), factor, name)
+        again = gradients(block_sparse_attention(*low, index, bias=bias, impl="triton", **options), leaves, *by)
+    oracle = attention_oracle(*exact[:3], index, bias=exact[3] if biased else None, **options)
+    scales = magnitudes(*exact[:3], oracle[2].detach(), *by)
+    for name, x, y, z, scale in zip(NAMES, actual, again, gradients(oracle, exact, *by), scales, strict=False):
+        assert torch.equal(x, y), f"{name} differs from time to time, or from one way of listing readers to the other"
+        assert_rounded(x, z, scale, 2, name)
     assert bool(used) == case.startswith("key side")
+
+
+# B, T, S, H, K, D, block size, k, scope, positions, dtype, masked keys, how the last kv head masks them (the others by -inf)
+LOWEST, INF = torch.finfo(torch.float32).min, float("inf")
+MASKED = {
+    "two blocks, so that early queries read nothing": (1, 24, 24, 4, 2, 16, 4, 3, "group", None, torch.float32, range(8), -1e38),
+    "wide group and heads, half precision": (1, 12, 12, 16, 1, 128, 4, 2, "group", None, torch.float16, range(8), -INF),
+    "heads choose, the last partial block": (2, 15, 15, 4, 2, 8, 4, 2, "head", None, torch.float32, range(12, 15), LOWEST),
+    "documents, all of one and some of another": (1, 30, 30, 6, 2, 24, 4, 3, "group", PACKED, torch.float32, range(5, 14), -1e38),
+    "all keys": (1, 9, 20, 2, 2, 16, 4, 2, "group", None, torch.float32, range(20), LOWEST),
+    "key side, a block": (1, 40, 40, 2, 2, 16, 16, 3, "group", None, torch.float32, range(16), -1e38),
+    "key side, all but a few, half precision": (1, 40, 40, 3, 1, 64, 16, 3, "group", None, torch.float16, range(38), -INF),
+    "key side, documents": (1, 30, 30, 3, 1, 24, 16, 3, "group", PACKED, torch.float32, range(10), -INF),
+    "key side, heads choose, the last partial block": (
+        1,
+        36,
+        41,
+        4,
+        2,
+        16,
+        16,
+        3,
+        "head",
+        None,
+        torch.float32,
+        range(32, 41),
+        -1e38,
+    ),
+    "key side, all keys": (1, 40, 40, 2, 2, 16, 16, 3, "group", None, torch.float32, range(40), -1e30),
+}
+
+
+@pytest.mark.parametrize("case", MASKED)
+def test_a_bias_may_mask_every_key_of_a_block_and_of_a_query(monkeypatch, case):
+    """-inf masks a key. A finite bias, however low, only makes it rank behind others: where all keys have it, it changes nothing."""
+    from ssa.ops.triton import block_sparse as kernels
+
+    batch, queries, keys, heads, kv_heads, size, block_size, count, scope, positions, dtype, masked, value = MASKED[case]
+    monkeypatch.setattr(kernels, "SEGMENT", 8)
+    low = random_qkv(batch, queries, keys, heads, kv_heads, size, dtype=dtype)
+    bias = torch.randn(batch, keys, kv_heads)
+    bias[:, list(masked)] = -INF
+    bias[:, list(masked), -1] = value
+    leaves = [*low, bias.requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    options = {"block_size": block_size, "positions": positions}
+    index, _ = select_blocks(low[0], low[1], num_selected_blocks=count, scope=scope, impl="reference", **options)
+    by = torch.randn(low[0].shape).to(dtype), torch.randn(low[0].shape[:3])
+    with poisoned_empty():
+        attended = block_sparse_attention(*low, index, bias=bias, impl="triton", **options)
+        actual = gradients(attended, leaves, *by)
+    oracle = attention_oracle(*exact[:3], index, bias=exact[3], **options)
+    scales = magnitudes(*exact[:3], oracle[2].detach(), *by)
+    for name, x, z, scale in zip(NAMES, actual, gradients(oracle, exact, *by), scales, strict=True):
+        assert_rounded(x.to(dtype), z, scale, 2, name)  # where nothing enters, as at masked keys, exactly 0
+    torch.testing.assert_close(attended[1].double(), oracle[1], rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not on_gpu, reason="of a size for a GPU")
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "block_size"), [(32, 2, 64, 16), (32, 2, 128, 16), (8, 2, 128, 64)])
+def test_masked_keys_in_long_rows(heads, kv_heads, size, block_size, keys=4096):
+    low = random_qkv(1, keys, keys, heads, kv_heads, size, dtype=torch.bfloat16)
+    bias = torch.randn(1, keys, kv_heads)
+    bias[:, : 3 * block_size] = -INF  # all that the first queries see
+    bias[:, keys // 4 : keys // 3] = -INF
+    bias[:, keys // 2 : keys // 2 + 50, -1] = LOWEST
+    leaves = [*low, bias.requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    index, _ = select_blocks(low[0], low[1], block_size=block_size, num_selected_blocks=16)
+    by = torch.randn(low[0].shape).to(low[0].dtype), torch.randn(low[0].shape[:3])
+    attended = [
+        block_sparse_attention(*xs[:3], index, bias=xs[3], block_size=block_size, impl=impl)
+        for xs, impl in ((leaves, "triton"), (exact, "reference"))
+    ]
+    assert torch.equal(attended[0][1] == -INF, attended[1][1] == -INF) and (attended[0][1][0, : 3 * block_size] == -INF).all()
+    actual, gold = gradients(attended[0], leaves, *by), gradients(attended[1], exact, *by)
+    for name, x, z in zip(NAMES, actual, gold, strict=True):
+        assert torch.isfinite(x).all() and rms_ratio(x, z) <= RMS_RATIO[torch.bfloat16], name
+    assert (actual[4][bias == -INF] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_logit_below_all_numbers_masks_its_key(impl):
+    q, k, v = random_qkv(1, 8, 8, 1, 1, 16, dtype=torch.float32)
+    with torch.no_grad():
+        q.fill_(8.7e18), k.fill_(-8.7e18)  # logits of -3e38
+        k[:, 5] = 0.0
+    bias = torch.full((1, 8, 1), -3e38, requires_grad=True)
+    index = (torch.arange(8) // 4).int().view(1, 1, 8, 1)
+    out, lse = block_sparse_attention(q, k, v, index, block_size=4, bias=bias, impl=impl)
+    assert (out[:, :5] == 0).all() and (lse[:, :5] == -INF).all()
+    assert torch.equal(out[0, 5:, 0], v[0, 5].expand(3, 16)) and (lse[:, 5:] == -3e38).all()
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.sum() + lse[:, 5:].sum(), (q, k, v, bias)))
 
 
 def test_a_query_without_keys_gets_zero():
@@ -220,9 +365,9 @@ def test_the_operator_is_a_good_citizen_of_pytorch():
     q, k, v = random_qkv(1, 6, 6, 2, 1, 16, dtype=torch.float32)
     index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2, impl="reference")
     arguments = (q, k, v, index, None, None, 4, 0.25)
-    torch.library.opcheck(
-        block_sparse_forward, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
-    )
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(block_sparse_forward, arguments, test_utils=checks)
+    torch.library.opcheck(block_sparse_forward, (*arguments[:5], torch.zeros(1, 6, 1), 4, 0.25), test_utils=checks)
 
 
 def test_float64_is_refused_when_asked_for_and_avoided_when_not():

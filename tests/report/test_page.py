@@ -271,3 +271,83 @@ def test_tasks_are_ordered_and_averaged_as_in_the_paper_and_other_checkpoints_le
             "average of PIQA, HellaSwag, ARC-e, ARC-c", "PPL"] in rows  # fmt: skip
     assert ["full", "run", "70.00", "50.00", "60.00", "40.00", "90.00", "55.00", "15.00"] in rows
     assert "Results of other checkpoints of run are left out." in page
+
+
+def test_judged_claims_come_first_and_losses_are_one_measurement(tmp_path):
+    for method, gap in (("full", 0.02), ("ssa", -0.03)):
+        run = trained(tmp_path / method, method)
+        write(run / "analysis" / "analysis.json", analysis_of(method, method, gap=0.5))
+        evaluated(run, {"full": 2.0, "4x16": 2.0 + gap})
+    claims = [{"claim": "It <b>pays</b>.", "verdict": verdict, "here": "1 < 2"} for verdict in ("holds", "does not hold here")]
+    write(tmp_path / "demo.json", {"command": "ssa demo", "claims": claims, "methods": {"full": {"x": 1}}})
+    write(tmp_path / "other.json", {"command": "x", "claims": [{"claim": "no verdict"}]})
+    evidence = collect([tmp_path])
+    assert [name for name, _ in evidence.problems] == [f"{tmp_path.name}/other.json"]
+    page = render_report(evidence)
+    text = " ".join(Page(page).text)
+    assert page.index("What the paper says, and what these runs show</h2>") < page.index("Perplexity by budget</h2>")
+    assert page.count("It &lt;b&gt;pays&lt;/b&gt;.") == 2 and ["It <b>pays</b>.", "holds", "1 < 2"] in Page(page).rows
+    assert re.search(r"full\s+changes least \(\+0.0200 nats per token\) and\s+ssa\s+most \(-0.0300\)", text)
+    assert ["gap, sparse − full (nats)", "+0.0200", "-0.0300"] in Page(page).rows and "Words of this page" in text
+
+
+@pytest.mark.parametrize(
+    "file, content, says",
+    [
+        ("eval/perplexity.json", {"format": 1, "latest": "x", "results": {"x": {"setting": {}, "budgets": {"full": {"nats_per_token": 1.0}}}}}, "missing"),
+        ("eval/perplexity.json", {"format": 1, "latest": "x", "results": {"x": {"setting": {}, "model": {}, "budgets": {"full": {"nats_per_token": {}, "perplexity": 2}}}}}, "cannot be read"),
+        ("eval/perplexity.json", {"format": 1, "latest": "x", "results": {"x": {"setting": {}, "model": {}, "budgets": {"full": {"nats_per_token": 1, "perplexity": 1e308}}}}}, "too large"),
+        ("eval/needle.json", {"format": 1, "latest": "x", "results": {"x": {"setting": {}, "model": {}, "budgets": {"4x4": {"grid": [{"length": {}, "depth": 0, "accuracy": 1}]}}}}}, "cannot be read"),
+        ("eval/tasks.json", {"format": 1, "latest": "x", "results": {"x": {"setting": 3, "model": {}, "budgets": {"full": {}}}}}, "not evaluations"),
+        ("analysis/analysis.json", analysis_of() | {"method": 3}, "method = 3 is not str"),
+        ("analysis/analysis.json", analysis_of() | {"measured": {}}, "missing"),
+        ("analysis/analysis.json", analysis_of() | {"versions": 3}, "cannot be read"),
+        ("recipe.json", {"model": 3, "train": 4}, "model = 3 is not an object"),
+        ("recipe.json", {"model": {"method": "ssa"}, "train": {"seed": {}}}, "train.seed = {} is not int"),
+        ("bench.json", {"command": "x", "rows": [{"a": {}}]}, "cannot be read"),
+        ("bench.json", {"command": "x", "rows": [{"tokens": 1, "ms": 2.0}], "bars": [{"name": "a", "bar": "b"}], "suite": 1}, "cannot be read"),
+        ("deep.json", "[" * 10**5, "is not JSON"),
+        ("deep.json", '{"rows": ' + "[" * 70 + "]" * 70 + "}", "levels of nesting"),
+        ("digits.json", '{"command": "x", "answer": ' + "9" * 400 + "}", "too large"),
+        ("digits.jsonl", '{"command": "x"}\n{"tokens": NaN}\n', "line 2"),
+    ],
+)  # fmt: skip
+def test_a_file_with_the_wrong_content_costs_a_line_and_not_the_page(tmp_path, capsys, file, content, says):
+    run = trained(tmp_path / "all" / "run")
+    evaluated(trained(tmp_path / "all" / "good", "full"), {"4x4": 2.0, "full": 1.0})
+    write(run / file, content)
+    assert main(["report", str(tmp_path / "all"), "--out", str(tmp_path / "r.html")]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith(f"not shown: all/run/{file}: ") and says in said and said.count("\n") == 1
+    text = " ".join(Page((tmp_path / "r.html").read_text()).text)
+    assert says in text and "Perplexity by budget" in text and "Training loss" in text
+    assert not re.search(r"\b(nan|inf|None)\b", re.sub(r"<style>.*?</style>", "", text))
+
+
+def test_lines_of_metrics_that_are_none_are_left_out_and_counted(tmp_path, capsys):
+    run = trained(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        for bad in (
+            '{"kind": "train", "step": %s}' % ("9" * 400),
+            "[" * 10**5,
+            '{"step": %s}' % ("9" * 5000),
+            '{"step": "x"}',
+            "3",
+        ):
+            file.write(bad + "\n")
+        file.write('{"kind": "train", "step": 61, "loss": 1e308, "grad_norm": -1e308, "lr": -Infinity, "cross_entropy": NaN}\n')
+        file.write('{"kind": [], "step": 62}\n{"kind": "tra')
+    assert main(["report", str(run), "--out", str(tmp_path / "r.html")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "run/metrics.jsonl: line 66" in said and "; 5 lines are left out" in said
+    page = (tmp_path / "r.html").read_text()
+    assert "Training loss" in page and not re.search(r"\b(nan|inf)\b", re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL))
+
+
+def test_what_no_page_can_be_made_of_is_taken_out_when_the_page_is_made(tmp_path):
+    for name in ("a", "b"):
+        evaluated(trained(tmp_path / name), {"full": 1.0})
+    evidence = collect([tmp_path])
+    evidence.runs[1].evaluations["perplexity"][0]["budgets"]["4y4"] = {"nats_per_token": 1.0, "perplexity": 2.0}
+    page = render_report(evidence)
+    assert "b/eval/perplexity.json" in page and evidence.runs[1].evaluations == {} and evidence.runs[0].evaluations

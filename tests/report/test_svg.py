@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ssa.report.efficiency import crossover
 from ssa.report.scores import Column, Figure, scores_of
-from ssa.report.svg import WIDTH, Axis, Series, colour_of, heat_map, line_chart, number, scatter, tokens
+from ssa.report.svg import WIDTH, Axis, Series, colour_of, heat_map, line_chart, number, scatter, tick_labels, tokens
 from ssa.report.training import smooth
 
 LABELS = {"title": "t", "xlabel": "x", "ylabel": "y"}
@@ -38,6 +38,14 @@ def test_an_axis_maps_its_ends_and_gives_a_single_value_room():
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text
+
+
+def test_ticks_of_a_narrow_axis_are_told_apart():
+    assert tick_labels([27.4925, 27.495, 27.5]) == ["27.4925", "27.495", "27.5"]
+    assert tick_labels([1e-13, 0.25]) == ["0", "0.25"] and tick_labels([10_000, 10_002]) == ["10k", "10.002k"]
+    svg = line_chart([Series("a", "red", [1, 2], [27.4926, 27.5107])], **LABELS)
+    shown = re.findall(r">(27\.[\d]+)</text>", svg)
+    assert len(shown) == len(set(shown)) > 2
 
 
 def test_lengths_are_written_as_people_do():

@@ -27,11 +27,11 @@ def start_ranks(jobs, world=2):
     return processes
 
 
-def run_ranks(jobs, world=2, timeout=240):
+def run_ranks(jobs, world=2):
     """Do the jobs and return each rank's result of each job, [rank][job]; a rank that crashes is an error."""
     processes = start_ranks(jobs, world)
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        outputs = [process.communicate()[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -55,14 +55,14 @@ def main(jobs):
     from ssa.config import read_recipe
     from ssa.data.prefetch import Prefetcher
     from ssa.errors import UserError
-    from ssa.model import SSAForCausalLM
     from ssa.train import checkpoint_state, layers, saver, trainer
     from ssa.train.distributed import SharedError
+    from ssa.train.loss import StepLoss
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    get, forward, write = Prefetcher.get, SSAForCausalLM.forward, saver.write_safetensors
+    get, forward, write = Prefetcher.get, StepLoss.forward, saver.write_safetensors
     for job in jobs:
         at = job.get("at_step", -1)
         now, streams = [-1], []
@@ -73,19 +73,17 @@ def main(jobs):
                 os.kill(os.getpid(), signal.SIGTERM)
             return get(self, step)
 
-        def poisoned(self, *arguments, now=now, at=at, job=job, streams=streams, **keywords):
-            output = forward(self, *arguments, **keywords)
-            streams.append(keywords.get("stream"))
-            if now[0] == at and rank == job.get("nan"):
-                output.loss = output.loss * float("nan")
-            return output
+        def poisoned(self, rows, stream, targets, now=now, at=at, job=job, streams=streams):
+            loss, shares = forward(self, rows, stream, targets)
+            streams.append(stream)
+            return loss * (float("nan") if now[0] == at and rank == job.get("nan") else 1), shares
 
         def full(*arguments, job=job):
             if rank == job.get("disk_full"):
                 raise OSError(28, "No space left on device")
             return write(*arguments)
 
-        Prefetcher.get, SSAForCausalLM.forward, saver.write_safetensors = watched, poisoned, full
+        Prefetcher.get, StepLoss.forward, saver.write_safetensors = watched, poisoned, full
         checkpoint_state.FILE_BYTES = job.get("file_bytes", 1 << 30)
         if "half_of" in job and rank == 0:
             shutil.copytree(job["half_of"], job["out"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssa.analysis.results import FORMAT, RunResults, read_results
+from ssa.analysis.results import FORMAT, RunResults, losses, read_results
 from ssa.analysis.rows import Rows, packed_rows
 from ssa.config import Budget
 from ssa.errors import UserError
@@ -19,8 +19,6 @@ from ssa.files import check_directory, write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from ssa.model import SSAForCausalLM
 
 MAX_TOKENS = 16384
 DECODE_STEPS = 64
@@ -69,7 +67,7 @@ def analyze(
     from rich.console import Console
 
     from ssa.data.tokenizer import fingerprint, load_tokenizer
-    from ssa.train.checkpoint import resolve_checkpoint
+    from ssa.train.checkpoint import open_checkpoint
 
     rank, device = Shard.from_environment().rank, Shard.local_device(device)
     console = Console(quiet=True) if rank else Console() if console is None else console
@@ -80,7 +78,7 @@ def analyze(
     if out is not None:
         check_directory(Path(out))
     budget = None if budget is None else Budget.parse(budget)
-    checkpoints = [resolve_checkpoint(run) for run in runs]
+    checkpoints = [open_checkpoint(run) for run in runs]
     tokenizers = [load_tokenizer(path) for path in checkpoints]
     for run, tokenizer in zip(runs, tokenizers, strict=True):
         if fingerprint(tokenizer) != fingerprint(tokenizers[0]):
@@ -162,7 +160,7 @@ def table_notes(results: Sequence[RunResults]) -> list[str]:
     """What a reader of the table must know, a line each."""
     measured = results[0].analysis["measured"]
     notes = [
-        f"{measured['tokens']} tokens of {measured['data']} in rows of {measured['context']}; losses and KL over all of them."
+        f"{measured['tokens']} tokens of {measured['data']} in rows of {measured['context']}; KL over all of them. {losses(results)[1]}"
     ]
     if any(run.beyond for run in results):
         notes.append(
@@ -187,7 +185,7 @@ def _measure_run(
 
     from ssa.analysis.measure import measure_model, own_rows
     from ssa.infer.load import check_budgets, load_model
-    from ssa.train.environment import versions
+    from ssa.train.environment import device_name, versions
 
     model, _ = load_model(checkpoint, device=device, dtype=dtype)
     config = model.config
@@ -208,15 +206,9 @@ def _measure_run(
         "format": FORMAT, "run": name, "method": config.method, "step": int(step[1]) if step else None, "budget": str(budget),
         "block_size": budget.block_size, "receptive_field": budget.tokens,
         "selection": f"{config.selection_scope} / {config.selection_scoring} / {config.selection_rule}",
-        "measured": rows.about, "device": _device_name(model), "dtype": str(model.dtype).removeprefix("torch."),
+        "measured": rows.about, "device": device_name(model.device), "dtype": str(model.dtype).removeprefix("torch."),
         "versions": versions(), **figures,
     }  # fmt: skip
-
-
-def _device_name(model: SSAForCausalLM) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssa.analysis.results import BudgetPerplexity, RunResults
+from ssa.analysis.results import BudgetPerplexity, RunResults, losses
 from ssa.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def kept_by_layer(results: Sequence[RunResults], axes: Axes) -> None:
 
 def gap_bars(results: Sequence[RunResults], axes: Axes) -> None:
     """Loss under sparse minus loss under full attention, nats a token, one bar a run."""
-    gaps = [run.predictions["gap_nats"] for run in results]
+    from matplotlib.ticker import MaxNLocator
+
+    gaps = [loss.gap for loss in losses(results)[0]]
     rows = range(len(results))
     axes.barh(rows, gaps, height=0.6, color=[look["color"] for look in _looks(results)])
     axes.set_yticks(rows, [_label(run.name) for run in results])
@@ -83,8 +85,9 @@ def gap_bars(results: Sequence[RunResults], axes: Axes) -> None:
     axes.grid(axis="y", visible=False)
     widest = max(map(abs, gaps)) or 1.0
     for row, gap in zip(rows, gaps, strict=True):
-        axes.annotate(f"{gap:+.3f}", (max(gap, 0), row), (4, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_xlim(min(0, min(gaps)) * 1.15, max(0, max(gaps)) + 0.3 * widest)
+        axes.annotate(f"{gap:+.4f}", (max(gap, 0), row), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_xlim(min(0, min(gaps)) * 1.15, max(0, max(gaps)) + 0.4 * widest)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))  # longer numbers than these have no room beside each other
     axes.set(xlabel="loss, sparse − full (nats / token)")
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from ssa.checked_json import parse_json, typed
 from ssa.config import Budget
 from ssa.errors import UserError
 
 FORMAT = 1
+LARGEST = 1e100
+"""Of the numbers that are drawn: sums and squares of them stay finite."""
+
+
+class _Line(TypedDict):
+    step: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class RunResults:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     perplexity: list[BudgetPerplexity] = field(default_factory=list)
     perplexity_setting: dict[str, Any] = field(default_factory=dict)
-    """text_sha256, context, stride: perplexities compare where these are equal; and the step of the checkpoint."""
+    """text_sha256, context, stride: perplexities compare where these are equal; the tokens scored, and the step of the checkpoint."""
     needles: list[NeedleGrid] = field(default_factory=list)
 
     @property
@@ -86,8 +92,41 @@ class RunResults:
         checks = [layer["theorem_1"] for layer in layers if "theorem_1" in layer]
         return sum(x["violations"] for x in checks), sum(x["checked"] for x in checks)
 
-    def perplexity_at(self, budget: str) -> float | None:
-        return next((p.perplexity for p in self.perplexity if p.budget == budget), None)
+
+@dataclass(frozen=True)
+class Losses:
+    """Of a run at its analysed budget, nats a token."""
+
+    full: float
+    sparse: float
+
+    @property
+    def gap(self) -> float:
+        return self.sparse - self.full
+
+
+def losses(results: Sequence[RunResults]) -> tuple[list[Losses], str]:
+    """The losses that stand for the runs wherever they are shown, all from one measurement; and a sentence that says which.
+
+    `ssa eval`'s, where every run has them for its analysed checkpoint and budget on the same windows of the same text; else the analysis's.
+    """
+    known = [{p.budget: p.nats for p in run.perplexity} for run in results]
+    asked = [(str(run.analysis["budget"]), run.analysis.get("step")) for run in results]
+    settings = [run.perplexity_setting for run in results]
+    if (
+        all({"full", budget} <= nats.keys() for nats, (budget, _) in zip(known, asked, strict=True))
+        and all(setting["step"] == step for setting, (_, step) in zip(settings, asked, strict=True))
+        and len({tuple(setting[name] for name in SAME_TEXT) for setting in settings}) == 1
+    ):
+        found = [Losses(nats["full"], nats[budget]) for nats, (budget, _) in zip(known, asked, strict=True)]
+        return found, f"Losses are ssa eval's: {settings[0]['tokens']} tokens in windows of {settings[0]['context']}."
+    return [
+        Losses(run.predictions["cross_entropy_full"], run.predictions["cross_entropy_sparse"]) for run in results
+    ], "Losses are over all analysed tokens."
+
+
+SAME_TEXT = ("text_sha256", "context", "stride")
+"""Settings of an evaluation that must be equal for its figures to compare with another's."""
 
 
 def read_results(run: Path | str, analysis: dict[str, Any], name: str | None = None) -> RunResults:
@@ -114,27 +153,34 @@ def printable(name: str) -> str:
     return name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that have a step; a run that is being written may end in half a line."""
+def read_metrics(path: Path, faults: list[str] | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that have a step; a run that is being written may end in half a line.
+
+    Any other line that is none of ours is left out, and why is added to `faults`.
+    """
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    texts = path.read_bytes().split(b"\n")
+    for number, text in enumerate(texts, start=1):
         try:
-            entry = json.loads(line)
-        except ValueError:
+            entry = parse_json(text, f"line {number}", largest=None)
+            typed(entry, _Line, f"line {number}:")
+        except UserError as error:
+            if number < len(texts) and text.strip() and faults is not None:
+                faults.append(str(error))
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+        if abs(entry["step"]) < 2**53:
             lines.append(entry)
     return lines
 
 
 def curve(metrics: Iterable[dict[str, Any]], *names: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of the lines with all of `names` finite; the values of several names are summed."""
+    """(steps, values) of the lines with all of `names` finite and less than `LARGEST`; the values of several names are summed."""
     steps, values = [], []
     for line in metrics:
         parts = [line.get(name) for name in names]
-        if all(isinstance(x, int | float) and math.isfinite(x) for x in parts):
+        if all(isinstance(x, int | float) and abs(x) <= LARGEST for x in parts):
             steps.append(line["step"])
             values.append(float(sum(parts)))  # type: ignore[arg-type]
     return steps, values
@@ -160,8 +206,11 @@ def perplexities(entry: dict[str, Any]) -> list[BudgetPerplexity]:
 
 
 def perplexity_setting(entry: dict[str, Any]) -> dict[str, Any]:
-    """What decides whether its figures compare with another's: text_sha256, context, stride; and the checkpoint's step."""
-    return {key: entry["setting"].get(key) for key in ("text_sha256", "context", "stride")} | {"step": entry["model"].get("step")}
+    """What decides whether its figures compare with another's (`SAME_TEXT`); the tokens scored, and the checkpoint's step."""
+    return {key: entry["setting"].get(key) for key in SAME_TEXT} | {
+        "tokens": entry.get("tokens"),
+        "step": entry["model"].get("step"),
+    }
 
 
 def budget_tokens(name: str) -> float:

@@ -5,13 +5,15 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, N bl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssa.config import AttentionMode, Budget
+from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, decode_attention, dense_attention, gated_sum, select_blocks
 from ssa.ops.implementations import resolve
 
@@ -72,7 +74,8 @@ class MethodOutput(NamedTuple):
 
 
 class AttentionMethod:
-    """A method without weights of its own: projections, RoPE, cache and the gate's projection belong to the model."""
+    """A method has no weights of its own unless it is a `torch.nn.Module`, too: projections, RoPE, cache and the gate's projection belong to
+    the model."""
 
     num_gates: ClassVar[int] = 1
     training_mode: ClassVar[AttentionMode]
@@ -84,6 +87,19 @@ class AttentionMethod:
     ) -> None:  # fmt: skip
         self.scope, self.scoring, self.rule, self.window_size = scope, scoring, rule, window_size
         self.alignment_loss, self.align_gated = alignment_loss, align_gated
+
+    def check_registered(self) -> None:
+        """Raises `UserError` for a tensor or module of the method that is no registered part of a model."""
+        known = set()
+        if isinstance(self, nn.Module):
+            known = {id(x) for x in (*self.parameters(), *self.buffers(), *self.modules())}
+        for name, value in vars(self).items():
+            for x in _tensors_and_modules(value, {id(self)}):
+                if id(x) not in known:
+                    raise UserError(
+                        f"the method {type(self).__name__} holds a {type(x).__name__} in {name!r} that would be neither trained nor saved: "
+                        "derive the method from torch.nn.Module, too, and make it a parameter, buffer or submodule"
+                    )
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, call: AttentionCall, means: BlockMeans | None = None
@@ -99,7 +115,9 @@ class AttentionMethod:
         """The stream `mode`: (out [B, T, H, D], block_indices or None)."""
         if mode == "full":
             return dense_attention(q, k, v, positions=call.positions_BT, cu_seqlens=call.cu_seqlens), None
-        if means is not None and means.room is not None and resolve(call.impl, q) == "triton":
+        # the fused operation chooses by itself, as `select` below does; a method with a selection of its own needs that
+        fused = type(self).select is AttentionMethod.select and "select" not in vars(self)
+        if fused and means is not None and means.room is not None and resolve(call.impl, q) == "triton":
             room = means.room
             out, _, block_indices = decode_attention(
                 q, room.k_BSKD, room.v_BSKD, room.means.keys, room.lengths_B, starts=room.starts_B,
@@ -121,3 +139,14 @@ class AttentionMethod:
             block_keys=None if means is None else means.keys, impl=call.impl,
         )  # fmt: skip
         return block_indices
+
+
+def _tensors_and_modules(value: Any, seen: set[int]) -> Iterator[Tensor | nn.Module]:
+    """Those in `value`, its items and its attributes, but for what is in objects of `seen` ids."""
+    if isinstance(value, (Tensor, nn.Module)):
+        yield value
+    elif id(value) not in seen and not isinstance(value, (type, types.FunctionType, types.ModuleType)):
+        seen.add(id(value))
+        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple, set)) else ()
+        for x in (*items, *getattr(value, "__dict__", {}).values()):
+            yield from _tensors_and_modules(x, seen)

@@ -18,7 +18,8 @@ def bench_kernels(
     """Time selection and block-sparse attention beside dense attention and fla-core, once the results are right (CUDA).
 
     Args:
-        shapes: Comma-separated QUERY_HEADS/KV_HEADS/HEAD_SIZE:BLOCKSxSIZE; 16x16 alone stands for 32/2/64:16x16.
+        shapes: Comma-separated QUERY_HEADS/KV_HEADS/HEAD_SIZE:BLOCKSxSIZE; 16x16 alone stands for 32/2/64:16x16. @head at the end: every
+            query head chooses for itself.
         tokens: Comma-separated lengths; 8k,32k,128k if left out.
         peers: Comma-separated: cudnn, flash, efficient, flex, fla; auto = all that are installed.
         quick: cuDNN and fla alone, up to 32k, few repeats.

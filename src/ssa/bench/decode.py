@@ -62,6 +62,9 @@ def plan(shapes: str, tokens: str, batches: str, queries: int, flex: bool) -> Pl
     if queries < 1:
         raise UserError(f"--queries {queries} must be at least 1")
     parsed = tuple(Shape.parse(part) for part in parse_list(shapes, "--shapes"))
+    for shape in parsed:
+        if shape.scope == "head":
+            raise UserError(f"shape {str(shape)!r}: decoding is measured with heads that choose together; leave out @head")
     return Plan(parsed, tuple(parse_tokens(tokens)), tuple(rows), queries, flex)
 
 

@@ -53,8 +53,8 @@ def check(shape: Shape, tokens: int, device: str, impl: str, oracle: Any = None)
         GateError: a result is wrong, or two backward passes differ in a bit.
     """
     q, k, v = draw(shape, tokens, device, torch.bfloat16)
-    block, selected = shape.budget.block_size, shape.budget.num_selected_blocks
-    index, score = select_blocks(q, k, block_size=block, num_selected_blocks=selected, impl=impl)
+    block = shape.budget.block_size
+    index, score = select_blocks(q, k, **shape.selection, impl=impl)
     out, lse = block_sparse_attention(q, k, v, index, block_size=block, impl=impl)
     windows = _windows(tokens)
     weight = torch.zeros_like(q)
@@ -70,9 +70,7 @@ def check(shape: Shape, tokens: int, device: str, impl: str, oracle: Any = None)
     for a, b in windows:
         exact = [x.detach()[:, cut].double().requires_grad_() for x, cut in ((q, slice(a, b)), (k, slice(b)), (v, slice(b)))]
         means = block_means(k.detach()[:, :b], block).double()
-        wanted, wanted_score = select_blocks(
-            exact[0], exact[1], block_size=block, num_selected_blocks=selected, block_keys=means, impl="reference"
-        )
+        wanted, wanted_score = select_blocks(exact[0], exact[1], **shape.selection, block_keys=means, impl="reference")
         rows_equal, score_error = _selection_errors(index[:, :, a:b], score[:, :, a:b], wanted, wanted_score)
         gold, gold_lse = block_sparse_attention(
             exact[0], exact[1], exact[2], index[:, :, a:b].contiguous(), block_size=block, impl="reference"
@@ -87,7 +85,7 @@ def check(shape: Shape, tokens: int, device: str, impl: str, oracle: Any = None)
         errors["rows_equal"] = min(errors["rows_equal"], rows_equal)
         errors |= {name: max(errors.get(name, 0.0), value, key=_badness) for name, value in found.items()}
     errors |= {"dk": rms_ratio(grads[1], gold_k), "dv": rms_ratio(grads[2], gold_v)}
-    if oracle is not None and tokens <= WHOLE:
+    if oracle is not None and shape.scope == "group" and tokens <= WHOLE:
         other = oracle(q.detach(), k.detach(), v.detach(), index.transpose(1, 2).long(), block_size=block)
         errors["out_naive_nsa"] = rms_ratio(out, other)
     return _passed(errors, f"{shape} at {tokens} tokens")
@@ -104,8 +102,7 @@ def check_layer(shape: Shape, device: str, impl: str) -> dict[str, float]:
     inputs = (*draw(shape, tokens, device, torch.bfloat16), draw_gates(shape, tokens, device))
     weight = torch.randn(inputs[0].shape, generator=torch.Generator(device).manual_seed(1), device=device).bfloat16()
     # selection is the other gate's business: were it made anew in fp64, block means of another rounding would flip near-ties
-    block, selected = shape.budget.block_size, shape.budget.num_selected_blocks
-    index, _ = select_blocks(*inputs[:2], block_size=block, num_selected_blocks=selected, impl=impl)
+    index, _ = select_blocks(*inputs[:2], **shape.selection | {"scope": "group"}, impl=impl)
     errors: dict[str, float] = {}
     modes: tuple[AttentionMode, ...] = ("full", "sparse")
     for mode in modes:

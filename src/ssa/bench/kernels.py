@@ -159,10 +159,10 @@ def dense_times(shape: Shape, tokens: int, plan: Plan) -> dict[str, Any]:
 def sparse_times(shape: Shape, tokens: int, plan: Plan, profiled: bool) -> dict[str, Any]:
     """{"ours", "fla"}: ours in parts, and attention alone by both; "profile" where asked for."""
     q, k, v = draw(shape, tokens, plan.device, torch.bfloat16)
-    block, selected = shape.budget.block_size, shape.budget.num_selected_blocks
+    block = shape.budget.block_size
 
     def select() -> Tensor:
-        return select_blocks(q, k, block_size=block, num_selected_blocks=selected, impl=plan.impl)[0]
+        return select_blocks(q, k, **shape.selection, impl=plan.impl)[0]
 
     def forward() -> Tensor:
         return block_sparse_attention(q, k, v, select(), block_size=block, impl=plan.impl)[0]

@@ -76,6 +76,8 @@ def _flex_forward(q: Tensor, k: Tensor, v: Tensor) -> Forward:
 
 def fla_refuses(shape: Shape) -> str | None:
     """Why fla-core has no kernel for a shape; None where it has one."""
+    if shape.scope == "head":
+        return "fla-core's query heads of a kv head choose together"
     group = shape.heads // shape.kv_heads
     if group < 16 or group & (group - 1):
         return f"fla-core needs a power of two of at least 16 query heads a kv head, not {group}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ssa.checked_json import read_json
 from ssa.errors import UserError
 from ssa.files import check_directory
 
@@ -61,7 +61,7 @@ def plot_kernels(results: Path, out: Path) -> Path:
 def _curves(results: Path) -> tuple[dict[str, dict[str, dict[int, dict[str, float]]]], str]:
     """{heads: {curve: {tokens: {"forward", "both"}}}} of launched times, and the picture's title."""
     try:
-        data = json.loads(results.read_text(encoding="utf-8"))
+        data = read_json(results)
         curves: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
         for row in data["rows"]:
             heads, _, budget = row["shape"].partition(":")
@@ -70,8 +70,8 @@ def _curves(results: Path) -> tuple[dict[str, dict[str, dict[int, dict[str, floa
                 if "forward" in times:
                     found.setdefault(name, {})[row["tokens"]] = {key: times[key]["launches"] for key in ("forward", "both")}
         title = _title(data)
-    except OSError as error:
-        raise UserError(f"{results} cannot be read: {error.strerror or error}") from None
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{results} is not the JSON of `ssa bench kernels`: {type(error).__name__}: {error}") from None
     if not curves:

@@ -1,10 +1,10 @@
-"""The shapes of attention that are measured: heads and a budget, written "32/2/64:16x16"."""
+"""The shapes of attention that are measured: heads, a budget and who chooses, written "32/2/64:16x16" or "32/2/64:16x16@head"."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssa.config import Budget
 from ssa.errors import UserError
@@ -17,27 +17,31 @@ PAPER_HEADS = "32/2/64"
 
 @dataclass(frozen=True)
 class Shape:
-    """Query heads, kv heads, head size and what a query may read."""
+    """Query heads, kv heads, head size, what a query may read, and whether every query head chooses it or those of a kv head together."""
 
     heads: int
     kv_heads: int
     head_dim: int
     budget: Budget
+    scope: str = "group"
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """ "32/8/128:16x64", or "16x16" alone for the paper's heads, 32/2/64.
+        """ "32/8/128:16x64", "16x16" alone for the paper's heads, 32/2/64; with "@head" every query head chooses.
 
         Raises:
             UserError: anything else, or query heads that are no multiple of the kv heads.
         """
-        heads, colon, budget = text.strip().rpartition(":")
+        whole, _, scope = text.strip().partition("@")
+        heads, colon, budget = whole.rpartition(":")
         found = re.fullmatch(r"(\d+)/(\d+)/(\d+)", heads if colon else PAPER_HEADS)
         if not found:
             raise UserError(
                 f"shape {text!r} is not HEADS/KV_HEADS/SIZE:BLOCKSxSIZE; write e.g. 32/8/128:16x64, or 16x16 for 32/2/64"
             )
-        shape = cls(int(found[1]), int(found[2]), int(found[3]), Budget.parse(budget))
+        if "@" in text and scope not in ("head", "group"):
+            raise UserError(f"shape {text!r}: who chooses is {scope!r}; write @head, @group or nothing, which is @group")
+        shape = cls(int(found[1]), int(found[2]), int(found[3]), Budget.parse(budget), scope or "group")
         if not shape.kv_heads or not shape.head_dim or shape.heads % shape.kv_heads or not shape.heads:
             raise UserError(f"shape {text!r}: the query heads must be a multiple of the kv heads, and none of the three 0")
         return shape
@@ -47,8 +51,14 @@ class Shape:
         """What dense attention sees of it."""
         return self.heads, self.kv_heads, self.head_dim
 
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What `select_blocks` needs to know of it."""
+        return {"block_size": self.budget.block_size, "num_selected_blocks": self.budget.num_selected_blocks, "scope": self.scope}
+
     def __str__(self) -> str:
-        return f"{self.heads}/{self.kv_heads}/{self.head_dim}:{self.budget}"
+        chooser = "@head" if self.scope == "head" else ""
+        return f"{self.heads}/{self.kv_heads}/{self.head_dim}:{self.budget}{chooser}"
 
 
 def parse_list(text: str, flag: str) -> list[str]:

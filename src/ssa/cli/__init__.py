@@ -20,7 +20,8 @@ from ssa.cli.call import Verb, call_verb
 from ssa.cli.measuring import analyze, evaluate, report
 from ssa.cli.models import convert, doctor, generate
 from ssa.cli.training import demo, prepare, train
-from ssa.errors import UserError
+from ssa.errors import UserError, described
+from ssa.terminal import named_output, open_standard_streams, tell
 
 VERBS: dict[str, Verb] = {
     "demo": demo,
@@ -40,23 +41,29 @@ VERBS: dict[str, Verb] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 fine, 2 bad input, 130 interrupted, else what the verb says."""
+    """Run the command line; returns the exit status: 0 fine, 2 bad input, 130 interrupted, else what the verb says.
+
+    Files that cannot be read or written and memory that is not there are told in a line like bad input. Any other exception is a bug and is
+    raised; with SSA_DEBUG set in the environment, all of them are.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     # Read when torch loads its OpenMP: threads that wait by spinning slow down tenfold as soon as another program wants their core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    open_standard_streams()
     try:
-        status = _dispatch(arguments)
-        sys.stdout.flush()
-        return status
-    except UserError as error:
-        print(f"ssa: error: {error}", file=sys.stderr)
-        return 2
+        with named_output():
+            return _dispatch(arguments)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:
-        # The reader (head, less) is gone; pointing stdout elsewhere keeps the interpreter's own flush at exit quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (head, less) is gone
         return 128 + signal.SIGPIPE
+    except Exception as error:
+        told = str(error) if isinstance(error, UserError) else described(error)
+        if told is None or os.environ.get("SSA_DEBUG"):
+            raise
+        hint = "" if isinstance(error, UserError) else " (SSA_DEBUG=1 shows where)"
+        tell(f"ssa: error: {told}{hint}")
+        return 2
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -86,5 +93,5 @@ def _overview(names: Iterable[str] = ()) -> str:
     lines = [f"  {name:<{width}}  {inspect.getdoc(function).splitlines()[0]}" for name, function in verbs.items()]  # type: ignore[union-attr]
     return "\n".join(
         ["usage: ssa VERB ...", "", "Language models with natively trainable sparse attention.", "", *lines, "",
-         "`ssa VERB --help` explains a verb; `ssa --version` prints the version."]
+         "`ssa VERB --help` explains a verb; `ssa --version` prints the version. SSA_DEBUG=1 shows where an error came from."]
     )  # fmt: skip

@@ -40,10 +40,22 @@ def call_verb(verb: str, function: Verb, words: list[str]) -> int:
             with contextlib.suppress(SystemExit):
                 load_recipe(words[0], ["--help"])
         return 0
+    _check_given(parameters, call)
     try:
         return call() or 0
     except UserError as error:
         raise UserError(_with_flags(str(error), function)) from error
+
+
+def _check_given(parameters: list[inspect.Parameter], call: functools.partial[int | None]) -> None:
+    """Refuse '' for what has to be given: `ssa prepare "$TEXTS"` with no such variable would mean the current directory."""
+    given = dict(zip((p.name for p in parameters), call.args, strict=False)) | call.keywords
+    for parameter in parameters:
+        value = given.get(parameter.name)
+        if parameter.default is parameter.empty and "" in (value if isinstance(value, tuple) else (value,)):
+            flag = parameter.name.replace("_", "-")
+            name = flag.upper() if parameter.kind is parameter.POSITIONAL_ONLY else f"--{flag}"
+            raise UserError(f"{name} is '' (a shell variable that is not set?)")
 
 
 def _with_flags(message: str, function: Verb) -> str:
@@ -128,13 +140,13 @@ def _flags(parameters: list[inspect.Parameter]) -> dict[str, bool]:
 
 def _deferred(
     function: Verb, parameters: list[inspect.Parameter], bound: dict[str, Any]
-) -> Callable[..., Callable[[], int | None]]:
+) -> Callable[..., functools.partial[int | None]]:
     """`function` for tyro: with `parameters` only, and returning the call to make instead of making it.
 
     Parsing errors are caught around tyro; what the verb itself prints and raises must not be.
     """
 
-    def defer(*args: Any, **keywords: Any) -> Callable[[], int | None]:
+    def defer(*args: Any, **keywords: Any) -> functools.partial[int | None]:
         return functools.partial(function, *args, **keywords, **bound)
 
     defer.__name__, defer.__doc__ = function.__name__, function.__doc__

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from ssa.cli.metavars import BUDGET, BUDGETS, DATA, DEVICE, DIRECTORY, DTYPE, FILE, NAME, NAMES, NUMBERS, PATH, RUN, SHOTS
 from ssa.config import Budget, parse_budgets
 from ssa.errors import UserError
+from ssa.terminal import console, say, tell
 
 
 def evaluate(
@@ -79,8 +79,6 @@ def evaluate(
 
     names = parse_tasks(tasks, data_dir or None) if tasks else []
     num_fewshot = parse_shots(shots) if shots else None
-    from rich.console import Console
-
     from ssa.eval.evaluate import evaluate as measure
 
     measure(
@@ -90,7 +88,7 @@ def evaluate(
         lengths=_numbers(lengths, int, "--lengths"), max_length=max_length or None, batch_tokens=batch_tokens or None, beside=beside,
         haystack=haystack or None, rope_factor=rope_factor or None,
         needle_lengths=needle_at,
-        needle_depths=depths, needle_cases=needle_cases, seed=seed, device=device, dtype=dtype, out=out or None, console=Console(),
+        needle_depths=depths, needle_cases=needle_cases, seed=seed, device=device, dtype=dtype, out=out or None, console=console(),
     )  # fmt: skip
 
 
@@ -131,14 +129,12 @@ def analyze(
         Budget.parse(budget)
     if not runs:
         raise UserError("no run named; ssa analyze RUN [RUN ...]")
-    from rich.console import Console
-
     from ssa.analysis.analyze import analyze as measure
 
     measure(
         list(runs), data=data or None, split=split, budget=budget or None, context=context or None, max_tokens=max_tokens or None,
         whole_documents=whole_documents, decode_steps=decode_steps, seed=seed, device=device, dtype=dtype, out=out or None, html=html,
-        console=Console(),
+        console=console(),
     )  # fmt: skip
 
 
@@ -161,8 +157,8 @@ def report(paths: tuple[PATH, ...], /, out: FILE = "report.html") -> None:
 
     evidence = write_report(paths, out)
     for file, why in evidence.problems:
-        print(f"not shown: {file}: {why}", file=sys.stderr)
-    print(f"report: {out} ({len(evidence.runs)} runs, {len(evidence.benchmarks)} benchmark files)")
+        tell(f"not shown: {file}: {why}")
+    say(f"report: {out} ({len(evidence.runs)} runs, {len(evidence.benchmarks)} benchmark files)")
 
 
 def _numbers(text: str, kind: type, flag: str) -> tuple[Any, ...]:

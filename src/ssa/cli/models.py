@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from typing import Any, Literal
 
-from ssa.cli.metavars import BUDGET, DEVICE, DTYPE, FILE, OUT, RUN, SOURCE, TEXT
+from ssa.cli.metavars import BUDGET, DEVICE, DTYPE, FILE, OPTIONAL_RUN, OUT, RUN, SOURCE, TEXT
 from ssa.config import Budget
+from ssa.terminal import Visible, say
 
 
 def generate(
@@ -51,10 +52,12 @@ def generate(
     from ssa.infer.engine import generate as complete
     from ssa.infer.engine import read_prompts
 
+    # On a terminal what a model writes must not move the cursor; into a pipe or a file it goes as it is.
+    out: Any = Visible(sys.stdout) if sys.stdout.isatty() else sys.stdout
     texts = read_prompts(list(prompt), prompt_file or None, None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
     complete(
         run, texts, mode=mode or None, budget=budget or None, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed, stop=stop, batch_size=batch_size, stream=stream, device=device, dtype=dtype, out=sys.stdout,
+        top_p=top_p, seed=seed, stop=stop, batch_size=batch_size, stream=stream, device=device, dtype=dtype, out=out,
         err=sys.stderr,
     )  # fmt: skip
 
@@ -92,11 +95,19 @@ def convert(
         source, out, to=to, method=method or None, block_size=block_size or None, num_selected_blocks=num_selected_blocks or None,
         selection_rule=selection_rule or None, gate=gate, dtype=dtype or None, overwrite=overwrite,
     )  # fmt: skip
-    print(report)
+    say(report)
 
 
-def doctor() -> int:
-    """Say what is installed, which devices and implementations will be used, and try a tiny model."""
+def doctor(run: OPTIONAL_RUN = None, /) -> int:
+    """Say what is installed, which devices and implementations will be used, and try a tiny model; or look over a run.
+
+    Args:
+        run: A run, a checkpoint or a model directory: its hashes, configuration, tokenizer and data are checked, and nothing else.
+    """
+    if run is not None:
+        from ssa.examine_run import examine_run
+
+        return examine_run(run)
     from ssa.doctor import examine
 
     return examine()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 from ssa.cli.metavars import DIRECTORY, INPUT, NAME, RECIPE, TOKENIZER
-from ssa.config import Recipe, load_recipe
+from ssa.config import Recipe, check_seed, load_recipe
+from ssa.data.lines import MAX_LINE_BYTES
 from ssa.errors import UserError
+from ssa.terminal import lasting_output, say, warn
 
 PATIENCE = 5.0
 """Seconds that a rank stays when rank 0 has an error to tell: torchrun stops all ranks as soon as one has ended, and the message would be
@@ -25,6 +26,7 @@ def prepare(
     train_bpe: int = 0,
     valid_fraction: float = 0.01,
     document_bytes: int = 256 << 10,
+    max_line_bytes: int = MAX_LINE_BYTES,
     text_field: NAME = "text",
     split: NAME = "",
     workers: int = 0,
@@ -39,6 +41,7 @@ def prepare(
         train_bpe: Train a byte-level BPE of this many tokens on the text instead (0 = do not).
         valid_fraction: Share of the documents set apart for validation.
         document_bytes: Text files of more bytes are cut into documents at line ends.
+        max_line_bytes: A longer line of .jsonl, or row of .parquet, is an error; encoding one takes up to 300 times its size in memory.
         text_field: Field or column of .jsonl and .parquet that holds the text.
         split: Put everything into this one split, beside those that the directory has; e.g. valid.
         workers: Processes; 0 = one a CPU core.
@@ -48,21 +51,24 @@ def prepare(
 
     summary = prepare_data(
         list(inputs), out, tokenizer=tokenizer or None, train_bpe=train_bpe, valid_fraction=valid_fraction,
-        document_bytes=document_bytes, text_field=text_field, split=split or None, workers=workers, overwrite=overwrite,
+        document_bytes=document_bytes, max_line_bytes=max_line_bytes, text_field=text_field, split=split or None, workers=workers, overwrite=overwrite,
     )  # fmt: skip
-    print(summary)
+    say(summary)
 
 
+@lasting_output()
 def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrite: bool = False, *, overrides: list[str]) -> int:
     """Train a model; on several devices with torchrun --nproc-per-node N -m ssa train CONFIG.
 
     Args:
         config: A recipe file, or a preset: tiny, 33m, 60m, 300m, 1b, servable-1b.
         out: Run directory; runs/CONFIG-METHOD if left out.
-        resume: Go on from the run's newest checkpoint.
+        resume: Go on from the run's newest checkpoint; the run directory may stand in CONFIG's place.
         overwrite: Delete the run that is there and start again.
     """
     rank = int(os.environ.get("RANK", 0))  # torchrun's
+    if resume and not out and os.path.isfile(os.path.join(config, "recipe.json")):
+        config, out = os.path.join(config, "recipe.json"), config
     try:
         recipe = load_recipe(config, overrides)
     except UserError:
@@ -70,8 +76,8 @@ def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrit
             return _after_the_first_rank()
         raise
     _check_started(overrides, recipe)
-    if rank == 0 and (warning := _covered(recipe)):
-        print(f"ssa: warning: {warning}", file=sys.stderr)
+    if warning := _covered(recipe):
+        warn(warning)
     from ssa.train.distributed import SharedError
     from ssa.train.trainer import train as train_model
 
@@ -84,7 +90,7 @@ def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrit
         raise
     if result.validation is not None and rank == 0:
         losses = ", ".join(f"{mode} {loss:.4f}" for mode, loss in result.validation.items())
-        print(f"done: step {result.step}, validation loss {losses} nats a token; model in {result.checkpoint}")
+        say(f"done: step {result.step}, validation loss {losses} nats a token; model in {result.checkpoint}")
     return 128 + signal.SIGINT if result.stopped_by == "SIGINT" else 0
 
 
@@ -94,6 +100,7 @@ def _after_the_first_rank() -> int:
     return 2
 
 
+@lasting_output()
 def demo(out: DIRECTORY = "runs/demo", steps: int = 0, seed: int = 1, overwrite: bool = False) -> None:
     """Train full, moba and ssa models on this machine, compare them, and write a report.
 
@@ -103,6 +110,7 @@ def demo(out: DIRECTORY = "runs/demo", steps: int = 0, seed: int = 1, overwrite:
         seed: Seed of weights and data order.
         overwrite: Start again.
     """
+    check_seed(seed, "seed")
     from ssa.demo import run_demo
 
     run_demo(Path(out), steps=steps or None, seed=seed, overwrite=overwrite)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ssa.data.sources import Block
+from ssa.data.sources import Block, block_texts
 from ssa.data.tokenizer import DocumentEncoder
 from ssa.errors import UserError
 
@@ -48,8 +47,8 @@ class EncodedBlock:
     read_bytes: int
     tokens: dict[str, np.ndarray] = field(default_factory=dict)
     docs: dict[str, np.ndarray] = field(default_factory=dict)
-    lowest_hash: int = _HASH_RANGE
-    highest_hash: int = -1
+    hashes: dict[str, np.ndarray] = field(default_factory=dict)
+    """uint64 [n], per split: each document's `document_hash`."""
     skipped: int = 0
 
 
@@ -72,31 +71,6 @@ def count_words(text: str, encoded: bytes) -> int:
     return int(np.count_nonzero(space[:-1] & ~space[1:])) + int(not space[0])
 
 
-def block_texts(block: Block, text_field: str) -> Iterator[str]:
-    """The texts of a block. Raises `UserError` naming file and line for a line that is no JSON object with the text field."""
-    if block.texts is not None:
-        yield from block.texts
-        return
-    for number, line in enumerate(block.lines.split(b"\n"), start=block.first_line):
-        if not line.strip():
-            continue
-        place = f"{block.name}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{place} is not JSON: {error}") from None
-        except RecursionError:
-            raise UserError(f"{place} is not readable JSON: nested too deeply") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{place} is not a JSON object: each line must be one with the text in a field")
-        if text_field not in record:
-            raise UserError(f'{place} has no field "{text_field}" (it has {", ".join(list(record)[:8])}): name it as text_field')
-        text = record[text_field]
-        if not isinstance(text, str | None):
-            raise UserError(f'{place}: field "{text_field}" holds {type(text).__name__}, not text')
-        yield text or ""
-
-
 class BlockEncoder:
     """Encodes one block at a time; one a process."""
 
@@ -108,7 +82,8 @@ class BlockEncoder:
         result = EncodedBlock((block.source, block.number), block.read_bytes)
         texts: dict[str, list[str]] = {split: [] for split in self._spec.splits}
         counts: dict[str, list[tuple[int, int]]] = {split: [] for split in self._spec.splits}
-        for text in block_texts(block, self._spec.text_field):
+        hashes: dict[str, list[int]] = {split: [] for split in self._spec.splits}
+        for text, _ in block_texts(block, self._spec.text_field):
             if not text or text.isspace():
                 result.skipped += 1
                 continue
@@ -118,8 +93,7 @@ class BlockEncoder:
             split = self._spec.splits[-1 if value < self._spec.valid_below else 0]
             texts[split].append(text)
             counts[split].append((len(encoded), count_words(text, encoded)))
-            result.lowest_hash = min(result.lowest_hash, value)
-            result.highest_hash = max(result.highest_hash, value)
+            hashes[split].append(value)
         for split, chosen in texts.items():
             if chosen:
                 documents = self._encoder.encode(chosen)
@@ -127,6 +101,7 @@ class BlockEncoder:
                 docs[:, 0] = np.cumsum([len(document) for document in documents])
                 docs[:, 1:] = counts[split]
                 result.tokens[split], result.docs[split] = np.concatenate(documents), docs
+                result.hashes[split] = np.array(hashes[split], np.uint64)
         return result
 
 

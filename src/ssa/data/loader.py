@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ssa.data.mixture import Interleave, Mixture, generator
+from ssa.data.mixture import Interleave, Mixture, Recent, generator
 from ssa.data.shards import TokenShards
 from ssa.errors import UserError
 
@@ -20,8 +19,8 @@ class PackedLoader:
 
     The global batch of a step is ``world_size * batch_size`` rows and depends on that product alone; rank r takes the r-th part. All
     ranks together read every row once an epoch (of a mixture, every row of a source before any of its rows again), a step may finish one
-    epoch and begin the next, and fewer than ``context`` tokens at the split's end are never read. Raises `UserError` where a split
-    is shorter than one row.
+    epoch and begin the next, and fewer than ``context`` tokens at the split's end are never read. It can be pickled, for workers of a
+    DataLoader. Raises `UserError` where a split is shorter than one row.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class PackedLoader:
         self._first_row = np.cumsum([0, *(source.num_tokens // context for source in self._sources)])
         self._interleave = Interleave(shards.weights, seed) if isinstance(shards, Mixture) else None
         # A step touches two epochs of a source at most.
-        self._permutation = lru_cache(maxsize=2 * len(self._sources) + 2)(_permutation)
+        self._permutation = Recent(_permutation, 2 * len(self._sources) + 2)
 
     @property
     def num_rows(self) -> int:

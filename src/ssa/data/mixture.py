@@ -7,11 +7,11 @@ drawn from the seed and the stretch's number; the n-th slot of a source reads th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -91,6 +91,20 @@ def open_mixture(mixture: Mapping[str, float], path: str | Path) -> Mixture:
     return result
 
 
+class Recent:
+    """A function that remembers its last `count` results; pickled, it forgets them."""
+
+    def __init__(self, function: Callable[..., Any], count: int) -> None:
+        self._function, self._count = function, count
+        self._remembering = lru_cache(maxsize=count)(function)
+
+    def __call__(self, *arguments: Hashable) -> Any:
+        return self._remembering(*arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recent, (self._function, self._count)
+
+
 class Interleave:
     """Which source a slot reads, and how many slots before it read the same one."""
 
@@ -99,7 +113,7 @@ class Interleave:
         self._shares = [weight / sum(exact) for weight in exact]
         self._largest = self._shares.index(max(self._shares))
         self._seed = seed
-        self._block = lru_cache(maxsize=4)(self._drawn)
+        self._block = Recent(self._drawn, 4)
 
     def places(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, slots of that source before this one), int64 [n] each, of slots int64 [n]."""

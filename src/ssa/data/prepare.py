@@ -7,11 +7,11 @@ cuts the shards back to that place and goes on. `index.json` comes last and make
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import os
 import re
-import shutil
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,14 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssa.data.encode import EncoderSpec, encode_blocks, valid_threshold
-from ssa.data.progress import Progress, begin, digest, remove, save, write_json
+from ssa.data.lines import MAX_LINE_BYTES
+from ssa.data.progress import Progress, begin, digest, remove, remove_tree, save, write_json
 from ssa.data.shard_writer import ShardWriter
-from ssa.data.shards import FORMAT, INDEX, PROGRESS, TOKENIZER, VERSION, ShardInfo, read_index
-from ssa.data.sources import Source, expand_inputs, read_blocks, read_texts
+from ssa.data.shards import FORMAT, INDEX, PROGRESS, TOKENIZER, VERSION, ShardInfo, TokenizerRecord, read_index
+from ssa.data.sources import BLOCK_BYTES, Reading, Source, expand_inputs, read_blocks, read_texts
+from ssa.data.split_checks import LowestHashes, findings
 from ssa.data.summary import PrepareSummary, summarize
 from ssa.data.tokenizer import fingerprint, load_tokenizer, token_dtype, train_bpe, vocabulary_size
-from ssa.errors import UserError
+from ssa.errors import UserError, one_line
 from ssa.files import sole_writer
+from ssa.terminal import console, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,6 +53,7 @@ def prepare(
     text_field: str = "text",
     shard_tokens: int = 1 << 28,
     document_bytes: int = 256 << 10,
+    max_line_bytes: int = MAX_LINE_BYTES,
     workers: int = 0,
     overwrite: bool = False,
     show_progress: bool = True,
@@ -58,7 +62,8 @@ def prepare(
 
     ``inputs``: files, directories or globs of .txt .md .jsonl (.gz .xz .zst) .parquet, ``builtin:python`` (see `ssa.data.corpus`), or
     ``hf:NAME[:CONFIG][:SPLIT]``. A text file is one document, cut at line ends into documents of equal size where it has more than
-    ``document_bytes``; a JSON line or a Parquet row is one document, its text in ``text_field``. Empty documents are left out.
+    ``document_bytes``; a JSON line or a Parquet row is one document, its text in ``text_field``, and an error where it is longer than
+    ``max_line_bytes``. Empty documents are left out.
 
     ``tokenizer``: see `load_tokenizer`, bytes by default; or ``train_bpe`` > 0 trains a byte-level BPE of that many ids (fewer where the
     text has not as many pairs to merge, which the summary says) on at most 256 MiB of the inputs.
@@ -68,16 +73,19 @@ def prepare(
     if ``out`` already holds other splits of the same tokenizer, adds it to them.
 
     ``workers`` processes (0: one a core, fewer for little text). Running the same call again after an interruption continues it; after
-    completion it changes nothing. ``overwrite`` starts anew. Raises `UserError` for whatever is wrong with the arguments and the input.
+    completion it changes nothing. ``overwrite`` starts anew. What a directory holds beside text, and splits that are too small or share
+    documents, are said on stderr. Raises `UserError` for whatever is wrong with the arguments and the input.
     """
+    if not os.fspath(out):
+        raise UserError("out = '' (a shell variable that is not set?): name a directory for the shards")
     out = Path(out)
     given = [os.fspath(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
-    _check_options(valid_fraction, split, shard_tokens, document_bytes, workers)
+    _check_options(valid_fraction, split, shard_tokens, document_bytes, max_line_bytes, workers)
     if train_bpe and tokenizer is not None:
         raise UserError(
             f"train_bpe = {train_bpe} makes a tokenizer and tokenizer = {str(tokenizer)!r} names one: leave one of them out"
         )
-    sources = expand_inputs(given)
+    sources = expand_inputs(given, tell=True)
     loaded = None if train_bpe else load_tokenizer(os.fspath(tokenizer or "byte"))
     plan: dict[str, Any] = {
         "tokenizer": f"BPE of {train_bpe} ids trained on the inputs" if loaded is None else fingerprint(loaded),
@@ -97,16 +105,21 @@ def prepare(
     with _write_errors_reported(out), _sole_writer(out):
         modified = digest([[path.stat().st_mtime_ns for path in s.paths] for s in sources])
         fresh = Progress(plan, modified, valid_below=valid_threshold(plan["valid_fraction"]))
-        progress = begin(out, fresh, splits, overwrite)
+        content = _ContentHash(sources)
+        progress = begin(out, fresh, splits, overwrite, content.get)
         if progress is None:
             return summarize(out, train_bpe)
+        how = Reading(text_field, document_bytes, max_line_bytes)
         try:
-            _run(out, progress, splits, sources, loaded, train_bpe, workers, show_progress)
+            with content:
+                _run(out, progress, splits, sources, how, loaded, train_bpe, workers, show_progress, content)
         except UserError:
             if progress.position == (0, 0):  # nothing worth keeping: correct the call and run it again
                 remove(out, splits)
                 (out / PROGRESS).unlink()
             raise
+        for finding in findings(out, splits, plan["valid_fraction"], LowestHashes(progress.lowest)):
+            warn(finding)
         return summarize(out, train_bpe)
 
 
@@ -115,17 +128,19 @@ def _run(
     progress: Progress,
     splits: tuple[str, ...],
     sources: list[Source],
+    how: Reading,
     loaded: PreTrainedTokenizerFast | None,
     bpe_size: int,
     workers: int,
     show_progress: bool,
+    content: _ContentHash,
 ) -> None:
     if progress.tokenizer is None:
-        tokenizer = loaded or train_bpe(_bpe_training_texts(sources, progress.plan), bpe_size)
+        tokenizer = loaded or train_bpe(_bpe_training_texts(sources, how), bpe_size)
         progress.tokenizer = _install_tokenizer(out, tokenizer)
         save(out, progress)
     while True:
-        written = _write_splits(out, progress, splits, sources, workers, show_progress)
+        written = _write_splits(out, progress, splits, sources, how, workers, show_progress)
         empty = [name for name in splits if not written[name]]
         if not empty:
             break
@@ -143,37 +158,43 @@ def _run(
             )
         # Few documents and bad luck. The corpus is small then, and a second pass simpler than moving a document between shards.
         progress.valid_below = lowest + 1 if empty == ["valid"] else highest
-        progress.position, progress.writers, progress.skipped = (0, 0), {}, 0
+        progress.position, progress.writers, progress.skipped, progress.lowest = (0, 0), {}, 0, []
         save(out, progress)
-    _write_index(out, progress, written)
+    _write_index(out, progress, written, content.get())
     (out / PROGRESS).unlink()
 
 
 def _write_splits(
-    out: Path, progress: Progress, splits: tuple[str, ...], sources: list[Source], workers: int, show_progress: bool
+    out: Path, progress: Progress, splits: tuple[str, ...], sources: list[Source], how: Reading, workers: int, show_progress: bool
 ) -> dict[str, list[ShardInfo]]:
     """Encode everything from the place reached on and return the finished shards."""
     assert progress.tokenizer is not None
     plan, dtype = progress.plan, np.dtype(progress.tokenizer["dtype"])
-    spec = EncoderSpec(out / TOKENIZER, progress.tokenizer["end_id"], plan["text_field"], progress.valid_below, splits)
-    blocks = read_blocks(sources, plan["text_field"], plan["document_bytes"], progress.position)
+    spec = EncoderSpec(out / TOKENIZER, progress.tokenizer["end_id"], how.text_field, progress.valid_below, splits)
+    blocks = read_blocks(sources, how, progress.position)
     writers = {name: ShardWriter(out, name, dtype, plan["shard_tokens"], progress.writers.get(name)) for name in splits}
     encoded = encode_blocks(blocks, spec, _workers(workers, sources))
+    lowest = LowestHashes(progress.lowest)
     try:
         with _progress_bar(sources, show_progress) as report:
             for count, block in enumerate(encoded, start=1):
                 for name, tokens in block.tokens.items():
                     writers[name].append(tokens, block.docs[name])
-                if block.tokens:
-                    lowest, highest = progress.hashes or (block.lowest_hash, block.highest_hash)
-                    progress.hashes = min(lowest, block.lowest_hash), max(highest, block.highest_hash)
+                    hashes = block.hashes[name]
+                    extremes = int(hashes.min()), int(hashes.max())
+                    least, most = progress.hashes or extremes
+                    progress.hashes = min(least, extremes[0]), max(most, extremes[1])
+                    if plan["valid_fraction"]:
+                        lowest.add(hashes, np.diff(block.docs[name][:, 0], prepend=0))
                 progress.skipped += block.skipped
                 reached = block.block[0], block.block[1] + 1
                 if count % _COMMIT_BLOCKS == 0:
                     progress.position = reached
                     progress.writers = {name: writer.commit() for name, writer in writers.items()}
+                    progress.lowest = lowest.state()
                     save(out, progress)
                 report(block.block[0], block.read_bytes)
+        progress.lowest = lowest.state()
         return {name: writer.finish() for name, writer in writers.items()}
     finally:
         encoded.close()
@@ -181,38 +202,78 @@ def _write_splits(
             writer.abandon()
 
 
-def _install_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _install_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> TokenizerRecord:
     partial = out / f"{TOKENIZER}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_tree(partial)
     tokenizer.save_pretrained(partial)
-    shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+    remove_tree(out / TOKENIZER)
     partial.rename(out / TOKENIZER)
     size = vocabulary_size(tokenizer)
     return {
         "fingerprint": fingerprint(tokenizer),
         "vocab_size": size,
         "end_id": tokenizer.eos_token_id,
-        "dtype": token_dtype(size).name,
+        "dtype": token_dtype(size).name,  # type: ignore[typeddict-item]
     }
 
 
-def _bpe_training_texts(sources: list[Source], plan: dict[str, Any]) -> Iterator[str]:
+def _bpe_training_texts(sources: list[Source], how: Reading) -> Iterator[str]:
     # The same share of every source rather than all of the first ones.
     for source in sources:
-        yield from read_texts(source, plan["text_field"], plan["document_bytes"], _BPE_TRAINING_BYTES // len(sources))
+        yield from read_texts(source, how, _BPE_TRAINING_BYTES // len(sources))
 
 
-def _write_index(out: Path, progress: Progress, written: dict[str, list[ShardInfo]]) -> None:
+class _ContentHash:
+    """sha256 over the bytes of all input files in order, computed beside other work while it is open."""
+
+    def __init__(self, sources: list[Source]) -> None:
+        self._paths = [path for source in sources for path in source.paths]
+        self._stop, self._digest = threading.Event(), ""
+        self._error: OSError | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="content hash", daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def get(self) -> str:
+        """The digest, in hexadecimal digits; waits for it. Raises `OSError` for a file that cannot be read."""
+        if self._thread is None:
+            self._run()
+        else:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._digest
+
+    def _run(self) -> None:
+        digest = hashlib.sha256()
+        try:
+            for path in self._paths:
+                with path.open("rb") as file:
+                    while not self._stop.is_set() and (chunk := file.read(1 << 20)):
+                        digest.update(chunk)
+            self._digest = digest.hexdigest()
+        except OSError as error:
+            self._error = error
+
+
+def _write_index(out: Path, progress: Progress, written: dict[str, list[ShardInfo]], content: str) -> None:
     splits = read_index(out)["splits"] if (out / INDEX).is_file() else {}
     for name, shards in written.items():
         counts = {key: sum(getattr(shard, key) for shard in shards) for key in ("tokens", "documents", "bytes", "words")}
-        source = {"plan": progress.plan, "skipped_documents": progress.skipped}
+        source = {"plan": progress.plan, "skipped_documents": progress.skipped, "content": content}
         splits[name] = {**counts, "source": source, "shards": [asdict(shard) for shard in shards]}
     index = {"format": FORMAT, "version": VERSION, "tokenizer": progress.tokenizer, "splits": dict(sorted(splits.items()))}
     write_json(out / INDEX, index)
 
 
-def _check_options(valid_fraction: float, split: str | None, shard_tokens: int, document_bytes: int, workers: int) -> None:
+def _check_options(
+    valid_fraction: float, split: str | None, shard_tokens: int, document_bytes: int, max_line_bytes: int, workers: int
+) -> None:
     if not 0 <= valid_fraction < 1:
         raise UserError(
             f'valid_fraction = {valid_fraction} is not in [0, 1): for validation text only, set split to "valid" (--split valid)'
@@ -222,6 +283,7 @@ def _check_options(valid_fraction: float, split: str | None, shard_tokens: int, 
     for name, value, least in (
         ("shard_tokens", shard_tokens, 1),
         ("document_bytes", document_bytes, 1024),
+        ("max_line_bytes", max_line_bytes, BLOCK_BYTES),
         ("workers", workers, 0),
     ):
         if value < least:
@@ -239,9 +301,8 @@ def _workers(asked: int, sources: list[Source]) -> int:
 def _progress_bar(sources: list[Source], show: bool) -> Iterator[Any]:
     """A callable for (source number, bytes of it read), shown on a terminal only."""
     from rich import progress as rich_progress
-    from rich.console import Console
 
-    console = Console(stderr=True)
+    terminal = console(stderr=True)
     before = np.cumsum([0, *(source.num_bytes for source in sources)])
     columns = (
         "preparing",
@@ -250,7 +311,7 @@ def _progress_bar(sources: list[Source], show: bool) -> Iterator[Any]:
         rich_progress.TransferSpeedColumn(),
         rich_progress.TimeRemainingColumn(),
     )
-    with rich_progress.Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as bar:
+    with rich_progress.Progress(*columns, console=terminal, disable=not (show and terminal.is_terminal), transient=True) as bar:
         task = bar.add_task("prepare", total=int(before[-1]) or None)
         yield lambda source, read: bar.update(task, completed=int(before[source]) + read)
 
@@ -278,6 +339,5 @@ def _write_errors_reported(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise UserError(f"{error.filename or out}: {error.strerror}; what is done is kept, run again to go on") from error
-        raise
+        kept = "; what is done is kept, run again to go on" if os.path.exists(out / PROGRESS) else ""
+        raise UserError(f"{error.filename or out}: {error.strerror or one_line(error)}{kept}") from error

@@ -7,11 +7,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssa.data.shards import INDEX, PROGRESS, TOKENIZER, read_index
+from ssa.checked_json import read_json
+from ssa.data.shard_writer import WriterState
+from ssa.data.shards import INDEX, PROGRESS, TOKENIZER, TokenizerRecord, read_index
 from ssa.errors import UserError
 from ssa.files import LOCK, sync
 
@@ -25,24 +28,34 @@ class Progress:
     plan: dict[str, Any]
     modified: str
     """Hash of the input files' sizes and times; not in the index, which is to be the same on every machine."""
-    tokenizer: dict[str, Any] | None = None
+    tokenizer: TokenizerRecord | None = None
     valid_below: int = 0
     position: tuple[int, int] = (0, 0)
-    writers: dict[str, Any] = field(default_factory=dict)
+    writers: dict[str, WriterState] = field(default_factory=dict)
     skipped: int = 0
     hashes: tuple[int, int] | None = None
     """Lowest and highest document hash so far."""
+    lowest: list[list[int]] = field(default_factory=list)
+    """State of `ssa.data.split_checks.LowestHashes`."""
 
 
-def begin(out: Path, fresh: Progress, splits: tuple[str, ...], overwrite: bool) -> Progress | None:
-    """Where to go on from: ``fresh``, an interrupted run's progress, or None where all is done. Refuses what it must not touch."""
+def begin(out: Path, fresh: Progress, splits: tuple[str, ...], overwrite: bool, content: Callable[[], str]) -> Progress | None:
+    """Where to go on from: ``fresh``, an interrupted run's progress, or None where all is done. Refuses what it must not touch.
+
+    ``content``: gives the hash of the input files' bytes, which takes a while.
+    """
     names = {path.name for path in out.iterdir()} - {f"{INDEX}.partial", f"{PROGRESS}.partial", LOCK}
     if names and not names & {INDEX, PROGRESS}:
         raise UserError(f"{out} holds something else than a prepared corpus: choose an empty or new directory")
     index = read_index(out) if INDEX in names else None
     others = {name: split for name, split in index["splits"].items() if name not in splits} if index else {}
     if index and len(others) < len(index["splits"]) and not overwrite:
-        if all(index["splits"].get(name, {}).get("source", {}).get("plan") == fresh.plan for name in splits):
+        done = [index["splits"].get(name, {}).get("source", {}) for name in splits]
+        if all(source.get("plan") == fresh.plan for source in done):
+            if any(known != content() for source in done if (known := source.get("content"))):
+                raise UserError(
+                    f"{out} is already prepared, and the input has changed since (its size has not): choose another directory, or pass --overwrite"
+                )
             (out / PROGRESS).unlink(missing_ok=True)
             return None
         raise UserError(f"{out} is already prepared from other inputs or options: choose another directory, or pass --overwrite")
@@ -59,16 +72,15 @@ def begin(out: Path, fresh: Progress, splits: tuple[str, ...], overwrite: bool) 
 
 def _resume(out: Path, fresh: Progress) -> Progress:
     try:
-        saved = Progress(**json.loads((out / PROGRESS).read_bytes()))
-        different = [name for name in {**saved.plan, **fresh.plan} if saved.plan.get(name) != fresh.plan.get(name)]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{out / PROGRESS} is damaged: pass --overwrite to start anew") from error
+        saved: Progress = read_json(out / PROGRESS, Progress)
+    except UserError as error:
+        raise UserError(f"{out / PROGRESS} is damaged ({error}): pass --overwrite to start anew") from None
+    different = [name for name in {**saved.plan, **fresh.plan} if saved.plan.get(name) != fresh.plan.get(name)]
     if different or saved.modified != fresh.modified:
         changed = ", ".join(different) or "the times of the input files"
         raise UserError(
             f"{out} holds an interrupted run that differs in {changed}: repeat its call to finish it, or pass --overwrite"
         )
-    saved.position = saved.position[0], saved.position[1]  # JSON made it a list
     return saved
 
 
@@ -81,10 +93,18 @@ def remove(out: Path, splits: tuple[str, ...]) -> None:
     else:
         (out / INDEX).unlink(missing_ok=True)
         for leftover in (out / TOKENIZER, out / f"{TOKENIZER}.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove_tree(leftover)
     for path in out.iterdir():
         if _OURS.fullmatch(path.name) and path.name.rsplit("-", 1)[0] not in kept:
             path.unlink()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory, or a link in its place without what it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def save(out: Path, progress: Progress) -> None:
@@ -93,7 +113,8 @@ def save(out: Path, progress: Progress) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8") as file:  # x: through no link that somebody put there
         json.dump(value, file, indent=1)
         file.write("\n")
         file.flush()

@@ -7,9 +7,8 @@ state cuts the files back to it and removes whatever came later. A shard gets it
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 
@@ -20,16 +19,24 @@ from ssa.files import sha256_of_file
 _HEADER_BYTES = 128  # what NumPy writes for these shapes at any length
 
 
+class WriterState(TypedDict):
+    """What `.progress.json` keeps of a writer."""
+
+    shards: list[ShardInfo]
+    open: tuple[int, int, int, int]
+    """Tokens, documents, bytes and words of the open shard."""
+
+
 class ShardWriter:
     """Writes ``{split}-00000.tokens.npy`` and ``.docs.npy``, and the next number once a shard holds ``shard_tokens`` tokens.
 
     Documents stay whole: a shard closes before the document that would overfill it, and a longer document gets a shard alone.
     """
 
-    def __init__(self, out: Path, split: str, dtype: np.dtype, shard_tokens: int, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, out: Path, split: str, dtype: np.dtype, shard_tokens: int, state: WriterState | None = None) -> None:
         self._out, self._split, self._dtype, self._shard_tokens = out, split, dtype, shard_tokens
-        state = state or {"shards": [], "open": [0, 0, 0, 0]}
-        self.shards = [ShardInfo(**shard) for shard in state["shards"]]
+        state = state or {"shards": [], "open": (0, 0, 0, 0)}
+        self.shards = list(state["shards"])
         self._tokens, self._documents, self._bytes, self._words = state["open"]
         self._files: tuple[BinaryIO, BinaryIO] | None = None
         self._discard_uncommitted()
@@ -52,15 +59,12 @@ class ShardWriter:
             self._write(tokens[start:end], docs[done:stop] - np.array([start, 0, 0]))
             done = stop
 
-    def commit(self) -> dict[str, Any]:
-        """Make everything appended so far durable; the returned state (JSON) restores exactly this."""
+    def commit(self) -> WriterState:
+        """Make everything appended so far durable; the returned state restores exactly this."""
         for file in self._files or ():
             file.flush()
             os.fsync(file.fileno())
-        return {
-            "shards": [asdict(shard) for shard in self.shards],
-            "open": [self._tokens, self._documents, self._bytes, self._words],
-        }
+        return {"shards": list(self.shards), "open": (self._tokens, self._documents, self._bytes, self._words)}
 
     def finish(self) -> list[ShardInfo]:
         """Close the last shard and return all of them."""
@@ -91,7 +95,11 @@ class ShardWriter:
         self._words += int(docs[:, 2].sum())
 
     def _open(self) -> None:
-        tokens, docs = (_partial(path).open("r+b" if self._documents else "w+b") for path in self._paths)
+        if not self._documents:
+            for path in self._paths:
+                _partial(path).unlink(missing_ok=True)
+        # x: through no link that somebody put there
+        tokens, docs = (_partial(path).open("r+b" if self._documents else "x+b") for path in self._paths)
         self._files = tokens, docs
         if not self._documents:
             self._write_headers()
@@ -131,8 +139,10 @@ class ShardWriter:
             for path, length in lengths.items():
                 if path.exists():  # the shard was closed after the last commit
                     path.rename(_partial(path))
-                if not _partial(path).exists() or _partial(path).stat().st_size < _HEADER_BYTES + length:
+                if not _partial(path).is_file() or _partial(path).stat().st_size < _HEADER_BYTES + length:
                     raise UserError(f"{_partial(path)} is missing or too short to go on from: prepare again with overwrite")
+                if _partial(path).is_symlink():
+                    raise UserError(f"{_partial(path)} is a link, which no shard is: prepare again with overwrite")
                 os.truncate(_partial(path), _HEADER_BYTES + length)
         for path in [*self._out.glob(f"{self._split}-*.npy"), *self._out.glob(f"{self._split}-*.npy.partial")]:
             keep = path in committed or (self._documents and path in map(_partial, lengths))

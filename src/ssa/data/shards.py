@@ -10,19 +10,19 @@ A document never spans two shards and starts where the previous one ends. Plain 
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
+from ssa.checked_json import read_json, typed
 from ssa.data.packing import positions_from_document_ends
 from ssa.errors import UserError
-from ssa.files import sha256_of_file
+from ssa.files import is_plain_name, sha256_of_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,21 +53,61 @@ def docs_path(out: Path, shard: str) -> Path:
     return out / f"{shard}.docs.npy"
 
 
+class TokenizerRecord(TypedDict):
+    """What an index says of its tokenizer."""
+
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    end_id: int
+    fingerprint: str
+
+
+class SplitRecord(TypedDict):
+    """What an index says of a split."""
+
+    shards: list[ShardInfo]
+
+
+class Index(TypedDict):
+    """`index.json`, as far as it is read."""
+
+    format: str
+    version: int
+    tokenizer: TokenizerRecord
+    splits: dict[str, SplitRecord]
+
+
 def read_index(path: Path) -> dict[str, Any]:
-    """The index of a prepared corpus. Raises `UserError` where there is none, it is unfinished, damaged, or of another version."""
+    """The index of a prepared corpus, as it was written.
+
+    Raises:
+        UserError: There is none, it is unfinished, damaged, or of another version, or it names shards that do not lie beside it.
+    """
+    return _read_index(path)[0]
+
+
+def _read_index(path: Path) -> tuple[dict[str, Any], Index]:
+    """(as it was written, checked)."""
     file = path / INDEX
     if not file.is_file():
         if (path / PROGRESS).is_file():
             raise UserError(f"{path} is half prepared: run the same `ssa prepare` again to finish it")
         raise UserError(f"{path} holds no prepared corpus ({INDEX} is missing): make one with `ssa prepare`")
     try:
-        index = json.loads(file.read_bytes())
-        found = index["format"], index["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not an index of token shards: prepare the corpus again") from error
-    if found != (FORMAT, VERSION):
-        raise UserError(f"{file} has format {found[0]} version {found[1]}, this version reads {FORMAT} {VERSION}: prepare again")
-    return index
+        index = read_json(file)
+        found = index.get("format"), index.get("version")
+        if FORMAT in found and found != (FORMAT, VERSION):
+            raise UserError(f"{file} has format {found[0]} version {found[1]}, this version reads {FORMAT} {VERSION}")
+        checked: Index = typed(index, Index)
+        for split in checked["splits"].values():
+            for shard in split["shards"]:
+                if not is_plain_name(shard.name):
+                    raise UserError(f"the shard {shard.name!r} does not lie beside it")
+                if min(shard.tokens, shard.documents, shard.bytes, shard.words) < 0 or shard.tokens >= 1 << 62:
+                    raise UserError(f"the shard {shard.name!r} has counts that cannot be")
+    except UserError as error:
+        raise UserError(f"{file} is not an index of token shards ({error}): prepare the corpus again") from None
+    return index, checked
 
 
 class TokenShards:
@@ -79,14 +119,18 @@ class TokenShards:
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
         self.path, self.split = Path(path), split
-        index = read_index(self.path)
+        _, index = _read_index(self.path)
         if split not in index["splits"]:
             raise UserError(f'{path} has no split "{split}": it has {", ".join(sorted(index["splits"]))}')
-        self.shards = [ShardInfo(**shard) for shard in index["splits"][split]["shards"]]
+        self.shards = index["splits"][split]["shards"]
         self.dtype = np.dtype(index["tokenizer"]["dtype"])
         self.vocab_size: int = index["tokenizer"]["vocab_size"]
         self.end_id: int = index["tokenizer"]["end_id"]
         self.tokenizer_fingerprint: str = index["tokenizer"]["fingerprint"]
+        for shard in self.shards:  # so many rows as the index says would be shuffled before the first is read
+            file = tokens_path(self.path, shard.name)
+            if not file.is_file() or file.stat().st_size < shard.tokens * self.dtype.itemsize:
+                raise UserError(f"{file} is missing or damaged (shorter than the index says): prepare the corpus again")
         self._starts = [0, *accumulate(shard.tokens for shard in self.shards)]
         self._maps: dict[str, np.ndarray] = {}
 

@@ -8,17 +8,17 @@ which cost far more, happen in the workers.
 from __future__ import annotations
 
 import glob
-import gzip
-import lzma
 import os
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ssa.errors import UserError
+from ssa.data.lines import MAX_LINE_BYTES, NotAnObjectError, line_blocks, not_utf8, parse_line, too_long
+from ssa.errors import UserError, one_line
+from ssa.terminal import warn
 
 TEXT_SUFFIXES = (".txt", ".md")
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
@@ -52,11 +52,18 @@ class Block:
     read_bytes: int = 0  # of the source on disk, up to and including this block
 
 
-def expand_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[Source]:
-    """Sources in the order given; directories and globs in sorted order, each file once. Raises `UserError` for what cannot be read."""
+def expand_inputs(inputs: Iterable[str | os.PathLike[str]], tell: bool = False) -> list[Source]:
+    """Sources in the order given; directories and globs in sorted order, each file once. Raises `UserError` for what cannot be read.
+
+    `tell`: say on stderr what of a directory is left out, and why.
+    """
     sources: list[Source] = []
     seen: set[Path] = set()
     for given in (os.fspath(one) for one in inputs):
+        if not given:
+            raise UserError(
+                "an input is '' (a shell variable that is not set?): name files, directories, builtin:python or hf:NAME"
+            )
         if given == BUILTIN:
             sources.append(Source("builtin", name=given))
         elif given.startswith("builtin:"):
@@ -64,7 +71,7 @@ def expand_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[Source]:
         elif given.startswith(HUGGING_FACE):
             sources.append(Source("hf", name=given))
         else:
-            for path in _files(given):
+            for path in _files(given, tell):
                 if path.resolve() not in seen:
                     seen.add(path.resolve())
                     _add_file(sources, path)
@@ -73,35 +80,45 @@ def expand_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[Source]:
     return sources
 
 
-def read_blocks(sources: list[Source], text_field: str, document_bytes: int, start: tuple[int, int] = (0, 0)) -> Iterator[Block]:
-    """All blocks from ``start`` = (source, block in it) on. Text files over ``document_bytes`` are cut into documents at line ends."""
+@dataclass(frozen=True)
+class Reading:
+    """How sources are read."""
+
+    text_field: str = "text"
+    document_bytes: int = sys.maxsize
+    """Longer text files are cut into documents at line ends."""
+    max_line_bytes: int = MAX_LINE_BYTES
+    """A longer line of JSON, or a longer row of a table, is an error."""
+
+
+def read_blocks(sources: list[Source], how: Reading, start: tuple[int, int] = (0, 0)) -> Iterator[Block]:
+    """All blocks from ``start`` = (source, block in it) on."""
     for number in range(start[0], len(sources)):
         source = sources[number]
-        for count, block in enumerate(_read_source(source, text_field, document_bytes)):
+        for count, block in enumerate(_read_source(source, how)):
             if number > start[0] or count >= start[1]:
                 yield replace(block, source=number, number=count)
 
 
-def read_texts(source: Source, text_field: str, document_bytes: int, limit_bytes: int) -> Iterator[str]:
+def read_texts(source: Source, how: Reading, limit_bytes: int) -> Iterator[str]:
     """The texts of a source until ``limit_bytes`` of UTF-8 have been read; what a BPE is trained on."""
-    from ssa.data.encode import block_texts
-
-    for block in _read_source(source, text_field, document_bytes):
-        for text in block_texts(block, text_field):
+    for block in _read_source(source, how):
+        for text, _ in block_texts(block, how.text_field):
             yield text
             limit_bytes -= len(text.encode("utf-8", "surrogatepass"))
             if limit_bytes <= 0:
                 return
 
 
-def _files(given: str) -> list[Path]:
+def _files(given: str, tell: bool) -> list[Path]:
     path = Path(given)
     if path.is_dir():
-        found = sorted(
-            p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and not _hidden(p.relative_to(path))
-        )
+        found, left_out = _walk(path)
         if not found:
-            raise UserError(f"no {' '.join(SUFFIXES)} file in {given}")
+            why = f" ({left_out})" if left_out else ""
+            raise UserError(f"no {' '.join(SUFFIXES)} file in {given}{why}")
+        if left_out and tell:
+            warn(f"left out of {given}: {left_out}")
         return found
     found = [path] if path.is_file() else sorted(p for p in map(Path, glob.glob(given, recursive=True)) if p.is_file())
     if not found:
@@ -112,8 +129,39 @@ def _files(given: str) -> list[Path]:
     return found
 
 
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
+def _walk(directory: Path) -> tuple[list[Path], str]:
+    """(files to read, in order, what was left out and why)."""
+    found: list[Path] = []
+    left_out: defaultdict[str, list[str]] = defaultdict(list)
+
+    def leave(why: str, path: Path | str) -> None:
+        left_out[why].append(str(path))
+
+    for home, folders, names in os.walk(directory, onerror=lambda e: leave(e.strerror or one_line(e), e.filename)):
+        for name in [folder for folder in folders if folder.startswith(".")]:
+            folders.remove(name)  # not entered
+            leave("hidden", Path(home, name))
+        for name in folders:
+            if Path(home, name).is_symlink():  # not entered either
+                leave("link to a directory", Path(home, name))
+        for name in names:
+            path = Path(home, name)
+            if not name.endswith(SUFFIXES):
+                leave("of another kind", path)
+            elif name.startswith("."):
+                leave("hidden", path)
+            elif not path.is_file():
+                leave("no file, or a link to none", path)
+            elif not path.stat().st_size:
+                leave("empty", path)
+                found.append(path)  # to be counted with the documents that hold nothing
+            else:
+                found.append(path)
+    parts = []
+    for why, paths in left_out.items():
+        more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
+        parts.append(f"{', '.join(sorted(paths)[:3])}{more} ({why})")
+    return sorted(found), "; ".join(parts)
 
 
 def _add_file(sources: list[Source], path: Path) -> None:
@@ -130,20 +178,48 @@ def _add_file(sources: list[Source], path: Path) -> None:
         sources.append(Source("text", (path,), str(path), num_bytes))
 
 
-def _read_source(source: Source, text_field: str, document_bytes: int) -> Iterator[Block]:
+def block_texts(block: Block, text_field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The texts of a block, each with the JSON object that it comes from (empty for other kinds of source).
+
+    Raises:
+        UserError: A line is no JSON object with a text in the field; file and line are named.
+    """
+    if block.texts is not None:
+        yield from ((text, {}) for text in block.texts)
+        return
+    for number, line in enumerate(block.lines.split(b"\n") if block.lines.strip() else (), start=block.first_line):
+        place = f"{block.name}:{number}"
+        try:
+            record = parse_line(line)
+        except NotAnObjectError as error:
+            raise UserError(f"{place} {error}") from None
+        if record is not None:
+            yield _text_of(record, text_field, place, "field"), record
+
+
+def _text_of(row: Mapping[str, Any], text_field: str, place: str, what: str) -> str:
+    if text_field not in row:
+        raise UserError(f'{place} has no {what} "{text_field}" (it has {", ".join(list(row)[:8])}): name it as text_field')
+    text = row[text_field]
+    if not isinstance(text, str | None):
+        raise UserError(f'{place}: {what} "{text_field}" holds {type(text).__name__}, not text')
+    return text or ""
+
+
+def _read_source(source: Source, how: Reading) -> Iterator[Block]:
     match source.kind:
         case "text":
-            yield from _text_blocks(_text_files(source.paths, document_bytes), source.name)
+            yield from _text_blocks(_text_files(source.paths, how.document_bytes), source.name)
         case "lines":
-            yield from _line_blocks(source.paths[0])
+            yield from _line_blocks(source.paths[0], how.max_line_bytes)
         case "parquet":
-            yield from _text_blocks(_parquet(source.paths[0], text_field, source.num_bytes), source.name)
+            yield from _text_blocks(_parquet(source.paths[0], how, source.num_bytes), source.name)
         case "builtin":
             from ssa.data.corpus import python_corpus
 
             yield from _text_blocks(((text, 0) for _, text in python_corpus()), source.name)
         case "hf":
-            yield from _text_blocks(((text, 0) for text in _hugging_face(source.name, text_field)), source.name)
+            yield from _text_blocks(((text, 0) for text in _hugging_face(source.name, how)), source.name)
         case _:
             raise AssertionError(source.kind)
 
@@ -185,7 +261,7 @@ def _decoded(file: BinaryIO, path: Path, start: int, stop: int) -> str:
     try:
         return file.read(stop - start).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {start + error.start}: convert it (iconv -t utf-8)") from error
+        raise UserError(not_utf8(path, start + error.start)) from error
 
 
 def _cut_near(file: BinaryIO, offset: int) -> int:
@@ -199,88 +275,74 @@ def _cut_near(file: BinaryIO, offset: int) -> int:
     return offset + continuation
 
 
-def _line_blocks(path: Path) -> Iterator[Block]:
+def _line_blocks(path: Path, max_line_bytes: int) -> Iterator[Block]:
     """Raw blocks of whole lines."""
-    rest, first_line = b"", 1
     with path.open("rb") as raw:
-        for chunk in _decompressed(raw, path):
-            chunk = rest + chunk if rest else chunk
-            cut = chunk.rfind(b"\n") + 1
-            rest = chunk[cut:]
-            if cut:
-                lines = chunk[:cut]
-                yield Block(0, 0, lines=lines, name=str(path), first_line=first_line, read_bytes=raw.tell())
-                first_line += lines.count(b"\n")
-        if rest:
-            yield Block(0, 0, lines=rest, name=str(path), first_line=first_line, read_bytes=raw.tell())
+        for lines, first_line in line_blocks(raw, str(path), BLOCK_BYTES, max_line_bytes):
+            yield Block(0, 0, lines=lines, name=str(path), first_line=first_line, read_bytes=raw.tell())
 
 
-def _decompressed(raw: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Chunks of `BLOCK_BYTES` (the last may be shorter), whatever the compression."""
-    if path.suffix == ".zst":
-        yield from _zstd(raw, path)
-        return
-    opened: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, nullcontext)
-    try:
-        with opened(raw) as stream:
-            while chunk := stream.read(BLOCK_BYTES):
-                yield chunk
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged: {str(error) or 'it ends early'}") from error
-
-
-def _zstd(raw: BinaryIO, path: Path) -> Iterator[bytes]:
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f'{path} needs zstandard: pip install "sparse-sparse-attention[data]"') from None
-    # The stream reader ends silently inside a cut-off frame; frame by frame we know.
-    chunk, out, frame = b"", bytearray(), None
-    while chunk or (chunk := raw.read(64 << 10)):
-        if frame is None:
-            frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            out += frame.decompress(chunk)
-        except zstandard.ZstdError as error:
-            raise UserError(f"{path} is damaged: {error}") from error
-        chunk = b""
-        if frame.eof:
-            chunk, frame = frame.unused_data, None
-        while len(out) >= BLOCK_BYTES:
-            yield bytes(out[:BLOCK_BYTES])
-            del out[:BLOCK_BYTES]
-    if frame is not None:
-        raise UserError(f"{path} is damaged: it ends in the middle of its compressed data")
-    if out:
-        yield bytes(out)
-
-
-def _parquet(path: Path, text_field: str, num_bytes: int) -> Iterator[tuple[str, int]]:
+def _parquet(path: Path, how: Reading, num_bytes: int) -> Iterator[tuple[str, int]]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError(f'{path} needs pyarrow: pip install "sparse-sparse-attention[data]"') from None
+    name = how.text_field
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            if text_field not in schema.names:
-                raise UserError(
-                    f'{path} has no column "{text_field}" (it has {", ".join(schema.names[:8])}): name it as text_field'
-                )
-            kind, types = schema.field(text_field).type, pyarrow.types
+            if name not in schema.names:
+                raise UserError(f'{path} has no column "{name}" (it has {", ".join(schema.names[:8])}): name it as text_field')
+            kind, types = schema.field(name).type, pyarrow.types
             if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
-                raise UserError(f'{path}: column "{text_field}" holds {kind}, not text')
+                raise UserError(f'{path}: column "{name}" holds {kind}, not text')
             done, rows = 0, file.metadata.num_rows
-            for batch in file.iter_batches(batch_size=64, columns=[text_field]):
-                done += batch.num_rows
-                for text in batch.column(0).to_pylist():
-                    yield text or "", num_bytes * done // rows
+            for group in range(file.num_row_groups):
+                batch_size = _rows_at_once(path, file.metadata.row_group(group), name, how.max_line_bytes)
+                for batch in file.iter_batches(batch_size, row_groups=[group], columns=[name]):
+                    for value in batch.column(0):
+                        done += 1
+                        text = _cell(value, f"{path}, row {done}", how.max_line_bytes)
+                        yield text, num_bytes * done // rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged or no Parquet file: {' '.join(str(error).split())[:120]}") from error
+        raise UserError(f"{path} is damaged or no Parquet file: {one_line(error)[:120]}") from error
 
 
-def _hugging_face(name: str, text_field: str) -> Iterator[str]:
+def _rows_at_once(path: Path, group: Any, column: str, max_bytes: int) -> int:
+    """How many rows of a row group can be held, where its texts are repeated by number; writers keep such dictionaries to a mebibyte."""
+    about = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == column)
+    if about.total_uncompressed_size > max_bytes * max(1, about.num_values):
+        raise UserError(too_long(f"{path}: a row", max_bytes))
+    if about.dictionary_page_offset is None:
+        return 64
+    with path.open("rb") as file:
+        file.seek(about.dictionary_page_offset)
+        header = file.read(
+            16
+        )  # fields 1 and 2 of a Thrift struct in compact form: the kind of page, and its size without compression
+    size, shift, at = 0, 0, 3
+    while at < len(header):
+        size |= (header[at] & 0x7F) << shift
+        shift, at = shift + 7, at + 1
+        if header[at - 1] < 0x80:
+            break
+    return min(64, max(1, (64 << 20) // max(1, size >> 1)))  # a number's sign is its lowest bit
+
+
+def _cell(value: Any, place: str, max_bytes: int) -> str:
+    """The text of an Arrow scalar."""
+    if not value.is_valid:
+        return ""
+    if value.as_buffer().size > max_bytes:
+        raise UserError(too_long(place, max_bytes))
+    try:
+        return str(value.as_py())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place} is not UTF-8 at byte {error.start} of its text") from None
+
+
+def _hugging_face(name: str, how: Reading) -> Iterator[str]:
     """Stream ``hf:NAME[:CONFIG][:SPLIT]``; with one part after the name, the usual split names mean a split."""
     try:
         import datasets
@@ -297,14 +359,12 @@ def _hugging_face(name: str, text_field: str) -> Iterator[str]:
     elif parts:
         config = parts[0]
     try:
-        rows = datasets.load_dataset(dataset, config, split=split, streaming=True)
-        for row in rows:
-            if text_field not in row:
-                raise UserError(f'{name} has no field "{text_field}" (it has {", ".join(list(row)[:8])}): name it as text_field')
-            if row[text_field] is not None and not isinstance(row[text_field], str):
-                raise UserError(f'{name}: field "{text_field}" holds {type(row[text_field]).__name__}, not text')
-            yield row[text_field] or ""
+        for row in datasets.load_dataset(dataset, config, split=split, streaming=True):
+            text = _text_of(row, how.text_field, name, "field")
+            if len(text) > how.max_line_bytes:
+                raise UserError(too_long(f"{name}: a row", how.max_line_bytes))
+            yield text
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # what datasets and the hub raise for names, splits and networks
-        raise UserError(f"{name} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{name} cannot be read: {one_line(error)[:200]}") from error

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,17 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ssa.data.lines import without_surrogates
 from ssa.data.pieces import PieceEncoder
 from ssa.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 END, PAD = "<|end|>", "<|pad|>"
 # End-of-document names of published vocabularies, tried in this order for a bare tokenizer.json, which has no field for it.
 _KNOWN_ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eos|>")
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -92,6 +92,12 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def encoded(tokenizer: PreTrainedTokenizerFast, text: str | list[str], **options: Any) -> BatchEncoding:
+    """`tokenizer(text, **options)`. Raises `UserError` for a text that this tokenizer cannot encode."""
+    with _library_errors():
+        return tokenizer(text, **options)
+
+
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
     """The token ids of each text followed by the end token, as 1-D uint16 (or uint32, see `token_dtype`) arrays.
 
@@ -118,9 +124,15 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def without_surrogates(text: str) -> str:
-    """The text with lone surrogates (broken JSON escapes, which UTF-8 cannot hold) replaced by U+FFFD."""
-    return _SURROGATES.sub("\ufffd", text)
+@contextmanager
+def _library_errors() -> Iterator[None]:
+    """The tokenizers library raises bare exceptions, e.g. where a vocabulary has no token for an unknown word."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise UserError(f"the tokenizer cannot encode the text: {one_line(error)}") from error
 
 
 # Describing and copying a large vocabulary takes longer than encoding a page.
@@ -150,10 +162,11 @@ class DocumentEncoder:
         return cls(Tokenizer.from_file(str(directory / "tokenizer.json")), end_id)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        try:
-            return self._encode(texts)
-        except (UnicodeEncodeError, TypeError):  # a lone surrogate: no valid UTF-8, and no valid Rust string
-            return self._encode([without_surrogates(text) for text in texts])
+        with _library_errors():
+            try:
+                return self._encode(texts)
+            except (UnicodeEncodeError, TypeError):  # a lone surrogate: no valid UTF-8, and no valid Rust string
+                return self._encode([without_surrogates(text) for text in texts])
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self._is_byte:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ssa.data.lines import without_surrogates
+from ssa.data.sources import Reading, block_texts, expand_inputs, read_blocks
 from ssa.errors import UserError
 from ssa.eval.perplexity import Document
 
@@ -80,18 +79,21 @@ def read_texts(data: str | Path) -> Iterator[Text]:
 
     A JSON line holds its document in "text"; an integer "words" beside it overrides the count of white-space separated words, for
     texts that were detokenised (WikiText). A text file is one document.
-    """
-    from ssa.data.encode import block_texts
-    from ssa.data.sources import expand_inputs, read_blocks
 
-    for block in read_blocks(expand_inputs([data]), "text", document_bytes=sys.maxsize):
-        if block.texts is not None:
-            yield from (Text(text, len(text.split())) for text in block.texts)
-            continue
-        for number, line in enumerate(block.lines.split(b"\n"), start=block.first_line):
-            for text in block_texts(replace(block, lines=line, first_line=number), "text"):
-                words = json.loads(line).get("words") if b'"words"' in line else None
-                yield Text(text, words if type(words) is int and words >= 0 else len(text.split()))
+    Raises:
+        UserError: Nothing there, a line that is no such object, or no text in any document.
+    """
+    empty = True
+    for block in read_blocks(expand_inputs([data], tell=True), Reading()):
+        for text, record in block_texts(block, "text"):
+            words = record.get("words")
+            if type(words) is float or (type(words) is int and words < 0):
+                raise UserError(f'{data}: "words" = {words} beside a text is no number of words: a whole number, 0 or more')
+            text = without_surrogates(text)
+            empty = empty and not text.strip()
+            yield Text(text, words if type(words) is int else len(text.split()))
+    if empty:
+        raise UserError(f"{data} holds no text: every document is empty")
 
 
 def _encoded(texts: Iterable[Text], tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
@@ -99,7 +101,7 @@ def _encoded(texts: Iterable[Text], tokenizer: PreTrainedTokenizerFast) -> Itera
 
     for text, num_words in texts:
         tokens = encode_documents(tokenizer, [text])[0][:-1]
-        yield Document(tokens, len(text.encode("utf-8", "surrogatepass")), num_words)
+        yield Document(tokens, len(text.encode()), num_words)
 
 
 def _prepared(path: Path, split: str, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:

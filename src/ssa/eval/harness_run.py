@@ -43,6 +43,8 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
         raise UserError(
             f'{", ".join(names)} without --data-dir needs lm-evaluation-harness ({error}): pip install "sparse-sparse-attention[eval]"'
         ) from None
+    if max(request.seeds) >= 2**32:
+        raise UserError(f"seeds {', '.join(map(str, request.seeds))}: lm-evaluation-harness takes seeds below 2**32")
     rank = Shard.from_environment().rank
     read_results(request.directory / TASKS_FILE)
     manager = TaskManager()

@@ -14,7 +14,7 @@ from typing import Any
 
 from ssa.errors import UserError
 from ssa.eval.questions import CHOICE_TASKS, LM_EVAL_VERSION, Question, read_questions
-from ssa.eval.wikitext import RAW_FILES, split_pages
+from ssa.eval.wikitext import RAW_FILES, raw_pages
 from ssa.files import write_atomically
 
 LETTERS = "ABCDEFGH"
@@ -73,7 +73,7 @@ def _wikitext(data_dir: Path, out: Path) -> dict[str, Any]:
     raw = next((data_dir / name for name in RAW_FILES if (data_dir / name).is_file()), None)
     if raw is None:
         raise UserError(f"{data_dir} has no {RAW_FILES[0]}, the raw text of wikitext, which lm-eval detokenises itself")
-    file = _write(out / "wikitext-test.jsonl", [{"page": page} for page in split_pages(raw.read_text(encoding="utf-8"))])
+    file = _write(out / "wikitext-test.jsonl", [{"page": page} for page in raw_pages(raw)])
     return {
         "dataset_kwargs": {"data_files": {"test": file}, "cache_dir": str(out / "cache")},
         "training_split": None, "validation_split": None,

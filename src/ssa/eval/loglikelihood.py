@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ssa.config import AttentionMode, Budget
+from ssa.data.tokenizer import encoded
 from ssa.errors import UserError
 from ssa.eval.long.item_log import ALONE, Shard
 
@@ -285,7 +286,7 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], add_specia
     if not texts:
         return []
     special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-    ids: list[list[int]] = tokenizer(
-        list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False, **special
+    ids: list[list[int]] = encoded(
+        tokenizer, list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False, **special
     ).input_ids
     return ids

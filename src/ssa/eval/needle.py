@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssa.config import AttentionMode, Budget
+from ssa.data.tokenizer import encoded
 from ssa.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,12 +79,12 @@ class Haystack:
         num_tokens = HAYSTACK_FACTOR * longest
         pieces, breaks, total = [], [np.zeros(1, np.int64)], 0
         for text in texts:
-            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ends = np.array([end for _, end in encoded.offset_mapping], np.int64)
-            at = np.array([found.end() for found in _SENTENCE_END.finditer(text)], np.int64)
+            found = encoded(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ends = np.array([end for _, end in found.offset_mapping], np.int64)
+            at = np.array([match.end() for match in _SENTENCE_END.finditer(text)], np.int64)
             # the token that completes the sentence is the last before the break
             breaks.append(total + np.searchsorted(ends, at, side="right"))
-            pieces.append(np.array(encoded.input_ids, np.int64))
+            pieces.append(np.array(found.input_ids, np.int64))
             total += len(ends)
             if total >= num_tokens:
                 break
@@ -117,10 +118,10 @@ def make_case(haystack: Haystack, tokenizer: PreTrainedTokenizerFast, length: in
     key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
     value = str(rng.integers(1_000_000, 10_000_000))
     question, answer = QUESTION.format(key=key), ANSWER.format(value=value)
-    closing = tokenizer(question + answer, add_special_tokens=False, return_offsets_mapping=True)
+    closing = encoded(tokenizer, question + answer, add_special_tokens=False, return_offsets_mapping=True)
     answer_length = sum(end > len(question) for _, end in closing.offset_mapping)
-    introduction = first_ids(tokenizer) + tokenizer(INTRODUCTION, add_special_tokens=False).input_ids
-    needle = tokenizer(NEEDLE.format(key=key, value=value), add_special_tokens=False).input_ids
+    introduction = first_ids(tokenizer) + encoded(tokenizer, INTRODUCTION, add_special_tokens=False).input_ids
+    needle = encoded(tokenizer, NEEDLE.format(key=key, value=value), add_special_tokens=False).input_ids
     room = length - len(introduction) - len(needle) - len(closing.input_ids)
     if room < 1:
         raise UserError(

@@ -6,15 +6,16 @@ Prompts and rules are those of the task versions in `CHOICE_TASKS` as of lm-eval
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, get_type_hints
 
 import numpy as np
 
+from ssa.checked_json import typed
+from ssa.data.lines import read_objects
 from ssa.errors import UserError
 
 LM_EVAL_VERSION = "0.4.13"
@@ -60,32 +61,63 @@ class ChoiceTask:
     version: str
     """lm-eval's."""
     metrics: tuple[str, ...]
-    read: Callable[[dict[str, Any]], Question]
+    read: Callable[[Any], Question]
+    """From a line, an object of the `TypedDict` that the function takes."""
     spare_example: bool
     """lm-eval draws one example more than asked for and drops the question itself: where a task has no test split."""
 
 
-def _piqa(doc: dict[str, Any]) -> Question:
+class _Goal(TypedDict):
+    goal: str
+    choices: list[str]
+    label: int
+
+
+class _Asked(TypedDict):
+    question: str
+    choices: list[str]
+    label: int
+
+
+class _Labelled(TypedDict):
+    query: str
+    choices: list[str]
+    label: int
+
+
+class _Gold(TypedDict):
+    query: str
+    choices: list[str]
+    gold: int
+
+
+class _Options(TypedDict):
+    context_options: list[str]
+    continuation: str
+    gold: int
+
+
+def _piqa(doc: _Goal) -> Question:
     return Question((f"Question: {doc['goal']}\nAnswer:",), tuple(doc["choices"]), doc["label"])
 
 
-def _hellaswag(doc: dict[str, Any]) -> Question:
+def _hellaswag(doc: _Labelled) -> Question:
     return Question((doc["query"],), tuple(doc["choices"]), doc["label"])
 
 
-def _arc(doc: dict[str, Any]) -> Question:
+def _arc(doc: _Asked) -> Question:
     return Question((f"Question: {doc['question']}\nAnswer:",), tuple(doc["choices"]), doc["label"])
 
 
-def _openbookqa(doc: dict[str, Any]) -> Question:
+def _openbookqa(doc: _Gold) -> Question:
     return Question((doc["query"],), tuple(doc["choices"]), doc["gold"])
 
 
-def _winogrande(doc: dict[str, Any]) -> Question:
+def _winogrande(doc: _Options) -> Question:
     return Question(tuple(doc["context_options"]), (doc["continuation"],), doc["gold"])
 
 
-def _copa(doc: dict[str, Any]) -> Question:
+def _copa(doc: _Gold) -> Question:
     # The files put a comma before the connective; lm-eval's prompt has none, and puts a second space before the choice.
     context = doc["query"]
     for connective in ("because", "therefore"):
@@ -185,27 +217,19 @@ def _first(names: Sequence[str], directory: Path) -> Path | None:
 
 
 def _read(task: ChoiceTask, file: Path, digest: Any) -> list[Question]:
-    try:
-        content = file.read_bytes()
-        lines = content.decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    digest.update(content)
-    questions = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            question = task.read(json.loads(line))
-            texts_are_right = all(isinstance(text, str) for text in (*question.contexts, *question.endings)) and all(
-                question.endings
-            )
-            fits = type(question.gold) is int and 0 <= question.gold < question.num_choices and question.num_choices > 1
-        except (ValueError, KeyError, TypeError, AttributeError):
-            texts_are_right = fits = False
-        if not (texts_are_right and fits):
-            raise UserError(f"{file}:{number} is no question of {task.name}")
-        questions.append(question)
+    kind = get_type_hints(task.read)["doc"]
+
+    def question(record: dict[str, Any]) -> Question:
+        made = task.read(typed(record, kind))
+        if made.num_choices < 2 or not all(made.endings):
+            raise UserError("it needs two choices or more, none of them empty")
+        if not 0 <= made.gold < made.num_choices:
+            raise UserError(f"{made.gold} is not the number of a choice")
+        return made
+
+    questions = list(read_objects(file, question, f"{{file}}:{{line}} is no question of {task.name}"))
     if not questions:
         raise UserError(f"{file} holds no questions")
+    with file.open("rb") as content:
+        digest.update(content.read())
     return questions

@@ -13,12 +13,23 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
+from ssa.checked_json import read_json
 from ssa.errors import UserError
 from ssa.files import write_atomically, writer_in_turn
 
 FORMAT = 1
+
+
+class _Entry(TypedDict):
+    budgets: dict[str, dict[str, Any]]
+
+
+class _Results(TypedDict):
+    format: Literal[1]
+    latest: str | None
+    results: dict[str, _Entry]
 
 
 def result_key(setting: dict[str, Any]) -> str:
@@ -34,13 +45,9 @@ def read_results(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"format": FORMAT, "latest": None, "results": {}}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = content["format"] == FORMAT and all(isinstance(entry["budgets"], dict) for entry in content["results"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise UserError(f"{path} holds no evaluation results that this version reads; move it away")
-    return content
+        return read_json(path, _Results)
+    except UserError as error:
+        raise UserError(f"{path} holds no evaluation results that this version reads ({error}); move it away") from None
 
 
 def add_results(

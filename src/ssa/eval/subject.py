@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssa.config import Budget
 from ssa.eval.run_directory import run_home
+from ssa.files import sha256_of_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,18 +66,18 @@ def _run_of(path: Path) -> Path | None:
 def load_subject(run: Path | str, device: str, dtype: str) -> Subject:
     """The model of `run`, a run, a checkpoint or a model directory; see `ssa.infer.load.load_model`."""
     from ssa.infer.load import load_model
-    from ssa.train.checkpoint import METADATA, resolve_checkpoint
+    from ssa.train.checkpoint import METADATA, read_metadata, resolve_checkpoint
 
     path = resolve_checkpoint(run)
     model, tokenizer = load_model(path, device, dtype)
-    step = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        step = int(json.loads((path / METADATA).read_text())["step"])
+    metadata = read_metadata(path) if (path / METADATA).exists() else None
+    step = None if metadata is None else metadata["step"]
+    known = {} if metadata is None else metadata["files"]  # checked a moment ago
     digest = hashlib.sha256()
     for file in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
         if file.name not in ("optimizer.safetensors", "rng.safetensors"):
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
+            hashed = known[file.name]["sha256"] if file.name in known else sha256_of_file(file)
+            digest.update(bytes.fromhex(hashed))
     return Subject(model, tokenizer, path, _run_of(path), step, digest.hexdigest())
 
 
@@ -92,13 +92,10 @@ def description(subject: Subject) -> dict[str, Any]:
 
 def provenance(subject: Subject) -> dict[str, Any]:
     """Device, versions and time of a measurement."""
-    import torch
+    from ssa.train.environment import device_name, versions
 
-    from ssa.train.environment import versions
-
-    device = subject.model.device
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(subject.model.device),
         "versions": versions(),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
+from ssa.checked_json import typed
+from ssa.data.lines import read_objects, read_text
 from ssa.errors import UserError
 from ssa.eval.loglikelihood import encode, prefix_token, rolling_requests
 from ssa.eval.long.measure import gather
@@ -30,6 +30,7 @@ from ssa.eval.scored import (
 )
 from ssa.eval.subject import budget_name, provenance
 from ssa.eval.tasks import TaskRequest
+from ssa.files import sha256_of_file
 
 VERSION = "2.0"
 """lm-eval's, of its `wikitext` task."""
@@ -59,24 +60,24 @@ def read_pages(data_dir: Path) -> Pages:
     Raises:
         UserError: Neither is there, or a line is not {"text", "words"}.
     """
-    for name in RAW_FILES:
-        if (data_dir / name).is_file():
-            content = (data_dir / name).read_bytes()
-            pages = [
-                # \s+ at a page's ends counts as a word boundary there, too: lm-eval's own count
-                Page(detokenized(page), len(re.split(r"\s+", page)), len(page.encode()))
-                for page in split_pages(content.decode("utf-8"))
-            ]
-            return Pages(pages, [], hashlib.sha256(content).hexdigest())
-    for name in PAGE_FILES:
-        if (data_dir / name).is_file():
-            content = (data_dir / name).read_bytes()
-            return Pages(
-                [_page(line, data_dir / name, i) for i, line in enumerate(content.decode("utf-8").splitlines(), start=1)],
-                [PAGES_NOTE],
-                hashlib.sha256(content).hexdigest(),
-            )
-    raise UserError(f"{data_dir} has no {RAW_FILES[0]}, the text of wikitext")
+    found = [data_dir / name for name in (*RAW_FILES, *PAGE_FILES) if (data_dir / name).is_file()]
+    if not found:
+        raise UserError(f"{data_dir} has no {RAW_FILES[0]}, the text of wikitext")
+    file = found[0]
+    if file.name == Path(RAW_FILES[0]).name:
+        # \s+ at a page's ends counts as a word boundary there, too: lm-eval's own count
+        texts = raw_pages(file)
+        pages, notes = [Page(detokenized(t), len(re.split(r"\s+", t)), len(t.encode())) for t in texts], []
+    else:
+        pages, notes = list(read_objects(file, _page, '{file}:{line} is no page {{"text", "words"}} of wikitext')), [PAGES_NOTE]
+    if not any(page.text.strip() and page.num_words for page in pages):
+        raise UserError(f"{file} holds no text")
+    return Pages(pages, notes, sha256_of_file(file))
+
+
+def raw_pages(file: Path) -> list[str]:
+    """The pages of a raw file as they are, but that every line ends in a line feed alone."""
+    return split_pages(read_text(file).replace("\r\n", "\n"))
 
 
 def split_pages(text: str) -> list[str]:
@@ -112,15 +113,16 @@ def detokenized(text: str) -> str:
     return text.replace(" N ", " 1 ").replace(" 's", "'s")
 
 
-def _page(line: str, file: Path, number: int) -> Page:
-    try:
-        record = json.loads(line)
-        text, words = record["text"], record["words"]
-    except (ValueError, KeyError, TypeError):
-        text = words = None
-    if not isinstance(text, str) or type(words) is not int:
-        raise UserError(f'{file}:{number} is no page {{"text", "words"}} of wikitext')
-    return Page(text, words, len(text.encode()))
+class _PageRecord(TypedDict):
+    text: str
+    words: int
+
+
+def _page(record: dict[str, Any]) -> Page:
+    page: _PageRecord = typed(record, _PageRecord)
+    if page["words"] < 0:
+        raise UserError(f"words = {page['words']} is no number of words")
+    return Page(page["text"], page["words"], len(page["text"].encode()))
 
 
 def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]:

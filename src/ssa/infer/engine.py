@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
-from ssa.config import AttentionMode, Budget
-from ssa.errors import UserError
+from ssa.config import AttentionMode, Budget, check_seed
+from ssa.data.lines import read_text, without_surrogates
+from ssa.data.tokenizer import encoded
+from ssa.errors import UserError, one_line
 from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
 from ssa.infer.load import attention_choice, check_budgets, load_model
 from ssa.infer.transcript import FinishReason, Transcript
@@ -55,6 +57,7 @@ class Sampling:
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             which = f"--top-k {self.top_k}" if self.top_k else f"--top-p {self.top_p}"
             raise UserError(f"{which} has no effect without sampling: add --temperature 1, or leave it out to decode greedily")
+        check_seed(self.seed, "seed")
         if any(not s for s in self.stop):
             raise UserError("a --stop string is empty")
 
@@ -150,9 +153,10 @@ def read_prompts(prompts: Sequence[str], file: str | Path | None, stdin: TextIO 
         file = "-"
     if file is not None:
         try:
-            text = stdin.read() if str(file) == "-" and stdin is not None else Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompt file {file} cannot be read: {error}") from None
+            text = stdin.read().removeprefix("\ufeff") if str(file) == "-" and stdin is not None else read_text(Path(file))
+        except (OSError, ValueError) as error:
+            raise UserError(f"prompt file {file} cannot be read: {one_line(error)}") from None
+        text = text.replace("\r\n", "\n")
         text = text.removesuffix("\n").removesuffix("\r")
         if not text:
             where = "standard input" if str(file) == "-" else f"prompt file {file}"
@@ -166,7 +170,7 @@ def read_prompts(prompts: Sequence[str], file: str | Path | None, stdin: TextIO 
 def first_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """What the tokenizer itself puts before a text: [bos] for Llama's, nothing for this project's own."""
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
+    return [bos] if bos is not None and encoded(tokenizer, "").input_ids[:1] == [bos] else []
 
 
 @dataclass
@@ -225,7 +229,9 @@ def _batch(
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    ids = first_ids(tokenizer) + tokenizer(prompt, add_special_tokens=False).input_ids
+    if prompt != without_surrogates(prompt):
+        raise UserError(f"the prompt {prompt[:60]!r} is no text: it has bytes that are not UTF-8; convert it (iconv -t utf-8)")
+    ids = first_ids(tokenizer) + encoded(tokenizer, prompt, add_special_tokens=False).input_ids
     if ids:
         return ids
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

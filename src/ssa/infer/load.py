@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +42,11 @@ def load_model(
     the_dtype = resolve_dtype(dtype, the_device)
 
     from ssa.data.tokenizer import load_tokenizer, vocabulary_size
-    from ssa.train.checkpoint import resolve_checkpoint
+    from ssa.model.stored import load_pretrained, read_config
+    from ssa.train.checkpoint import open_checkpoint
 
-    path = resolve_checkpoint(run)
-    model = _from_pretrained(path, the_dtype)
+    path = open_checkpoint(run)
+    model = load_pretrained(path, read_config(path), the_dtype)
     if mode is not None:
         model.config.attention_mode = mode
     if budget is not None:
@@ -115,45 +114,3 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return getattr(torch, dtype)
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws one even for models that load in milliseconds."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _from_pretrained(path: Path, dtype: torch.dtype) -> Any:
-    from safetensors import SafetensorError
-
-    from ssa.model import SSAForCausalLM
-
-    try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path / 'config.json'} cannot be read: {' '.join(str(error).split())}") from None
-    if kind != "ssa":
-        raise UserError(f"the model in {path} is of type {kind!r}, not 'ssa'; convert it first: ssa convert {path} OUT")
-    try:
-        with _no_progress_bar():
-            loaded: Any = SSAForCausalLM.from_pretrained(
-                path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the model in {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    model, report = loaded
-    # Otherwise weights that are not in the file would silently be random.
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := sorted(map(str, report.get(what) or ())):
-            raise UserError(f"the model in {path} does not fit its config.json: {what.split('_')[0]} tensor {found[0]}")
-    return model

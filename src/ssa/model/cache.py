@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssa.attention.base import BlockMeans
 from ssa.errors import UserError
+from ssa.ops.documents import block_within_rows
 from ssa.ops.running_means import extend_block_means
 
 CACHE_FIELD = "cache" if any(field.name == "cache" for field in dataclasses.fields(CausalLMOutputWithPast)) else "past_key_values"
@@ -161,6 +162,7 @@ class BlockLayer(DynamicLayer):
             self._show(length)
 
     def _extended(self, block_size: int, start_B: Tensor) -> list[Tensor]:
+        block_size = block_within_rows(block_size, self._buffers[0].shape[2])
         if block_size not in self._means:
             self._means[block_size] = _Means(block_size)
         return self._means[block_size].extended(self._buffers, self.get_seq_length(), self._end, start_B)
@@ -279,12 +281,28 @@ def one_cache(cache: Any, past_key_values: Any) -> BlockCache | None:
 
 
 class BlockCacheGeneration:
-    """Makes `generate` use a `BlockCache` (mix in before GenerationMixin)."""
+    """Makes `generate` use a `BlockCache` and refuse prompts padded where tokens follow (mix in before GenerationMixin)."""
+
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs, *args, **kwargs):
+        if getattr(generation_config, "is_assistant", False):
+            # An assistant is handed what was generated so far, in which a pad token is text; transformers passes on a mask only if it has zeros.
+            return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.int64)
+        mask = super()._prepare_attention_mask_for_generation(  # type: ignore[misc]
+            inputs_tensor, generation_config, model_kwargs, *args, **kwargs
+        )
+        _refuse_right_padding(mask)
+        if bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise UserError(
+                f"the pad token (id {generation_config.pad_token_id}) stands inside the text, and generate took it for padding: "
+                "pass attention_mask"
+            )
+        return mask
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise UserError(f"cache_implementation = {kind!r} is not supported; use 'dynamic' or 'static', or leave it out")
+        _refuse_right_padding(model_kwargs.get("attention_mask"))
         # A caller's cache goes on under the name that this release's loop reads: beside a second one it would be ignored.
         cache = one_cache(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
         if cache is None and generation_config.use_cache is not False:
@@ -293,3 +311,11 @@ class BlockCacheGeneration:
         if cache is not None:
             model_kwargs[CACHE_FIELD] = cache
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _refuse_right_padding(mask: Tensor | None) -> None:
+    if mask is not None and mask.ndim == 2 and bool((mask[:, -1:] == 0).any()):
+        raise UserError(
+            "a prompt ends in padding, and what is generated would follow it: tokenize with padding_side='left' "
+            "(where the last token is text, pass attention_mask)"
+        )

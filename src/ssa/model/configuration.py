@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from ssa.config import Budget, ModelRecipe, released_rule_check
+from ssa.config import SIZE_LIMITS, Budget, ModelRecipe, released_rule_check
 from ssa.errors import UserError
 from ssa.model.card import AUTO_MAP, write_card
 
@@ -76,11 +76,24 @@ class SSAConfig(LlamaConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        for name, most in SIZE_LIMITS.items():
+            value = getattr(self, name)
+            if value is None and name in ("num_key_value_heads", "head_dim"):  # filled in below
+                continue
+            if not isinstance(value, int):
+                raise UserError(f"{name} = {value!r} is not a whole number")
+            if name in ("block_size", "num_selected_blocks"):
+                _ = self.budget  # complains where they are less than 1
+            if not 1 <= value <= most:
+                raise UserError(f"{name} = {value!r} is not in 1..{most}")
         if self.selection_rule == "released":
             released_rule_check(self.num_selected_blocks, self.block_size)
         if self.attention_dropout:
             raise UserError(f"attention_dropout = {self.attention_dropout} is not supported; use 0")
         super().__post_init__(**kwargs)
+        theta = (self.rope_parameters or {}).get("rope_theta")
+        if not isinstance(theta, int | float) or theta <= 0:
+            raise UserError(f"rope_theta = {theta!r} is not a positive number")
         assert self.num_key_value_heads is not None  # filled in above
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(

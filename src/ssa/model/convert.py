@@ -25,6 +25,7 @@ from ssa.model.configuration import SSAConfig
 from ssa.model.layouts import RELEASED, Choices, Layout, llama_json, read_layout, released_json
 from ssa.model.modeling import SSAForCausalLM
 from ssa.model.sources import open_source
+from ssa.model.stored import check_layers, parameter_shapes
 from ssa.model.weights import TensorInfo, Weights, write_json, write_weights
 
 Target = Literal["ssa", "llama", "llama-nsa"]
@@ -136,10 +137,7 @@ class _Tensors:
     def __init__(self, layout: Layout, weights: Weights, gated: bool, to: Target, dtype: torch.dtype | None) -> None:
         self._layout, self._weights, self._wide = layout, weights, to == RELEASED
         self._there = weights.tensors
-        if layout.config.num_hidden_layers > len(self._there):
-            raise UserError(
-                f"config.json says {layout.config.num_hidden_layers} layers, but there are only {len(self._there)} tensors"
-            )
+        check_layers(layout.config, weights)
         had_gate = layout.gates != "none"
         self._factor = {(False, True): 2.0, (True, False): 0.5}.get((had_gate, gated), 1.0)
         self.infos: dict[str, TensorInfo] = {}
@@ -221,20 +219,13 @@ class _Tensors:
 
 
 def _shapes(config: SSAConfig, gated: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of our model's parameters; a tied lm_head is left out."""
+    """`parameter_shapes` with or without a gate."""
     asked = config.attention_gate
     config.attention_gate = gated
     try:
-        with torch.device("meta"):
-            state = SSAForCausalLM(config).state_dict()
-    except UserError:
-        raise
-    except Exception as error:  # an unknown activation or RoPE type, an overflowing size
-        raise UserError(f"config.json makes no model: {type(error).__name__}: {one_line(error)}") from None
+        return parameter_shapes(config)
     finally:
         config.attention_gate = asked
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
 
 
 def _check_out(out: Path, source: Path, overwrite: bool) -> None:

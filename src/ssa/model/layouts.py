@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from ssa.config import Budget, released_rule_check
+from ssa.config import SIZE_LIMITS, Budget, released_rule_check
 from ssa.errors import UserError, one_line
 from ssa.model.configuration import SSAConfig
+from ssa.model.stored import make_config, own_fields
 
 Gates = Literal["none", "own", "three"]
 """g_proj of a checkpoint: absent; as `SSAForCausalLM` has it; or three rows a head, (compression, selection, window)."""
@@ -45,8 +46,6 @@ _READ = {
     "max_window_layers",
     "layer_types",
 }
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-          "max_position_embeddings", "block_size", "block_counts", "num_selected_blocks")  # fmt: skip
 _DIFFERS = {
     "qwen3": "normalises queries and keys", "olmo2": "normalises queries and keys, and norms after the blocks",
     "phi3": "fuses its projections", "gemma": "scales its embeddings and norms", "gemma2": "scales, caps and slides",
@@ -92,10 +91,10 @@ def read_layout(raw: Mapping[str, Any], choices: Choices, origin: str) -> Layout
         raise UserError(f"model_type {model_type!r} {differs}; convert reads {', '.join(_CLASSES)}")
     if raw.get("quantization_config"):
         raise UserError(f"{origin} is quantised (quantization_config in config.json); dequantise it first")
-    for name in _SIZES:
+    for name, most in {**SIZE_LIMITS, "block_counts": SIZE_LIMITS["num_selected_blocks"]}.items():
         value = raw.get(name)
-        if value is not None and (type(value) is not int or not 1 <= value < 2**31):
-            raise UserError(f"config.json: {name} = {value!r} is not a positive integer")
+        if name != "window_size" and value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise UserError(f"config.json: {name} = {value!r} is not a positive integer of at most {most}")
     if model_type == "ssa":
         return _read_own(raw, choices)
     theirs = _parse(model_type, {k: v for k, v in raw.items() if k in _READ})
@@ -111,12 +110,12 @@ def read_layout(raw: Mapping[str, Any], choices: Choices, origin: str) -> Layout
         fields["attention_bias"] = True
     notes = ("attention dropout in training is not kept",) if fields.get("attention_dropout") else ()
     changed = {"method": "ssa"} | {k: v for k, v in vars(choices).items() if v is not None}
-    config = _build(fields | changed | {"attention_gate": False})
+    config = make_config(fields | changed | {"attention_gate": False})
     return Layout(model_type, config, "none", model_type == "qwen2", notes)
 
 
 def _read_own(raw: Mapping[str, Any], choices: Choices) -> Layout:
-    fields = {k: v for k, v in raw.items() if k not in ("auto_map", "model_type", "transformers_version")}
+    fields = {name: value for name, value in own_fields(raw).items() if name != "transformers_version"}
     had = _parse("ssa", dict(fields))
     if choices.method and choices.method != had.method:
         if "nsa" in (choices.method, had.method):
@@ -125,7 +124,7 @@ def _read_own(raw: Mapping[str, Any], choices: Choices) -> Layout:
             )
         fields["attention_mode"] = None
     changed = {k: v for k, v in vars(choices).items() if v is not None}
-    return Layout("ssa", _build(fields | changed), "own" if had.attention_gate else "none", False)
+    return Layout("ssa", make_config(fields | changed), "own" if had.attention_gate else "none", False)
 
 
 def _read_released(raw: Mapping[str, Any], fields: dict[str, Any], choices: Choices, origin: str) -> Layout:
@@ -167,7 +166,7 @@ def _read_released(raw: Mapping[str, Any], fields: dict[str, Any], choices: Choi
         fields["window_size"] = window
     if method in ("ssa", "moba") and raw.get("inference_mode") is not None:
         fields["attention_mode"] = raw["inference_mode"]
-    return Layout(RELEASED, _build(fields), "three", False, tuple(notes))
+    return Layout(RELEASED, make_config(fields), "three", False, tuple(notes))
 
 
 def llama_json(config: SSAConfig) -> dict[str, Any]:
@@ -231,23 +230,8 @@ def _check_window(model_type: str, theirs: Any) -> None:
 
 def _parse(model_type: str, values: dict[str, Any]) -> Any:
     try:
-        parsed = _CLASSES[model_type].from_dict(values)
-        rope = parsed.rope_parameters
-        if not isinstance(rope.get("rope_theta"), int | float) or rope["rope_theta"] <= 0:
-            raise ValueError(f"rope_theta = {rope.get('rope_theta')!r} is not a positive number")
-        return parsed
+        return _CLASSES[model_type].from_dict(values)
     except UserError:
         raise
     except Exception as error:  # transformers validates with several classes of its own
         raise UserError(f"config.json does not make a {model_type} configuration: {one_line(error)}") from None
-
-
-def _build(fields: dict[str, Any]) -> SSAConfig:
-    try:
-        config = SSAConfig(**fields)
-        _ = config.budget  # a budget of less than 1 block or key is an error here
-        return config
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"config.json does not make an ssa configuration: {one_line(error)}") from None

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -23,12 +25,14 @@ from ssa.attention import METHODS, AttentionCall, AttentionRecord
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
 from ssa.files import follow_umask
+from ssa.model.alignment import carry, warn_of_counted_starts, warn_of_eval_mode, weight_in_loss
 from ssa.model.cache import CACHE_FIELD, BlockCache, BlockCacheGeneration, CacheByEitherName, one_cache
 from ssa.model.configuration import SSAConfig
+from ssa.model.inputs import document_positions, refuse_typos, shifted_targets
 from ssa.ops.cross_entropy import SLICE_ELEMENTS, linear_cross_entropy
 from ssa.ops.decode import MAX_QUERIES
 from ssa.ops.documents import cu_seqlens_from_positions
-from ssa.train.streams import draw_stream
+from ssa.train.streams import TrainStep, follow_trainers
 
 
 class SSAAttention(nn.Module):
@@ -41,6 +45,7 @@ class SSAAttention(nn.Module):
             scope=config.selection_scope, scoring=config.selection_scoring, rule=config.selection_rule,
             window_size=config.window_size, alignment_loss=config.alignment_loss, align_gated=config.align_gated,
         )  # fmt: skip
+        self.method.check_registered()
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
@@ -143,7 +148,8 @@ class SSAPreTrainedModel(PreTrainedModel):
 @dataclass
 class SSAModelOutput(CacheByEitherName, BaseModelOutputWithPast):
     alignment: Tensor | None = None
-    """fp32 [2], mean over layers of (sparsity loss, commitment loss)."""
+    """fp32 [2], mean over layers of (sparsity loss, commitment loss), with its graph. In training the hidden states carry it into
+    whatever loss they end up in; who adds it to a loss passes `carry_alignment=False`."""
 
 
 class SSAModel(SSAPreTrainedModel):
@@ -157,8 +163,8 @@ class SSAModel(SSAPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.impl = "auto"
         self.gradient_checkpointing = False
-        self.stream_step = 0
-        """Training passes so far, the step of the stream draw where the caller does not pass `stream`."""
+        self.train_step = TrainStep()
+        """What is known of the optimizer step in training, unless the caller passes `stream` and weighs the alignment."""
         self.post_init()
 
     @can_return_tuple
@@ -178,8 +184,16 @@ class SSAModel(SSAPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         past_key_values: BlockCache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        carry_alignment: bool = True,
+        **kwargs,
     ) -> SSAModelOutput | tuple:
-        """See `SSAForCausalLM.forward`."""
+        """See `SSAForCausalLM.forward`.
+
+        carry_alignment: a loss of the hidden states trains the alignment, too (`ssa.model.alignment`).
+        """
+        refuse_typos(kwargs, SSAModel.forward)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("pass either input_ids or inputs_embeds")
         if output_attentions:
@@ -194,6 +208,7 @@ class SSAModel(SSAPreTrainedModel):
             use_cache, cache = False, None  # a layer that runs again in the backward pass would write its keys a second time
         if use_cache and cache is None:
             cache = BlockCache()
+        position_ids = document_positions(position_ids, cu_seq_lens_q, seq_idx, x_BTC, cache)
         past = 0 if cache is None else cache.get_seq_length()
         # What a training loop hands over is not checked on the GPU, where looking at it would stall the step; a graph cannot look.
         checked = not ((self.training and x_BTC.is_cuda) or torch.compiler.is_compiling())
@@ -218,12 +233,20 @@ class SSAModel(SSAPreTrainedModel):
             if alignment is not None:
                 alignments.append(alignment)
         x_BTC = self.norm(x_BTC)
+        alignment = torch.stack(alignments).mean(0) if alignments else None
+        weight = self.config.alignment_weight if self.config.method == "ssa" and self.config.alignment_loss != "none" else 0
+        if alignment is not None and alignment.requires_grad and carry_alignment and weight:
+            x_BTC = carry(x_BTC, alignment, weight, self.train_step, self.parameters())
+        elif (
+            weight and not self.training and attention_mode is None and x_BTC.requires_grad and not torch.compiler.is_compiling()
+        ):
+            warn_of_eval_mode(x_BTC)
         if output_hidden_states:
             hidden_states += (x_BTC,)
         return SSAModelOutput(
             last_hidden_state=x_BTC,
             hidden_states=hidden_states or None,
-            alignment=torch.stack(alignments).mean(0) if alignments else None,
+            alignment=alignment,
             **{CACHE_FIELD: cache if use_cache else None},
         )
 
@@ -237,13 +260,12 @@ class SSAModel(SSAPreTrainedModel):
             if value not in (None, "sparse", "full"):
                 raise UserError(f"{name} = {value!r} is neither 'sparse' nor 'full'")
         align = False
-        if self.training and attention_mode is None:
+        # Without gradients nobody trains, whatever the module's mode: a policy that generates, a reference, a metric.
+        if self.training and attention_mode is None and (stream is not None or torch.is_grad_enabled()):
             mode: AttentionMode = METHODS[config.method].training_mode
             if config.method == "ssa":
-                if stream is None:
-                    stream = draw_stream(config.stream_seed, self.stream_step, config.full_ratio)
-                    self.stream_step += 1
-                mode, align = stream, True
+                mode = stream or self.train_step.draw(config.stream_seed, config.full_ratio)
+                align = True
         else:
             mode = attention_mode or config.attention_mode
         budget = config.budget if budget is None else Budget.parse(budget)
@@ -319,19 +341,23 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @property
+    def train_step(self) -> TrainStep:
+        return self.model.train_step
+
+    @property
     def stream_step(self) -> int:
-        return self.model.stream_step
+        """Number of the step whose stream the next training pass follows."""
+        return self.train_step.number
 
     @stream_step.setter
     def stream_step(self, step: int) -> None:
-        self.model.stream_step = step
+        self.train_step.number = step
 
-    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs, *args, **kwargs):
-        # Asked in `generate` where nobody gave a mask. An assistant (assisted decoding) is handed what was generated so far, in which a pad
-        # token is text; transformers passes a mask on only where it has zeros.
-        if getattr(generation_config, "is_assistant", False):
-            return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.int64)
-        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs, *args, **kwargs)
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """`forward` takes `num_items_in_batch`. A `Trainer` asks while it is built, before it collects its callbacks."""
+        follow_trainers()
+        return True
 
     @can_return_tuple
     def forward(
@@ -353,6 +379,9 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         past_key_values: BlockCache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
     ) -> SSACausalLMOutput | tuple:
         """One pass over [B, T] tokens.
 
@@ -360,41 +389,60 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             attention_mask: [B, S], 0 = padding, before the first or after the last token of a row, never between.
             cache: What earlier passes left, which this pass extends; transformers before 5.24 call it `past_key_values`.
             position_ids: int [B, T]. Where they restart at 0 a new document starts, and nothing crosses it.
-            labels: int [B, T], `input_ids` with -100 where there is nothing to learn; shifted inside. The first token of a
-                document is never a target.
+            labels: int [B, T], `input_ids` with -100 where there is nothing to learn; shifted inside. Padding and the first token
+                of a document are never targets.
             attention_mode: "sparse" or "full"; the configuration's in inference, the method's stream in training by default.
             budget: `Budget` or "kxs", blocks a query may read; the configuration's by default.
             stream: SSA in training: the stream that goes on, where the caller draws it (`ssa.train.streams`).
             cu_seqlens: int32 [documents + 1], where documents begin in the flattened batch, beside `position_ids`: spares a GPU one
                 wait (`ssa.ops.documents.cu_seqlens_from_positions`, on the CPU).
             observer: called as observer(layer, AttentionRecord) by every layer.
-            num_items_in_batch: targets of the whole (accumulated) batch; makes the loss a sum over them divided by this.
+            num_items_in_batch: targets of a whole step, which has several passes (`train_step.micro_batches`): the loss is then this
+                pass's part of the step's, and their sum over passes (and the mean over ranks, times their number) is the step's.
             logits_to_keep: compute logits of the last so many positions only (0 = all).
+            cu_seq_lens_q: int32 [documents + 1], B = 1: where documents begin, with or without `position_ids`.
+            seq_idx: int [B, T], a document's number for each of its tokens; says the same.
+            kwargs: shift_labels, int [B, T], labels at the position that predicts them, as trainers give that shift before they cut
+                rows; they are taken as they are, instead of `labels`. What collators and other releases hand over besides is ignored.
 
         Returns:
-            `SSACausalLMOutput`. In training `loss` = CE + alpha * mean over layers of (sparsity + commitment loss) and `logits`
-            is None: they are never held for all tokens.
+            `SSACausalLMOutput`. In training `loss` = CE + alpha * mean over layers of (sparsity + commitment loss), and `logits`
+            is None beside labels: they are never held for all tokens. Without labels a loss of the logits trains the alignment, too
+            (`ssa.model.alignment`).
         """
+        # no argument by name: in whatever is called so `Trainer` sees labels that each batch must have
+        shift_labels = kwargs.pop("shift_labels", None)
+        refuse_typos(kwargs, SSAForCausalLM.forward)
+        cache = one_cache(cache, past_key_values)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is not None:
+            position_ids = document_positions(position_ids, cu_seq_lens_q, seq_idx, tokens, cache)
         outputs: SSAModelOutput = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=one_cache(cache, past_key_values),
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
             inputs_embeds=inputs_embeds, use_cache=use_cache, attention_mode=attention_mode, budget=budget, stream=stream,
             cu_seqlens=cu_seqlens, observer=observer, output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            return_dict=True,
+            carry_alignment=labels is None and shift_labels is None, return_dict=True,
         )  # fmt: skip
         hidden_BTC = outputs.last_hidden_state
         result = SSACausalLMOutput(hidden_states=outputs.hidden_states, **{CACHE_FIELD: outputs.cache})
-        if labels is not None:
-            targets = _targets(labels, position_ids)
-            count = (targets != -100).sum().clamp(min=1)
-            weight = 1.0 if num_items_in_batch is None else count / num_items_in_batch
-            result.loss = self.summed_nll(hidden_BTC, targets) / count
-            result.cross_entropy = result.loss.detach()
+        if outputs.alignment is not None:
+            result.sparsity_loss, result.commitment_loss = outputs.alignment.detach().unbind()
+        targets = shift_labels
+        if labels is not None and targets is None:
+            targets = shifted_targets(labels, position_ids, attention_mask)
+        if targets is not None:
+            count = (targets != -100).sum()
+            nll = self.summed_nll(hidden_BTC, targets)
+            result.cross_entropy = nll.detach() / count.clamp(min=1)
+            result.loss = nll / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+            counted = self.training and num_items_in_batch is not None and shift_labels is None
+            if counted and labels is not None and not (labels.is_cuda and self.train_step.number):
+                warn_of_counted_starts(labels, count)  # on a GPU in the first step alone: to look is to wait
             if outputs.alignment is not None:
                 result.alignment = outputs.alignment
-                result.sparsity_loss, result.commitment_loss = outputs.alignment.detach().unbind()
-                result.loss = result.loss + self.config.alignment_weight * outputs.alignment.sum()
-            result.loss = result.loss * weight
-        if labels is None or not self.training:
+                weight = weight_in_loss(self.config.alignment_weight, self.train_step, count, num_items_in_batch)
+                result.loss = result.loss + weight * outputs.alignment.sum()
+        if targets is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             result.logits = self.lm_head(hidden_BTC[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep])
         return replace(result)  # in the order of the fields, loss and logits first, not in that of their making
@@ -402,16 +450,21 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
     def token_nll(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None, **kwargs) -> Tensor:
         """-log p(token t+1 | tokens <= t) in nats, fp32 [B, T-1]; 0 where there is no target (document starts, labels of -100).
 
-        kwargs (attention_mode, budget, attention_mask, observer) go to the model.
+        kwargs (attention_mode, budget, attention_mask, cu_seq_lens_q, seq_idx, observer) are those of `forward`.
         """
+        cu_seq_lens_q, seq_idx = kwargs.pop("cu_seq_lens_q", None), kwargs.pop("seq_idx", None)
+        position_ids = document_positions(position_ids, cu_seq_lens_q, seq_idx, input_ids, None)
         kwargs |= {"use_cache": False, "return_dict": True}
         hidden_BTC = self.model(input_ids=input_ids, position_ids=position_ids, **kwargs).last_hidden_state
-        return self._nll(hidden_BTC[:, :-1], _targets(input_ids if labels is None else labels, position_ids))
+        targets = shifted_targets(input_ids if labels is None else labels, position_ids, kwargs.get("attention_mask"))
+        return self._nll(hidden_BTC[:, :-1], targets)
 
     def summed_nll(self, hidden_BTC: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum over targets of -log p in nats, fp32 scalar. hidden [B, T, C]; targets int64 [B, T] or, where the last position has
         none, [B, T-1]; -100 = no target. Logits are never held for all tokens."""
         targets = torch.nn.functional.pad(targets_BT, (0, hidden_BTC.shape[1] - targets_BT.shape[1]), value=-100)
+        if not _is_plain(self.lm_head):
+            return self._nll(hidden_BTC, targets).sum()
         hidden = hidden_BTC.flatten(0, 1)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -423,16 +476,22 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         step = max(1, SLICE_ELEMENTS.get(hidden.device.type, 1 << 24) // self.config.vocab_size)
         if len(hidden) <= step:
             return self._nll_slice(hidden, targets).view(targets_BT.shape)
-        parts = [self._nll_slice(hidden[i : i + step], targets[i : i + step]) for i in range(0, len(hidden), step)]
+        parts = [
+            # the backward pass computes a slice's logits again
+            checkpoint(self._nll_slice, hidden[i : i + step], targets[i : i + step], use_reentrant=False)
+            for i in range(0, len(hidden), step)
+        ]
         return torch.cat(parts).view(targets_BT.shape)
 
     def _nll_slice(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=-100, reduction="none")
 
 
-def _targets(labels_BT: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Labels shifted to the position that predicts them, [B, T-1]; -100 where a document starts."""
-    targets = labels_BT[:, 1:]
-    if position_ids is not None:
-        targets = torch.where(position_ids.expand(labels_BT.shape)[:, 1:] == 0, -100, targets)
-    return targets
+def _is_plain(head: nn.Module) -> bool:
+    """A product with `head.weight` is all that `head` does: no adapter, quantization, hook or replaced forward has a say in it."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(head.weight) in (nn.Parameter, Tensor, FakeTensor)  # the last while a graph is exported
+        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+    )

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from ssa.checked_json import read_json
 from ssa.errors import UserError, one_line
-from ssa.model.weights import TensorInfo, Weights, open_weights, read_json, write_json
+from ssa.model.weights import TensorInfo, Weights, open_weights, write_json
+from ssa.train.checkpoint import check_hashes, resolve_checkpoint
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -44,10 +46,10 @@ def open_source(source: str | Path) -> Source:
         return _open_gguf(path)
     if not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         path = _fetch(str(source))
-    if path.is_dir() and ((path / "checkpoints").is_dir() or path.name.startswith("step-")):
-        from ssa.train.checkpoint import resolve_checkpoint
-
-        path = resolve_checkpoint(path)
+    if path.is_dir():
+        if (path / "checkpoints").is_dir() or path.name.startswith("step-"):
+            path = resolve_checkpoint(path)
+        check_hashes(path)
     if not path.is_dir():
         raise UserError(f"no model at {source}: name a run, a model directory, a .gguf file, or a hub model as owner/name")
     if not (path / "config.json").is_file():

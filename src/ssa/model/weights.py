@@ -6,7 +6,7 @@ Nothing is unpickled: a directory that has only pickled weights is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssa.checked_json import read_json
 from ssa.errors import UserError, one_line
-from ssa.files import sync
+from ssa.files import is_plain_name, sync
 from ssa.train.safetensors_file import write_safetensors
 
 MAX_SHARD_BYTES = 2 * 1024**3
@@ -72,7 +73,7 @@ def open_weights(directory: Path) -> Weights:
         from safetensors import safe_open
 
         path = directory / places[name]
-        with _readable(path), safe_open(path, framework="pt") as file:
+        with readable(path), safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
 
     return Weights({name: headers[file][name] for name, file in places.items()}, read, len(headers))
@@ -93,19 +94,6 @@ def write_weights(directory: Path, tensors: Mapping[str, TensorInfo], make: Call
         write_json(directory / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, else a `UserError` of one line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     sync(path)
@@ -117,7 +105,7 @@ def _read_index(directory: Path) -> dict[str, str]:
         raise UserError(f"{directory / _INDEX} has no weight_map")
     for file in places.values():
         # A name with a directory in it could point anywhere on the machine.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors") or "\\" in file:
+        if not is_plain_name(file) or not file.endswith(".safetensors"):
             raise UserError(f"{directory / _INDEX} names the file {file!r}; only *.safetensors beside the index are read")
         if not (directory / file).is_file():
             raise UserError(f"{directory} is incomplete: {file} is missing")
@@ -128,7 +116,7 @@ def _header(path: Path) -> dict[str, TensorInfo]:
     from safetensors import safe_open
 
     found = {}
-    with _readable(path), safe_open(path, framework="pt") as file:
+    with readable(path), safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             part = file.get_slice(name)
             if part.get_dtype() not in _FLOATS:
@@ -138,7 +126,8 @@ def _header(path: Path) -> dict[str, TensorInfo]:
 
 
 @contextmanager
-def _readable(path: Path):
+def readable(path: Path) -> Iterator[None]:
+    """A safetensors file is opened or read: what goes wrong is a `UserError` that names it."""
     from safetensors import SafetensorError
 
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssa.errors import UserError
-from ssa.ops.documents import resolve_positions
+from ssa.ops.documents import block_within_rows, resolve_positions
 from ssa.ops.implementations import resolve
 
 
@@ -36,12 +36,12 @@ def block_sparse_attention(
             keys n * block_size ... of its document. -1 = nothing; entries of a row are unique, no block starts after its query.
         positions: int [B, T] document-relative query positions (packed, padded or cached rows); None = plain rows.
         cu_seqlens: int32 [documents + 1], the same for one packed row (B = 1, T = S).
-        bias: [B, S, K] logit bias per key, added after scaling (NOSA).
+        bias: [B, S, K] logit bias per key, added after scaling (NOSA); -inf masks a key.
         scale: logit scale, 1/sqrt(D) by default.
         impl: "auto", "reference" or "triton".
 
     Returns:
-        out [B, T, H, D] in q's dtype, zero for a query with no key; lse [B, T, H], fp32 (fp64 for fp64), -inf there.
+        out [B, T, H, D] in q's dtype, zero for a query with no key but masked ones; lse [B, T, H], fp32 (fp64 for fp64), -inf there.
 
     Raises:
         UserError: shapes that do not fit.
@@ -62,6 +62,7 @@ def block_sparse_attention(
     if block_size < 1:
         raise UserError(f"block_size = {block_size} must be at least 1")
     positions = resolve_positions(q, k, positions, cu_seqlens)
+    block_size = block_within_rows(block_size, k.shape[1])
     scale = size**-0.5 if scale is None else float(scale)
     # modules of one implementation are imported when it runs: without triton the reference still does
     if resolve(impl, q) == "triton":

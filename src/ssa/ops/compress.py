@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssa.errors import UserError
-from ssa.ops.documents import BlockGrid, query_positions, resolve_positions
+from ssa.ops.documents import BlockGrid, block_within_rows, query_positions, resolve_positions
 from ssa.ops.implementations import resolve
 
 
@@ -50,6 +50,7 @@ def compressed_attention(
         raise UserError(f"block_size = {block_size} must be at least 1")
     positions = resolve_positions(q, k, positions, cu_seqlens)
     position_BT = query_positions(q, k, positions)
+    block_size = block_within_rows(block_size, k.shape[1])
     if means is None:
         grid = BlockGrid.build(q, k, positions, block_size)
         low_BT = grid.first_block_BT

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ssa.config import released_rule_check
 from ssa.errors import UserError
+from ssa.ops.documents import block_within_rows
 from ssa.ops.implementations import resolve
+from ssa.ops.select import within_rows
 
 MAX_QUERIES = 8
 
@@ -45,12 +47,12 @@ def decode_attention(
         lengths: int32 or int64 [B], cached tokens of each row. Queries before a shorter row's start read nothing.
         starts: int32 or int64 [B], first column of each row; None = 0.
         scope, scoring, rule, scale: as for `select_blocks`.
-        bias: [B, S, K] logit bias per key, added after scaling.
+        bias: [B, S, K] logit bias per key, added after scaling; -inf masks a key. Blocks are chosen without it.
         impl: "auto", "reference" or "triton".
 
     Returns:
         out [B, T, H, D] in q's dtype; lse fp32 [B, T, H] (fp64 for fp64); block_indices int32 [B, K, T, M] ([B, H, T, M] for
-        head scope), ascending, right-padded with -1. A query that reads nothing: 0, -inf and -1.
+        head scope), ascending, right-padded with -1, M as for `select_blocks`. A query that reads nothing: 0, -inf and -1.
 
     Raises:
         UserError: shapes or dtypes that do not fit, an unknown option, or a "released" budget that their kernel cannot compute.
@@ -87,14 +89,16 @@ def decode_attention(
     if scale is not None and not scale > 0:
         raise UserError(f"scale = {scale} must be positive")
     _check_rows(lengths, starts, batch, k.shape[1])
+    impl = resolve(impl, q)
+    block_size = block_within_rows(block_size, k.shape[1])
     arguments = (
-        q, k, v, block_means, lengths, starts, bias, block_size, num_selected_blocks, scope, scoring, rule,
-        size**-0.5 if scale is None else float(scale),
+        q, k, v, block_means, lengths, starts, bias, block_size, within_rows(num_selected_blocks, block_size, k.shape[1], impl),
+        scope, scoring, rule, size**-0.5 if scale is None else float(scale),
     )  # fmt: skip
     with torch.no_grad():
         # modules of one implementation are imported when it runs: without triton the reference still does; and by statements,
         # which torch.compile traces
-        if resolve(impl, q) == "triton":
+        if impl == "triton":
             from ssa.ops.triton.decode import decode_attention as by_triton
 
             return by_triton(*arguments)

@@ -16,6 +16,17 @@ from torch import Tensor
 
 from ssa.errors import UserError
 
+FIXED_BLOCK_SIZE = 1024
+
+
+def block_within_rows(block_size: int, num_keys: int) -> int:
+    """A block size that means the same for rows of `num_keys` keys and costs no more than they do: a block that is longer than the row holds
+    all of it and is never complete. One of few sizes, since kernels compile for each; up to `FIXED_BLOCK_SIZE` the size itself."""
+    size = FIXED_BLOCK_SIZE
+    while size < block_size and size <= num_keys:
+        size *= 2
+    return min(block_size, size)
+
 
 def resolve_positions(q: Tensor, k: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
     """Document-relative positions int64 [B, T], or None for plain causal rows; `cu_seqlens` (flash-attention's convention,
@@ -52,6 +63,12 @@ def positions_from_cu_seqlens(cu_seqlens: Tensor, total: int) -> Tensor:
     columns = torch.arange(total, device=cu_seqlens.device)
     document = torch.searchsorted(starts, columns, right=True) - 1
     return (columns - starts[document])[None]
+
+
+def positions_from_starts(starts_BT: Tensor) -> Tensor:
+    """Where documents begin, bool [B, T] with a start in column 0 -> positions in them, int64 [B, T]."""
+    columns = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+    return columns - torch.where(starts_BT, columns, 0).cummax(1).values
 
 
 def cu_seqlens_from_positions(positions_BT: Tensor, num_keys: int | None = None) -> Tensor:

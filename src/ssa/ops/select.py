@@ -10,8 +10,11 @@ from torch import Tensor
 
 from ssa.config import released_rule_check
 from ssa.errors import UserError
-from ssa.ops.documents import BlockGrid, resolve_positions
+from ssa.ops.documents import FIXED_BLOCK_SIZE, BlockGrid, block_within_rows, resolve_positions
 from ssa.ops.implementations import resolve
+
+FIXED_PLACES = 32
+"""Up to so many selected blocks `block_indices` has a place for each whatever the rows' length; beyond, what nobody fills would cost."""
 
 
 def block_means(k: Tensor, block_size: int) -> Tensor:
@@ -20,16 +23,24 @@ def block_means(k: Tensor, block_size: int) -> Tensor:
     k [B, S, K, D] -> [B, S // block_size, K, D] in k's dtype, summed in fp32 (fp64 for fp64). Differentiable.
     """
     batch, keys, heads, size = k.shape
+    block_size = block_within_rows(block_size, keys)
     blocks = keys // block_size
-    wide = torch.promote_types(k.dtype, torch.float32)
-    if (
-        torch.compiler.is_compiling() and not k.is_cuda and keys >= block_size
-    ):  # the same without a shape that export cannot prove
-        return k.unfold(1, block_size, block_size).mean(-1, dtype=wide).to(k.dtype)
     x = k[:, : blocks * block_size].reshape(batch, blocks, block_size, heads, size)
     if k.is_cuda:  # sums in fp32 as it is, and rounds in the same kernel
         return x.mean(2)
-    return x.mean(2, dtype=wide).to(k.dtype)
+    return x.mean(2, dtype=torch.promote_types(k.dtype, torch.float32)).to(k.dtype)
+
+
+def within_rows(num_selected_blocks: int, block_size: int, num_keys: int, impl: str) -> int:
+    """M of `block_indices` for rows of `num_keys` keys, see `select_blocks`."""
+    if num_selected_blocks <= FIXED_PLACES and block_size < FIXED_BLOCK_SIZE:
+        return num_selected_blocks
+    places = blocks = -(-num_keys // block_size)
+    if impl == "triton":
+        places = 1
+        while places < blocks and places < num_selected_blocks:  # by comparisons, which a graph of dynamic shapes can hold
+            places *= 2
+    return max(1, min(num_selected_blocks, places))
 
 
 def select_blocks(
@@ -52,7 +63,8 @@ def select_blocks(
     A block's key is the mean of its (roped) keys. With `scoring="softmax"` each query head takes a softmax of
     q . block_key * scale over the complete blocks it sees, and a block scores the sum over the heads of its group; `"logit"`
     sums the scaled products themselves (the paper's text). `scope="head"` lets each query head choose for itself (MoBA as first
-    published). Candidates are the blocks before the query's own. Ties go to the lower block.
+    published). Candidates are the blocks before the query's own. Ties go to the lower block. Where a NaN or an infinity makes scores
+    NaN, which candidates are chosen, and whether the implementations agree, is not defined; the contract below holds.
 
     Args:
         q: [B, T, H, D], after RoPE. k: [B, S, K, D], after RoPE, T <= S; the queries are the last T tokens.
@@ -66,7 +78,9 @@ def select_blocks(
         impl: "auto", "reference" or "triton".
 
     Returns:
-        block_indices: int32 [B, K, T, M] ([B, H, T, M] for head scope), document-relative, ascending, right-padded with -1.
+        block_indices: int32 [B, K, T, M] ([B, H, T, M] for head scope), document-relative, ascending, right-padded with -1. M is
+            `num_selected_blocks`. Of more than 32, or of blocks of 1024 keys and more, M is at most the number that rows have,
+            ceil(S / block_size), which the kernels, compiled for each M, round up to a power of two.
         scores: fp32, same shape; +inf for the own block, -inf for padding.
 
     Raises:
@@ -93,6 +107,7 @@ def select_blocks(
     if scale is not None and not scale > 0:
         raise UserError(f"scale = {scale} must be positive")
     positions = resolve_positions(q, k, positions, cu_seqlens)
+    block_size = block_within_rows(block_size, k.shape[1])
     with torch.no_grad():
         first_block = None
         if positions is not None:
@@ -104,12 +119,13 @@ def select_blocks(
             grid = BlockGrid.build(q, k, positions, block_size)
             block_keys = grid.gather(k).mean(2, dtype=torch.promote_types(k.dtype, torch.float32)).to(k.dtype)
             first_block = grid.first_block_BT.contiguous()
+        impl = resolve(impl, q)
         arguments = (
-            q, block_keys, first_block, positions, k.shape[1], block_size, num_selected_blocks, scope, scoring, rule,
-            size**-0.5 if scale is None else float(scale),
+            q, block_keys, first_block, positions, k.shape[1], block_size, within_rows(num_selected_blocks, block_size, k.shape[1], impl),
+            scope, scoring, rule, size**-0.5 if scale is None else float(scale),
         )  # fmt: skip
         # modules of one implementation are imported when it runs: without triton the reference still does
-        if resolve(impl, q) == "triton":
+        if impl == "triton":
             from ssa.ops.triton.select import select_blocks as by_triton
 
             return by_triton(*arguments)

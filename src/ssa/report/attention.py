@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ssa.analysis.results import RunResults
+from ssa.analysis.results import RunResults, losses
 from ssa.analysis.table import table_rows
 from ssa.report.page import METHOD_MARKERS, Cell, Section, figure, table
 from ssa.report.svg import Series, heat_map, line_chart, scatter, tokens
@@ -50,7 +50,7 @@ def _table(results: Sequence[RunResults]) -> str:
     rows: list[tuple[str, Sequence[Cell | str]]] = [
         (heading, [Cell(cell, i == best) for i, cell in enumerate(cells)]) for heading, cells, best in table_rows(results)
     ]
-    note = "The paper's Table A9 and more. Losses and KL over all tokens; entropy and sink under full inference. The best of a row is tinted."
+    note = f"The paper's Table A9 and more. {losses(results)[1]} KL over all tokens; entropy and sink under full inference. The best of a row is tinted."
     return table("Full against sparse attention", note, ["", *(run.name for run in results)], rows)
 
 

@@ -6,20 +6,23 @@ say so.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from ssa.analysis.results import RunResults, printable, read_metrics
-from ssa.errors import UserError
+from ssa.analysis.results import LARGEST, RunResults, perplexities, perplexity_setting, printable, read_metrics
+from ssa.checked_json import parse_json, read_bytes, typed
+from ssa.errors import UserError, one_line
 from ssa.eval.run_directory import run_home
+from ssa.train.checkpoint import numbered_checkpoints, read_complete, verify_checkpoint
 
 DEPTH = 5
 """Directories are searched so deep."""
-SKIPPED = frozenset({"checkpoints", "data", "tensorboard", "items", "profile", "__pycache__"})
+SKIPPED = frozenset({"checkpoints", "latest", "data", "tensorboard", "items", "profile", "__pycache__"})
 """Directories that hold no results."""
 _OTHER_PURPOSE = re.compile(
     r"(config|generation_config|tokenizer(_config)?|special_tokens_map|trainer|checkpoint|index|vocab|added_tokens|environment)\.json"
@@ -27,6 +30,28 @@ _OTHER_PURPOSE = re.compile(
 )
 """JSON that belongs to models and runs and is no result."""
 _SIZE_LIMIT = 256 << 20
+_PARTS = ("recipe", "metrics", "analysis")
+
+
+class _RecipeModel(TypedDict):
+    method: str
+
+
+class _RecipeTrain(TypedDict, total=False):
+    seed: int
+
+
+class _Recipe(TypedDict):
+    model: _RecipeModel
+    train: _RecipeTrain
+
+
+class _Analysis(TypedDict):
+    run: str
+    method: str
+    budget: str
+    inference: dict[str, dict[str, Any]]
+    predictions: dict[str, dict[str, Any]]
 
 
 @dataclass
@@ -41,6 +66,21 @@ class RunEvidence:
     """File name without suffix -> its entries, the latest last; see `ssa.eval.results`. Perplexities of several texts that a record of
     the run holds are "perplexity, TEXT"."""
     analysis: dict[str, Any] | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """Where each part, "recipe", "metrics", "analysis" or a name of `evaluations`, came from."""
+
+    def put(self, part: str, content: Any, file: str) -> None:
+        """What `file` says is this part of the run."""
+        if part in _PARTS:
+            setattr(self, part, content)
+        else:
+            self.evaluations[part] = content
+        self.files[part] = file
+
+    def parts(self) -> dict[str, Any]:
+        """What `put` was given and is not empty."""
+        found = {name: getattr(self, name) for name in _PARTS} | self.evaluations
+        return {name: content for name, content in found.items() if content}
 
     @property
     def perplexities(self) -> list[str]:
@@ -61,8 +101,13 @@ class RunEvidence:
 
     @property
     def results(self) -> RunResults | None:
-        """The analysis as `ssa.analysis` reads it."""
-        return None if self.analysis is None else RunResults(self.name, self.analysis)
+        """The analysis as `ssa.analysis` reads it, with the latest perplexities."""
+        if self.analysis is None:
+            return None
+        found = RunResults(self.name, self.analysis)
+        for entry in self.evaluations.get("perplexity", [])[-1:]:
+            found = dataclasses.replace(found, perplexity=perplexities(entry), perplexity_setting=perplexity_setting(entry))
+        return found
 
     @property
     def seed_group(self) -> str:
@@ -95,6 +140,8 @@ class Evidence:
 def collect(paths: Sequence[Path | str]) -> Evidence:
     """Search files and directories.
 
+    The checkpoints of a run that is named itself are compared with their hashes.
+
     Raises:
         UserError: a path that does not exist, or nothing at all to report.
     """
@@ -109,13 +156,21 @@ def collect(paths: Sequence[Path | str]) -> Evidence:
             if file.resolve() not in seen:
                 seen.add(file.resolve())
                 _read(file, _shown(file, given), runs, evidence)
-    evidence.runs = [run for run in runs.values() if run.metrics or run.evaluations or run.analysis or run.recipe]
+    evidence.runs = [run for run in runs.values() if run.parts()]
+    named = {run_home(path).resolve() for path in paths}
+    for run in evidence.runs:
+        _look_at_checkpoints(run, run.path in named, evidence)
+    _name(evidence.runs)
+    check_something(evidence)
+    return evidence
+
+
+def check_something(evidence: Evidence) -> None:
+    """Raise `UserError` where there is nothing to show."""
     if not evidence.runs and not evidence.benchmarks:
         looked = "metrics.jsonl, eval/*.json, analysis/analysis.json and JSON of measurements"
         unusable = "".join(f"; {file}: {why}" for file, why in evidence.problems[:3])
         raise UserError(f"nothing to report under {', '.join(evidence.searched)}: looked for {looked}{unusable}")
-    _name(evidence.runs)
-    return evidence
 
 
 def collect_analyses(analyses: Sequence[tuple[Path, str, dict[str, Any]]]) -> Evidence:
@@ -126,7 +181,8 @@ def collect_analyses(analyses: Sequence[tuple[Path, str, dict[str, Any]]]) -> Ev
         for file in _files(home):
             _read(file, _shown(file, home), found, evidence)
         run = found[home.resolve()]
-        run.name, run.analysis = printable(name), analysis
+        run.name = printable(name)
+        run.put("analysis", analysis, f"{home.name}/analysis")
         evidence.runs.append(run)
     evidence.problems = list(dict.fromkeys(evidence.problems))
     return evidence
@@ -165,33 +221,53 @@ def _read(file: Path, shown: str, runs: dict[Path, RunEvidence], evidence: Evide
         if file.stat().st_size > _SIZE_LIMIT:
             raise ValueError(f"larger than {_SIZE_LIMIT >> 20} MiB")
         if file.name == "metrics.jsonl":
-            run(file.parent).metrics = read_metrics(file)
+            faults: list[str] = []
+            run(file.parent).put("metrics", read_metrics(file, faults), shown)
+            evidence.problems += [(shown, f"{faults[0]}; {len(faults)} lines are left out")] if faults else []
             return
         if file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line for line in read_bytes(file).split(b"\n") if line.strip()]
+            rows = [parse_json(line, f"line {i}", largest=LARGEST) for i, line in enumerate(lines, start=1)]
             content: Any = {**rows[0], "rows": rows[1:]} if rows and "rows" not in rows[0] else None
         else:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(read_bytes(file), "it", Any, largest=LARGEST)
         kind = _kind(file, content)
         if kind == "recipe":
-            run(file.parent).recipe = content
+            run(file.parent).put("recipe", typed(content, _Recipe), shown)
         elif kind == "analysis":
-            _check_analysis(content)
-            run(_home(file, "analysis")).analysis = content
+            run(_home(file, "analysis")).put("analysis", typed(content, _Analysis), shown)
         elif kind == "comparison":
             for analysis in content["runs"]:
-                _check_analysis(analysis)
-                _add_compared(file, analysis, runs)
+                _add_compared(file, shown, typed(analysis, _Analysis), runs)
         elif kind == "evaluation":
-            run(_home(file, "eval")).evaluations[file.stem] = _entries(content)
+            run(_home(file, "eval")).put(file.stem, _entries(content), shown)
         elif kind == "record of a run":
-            _add_record(content, run(file.with_suffix("")))
+            _add_record(content, shown, run(file.with_suffix("")))
         elif kind == "benchmark":
+            _check_claims(content.get("claims", []))
             evidence.benchmarks.append(Benchmark(shown, content))
         else:
             evidence.problems.append((shown, "no kind of result that this page knows"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        evidence.problems.append((shown, f"cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}"))
+        evidence.problems.append((shown, why_not(error)))
+
+
+def why_not(error: Exception) -> str:
+    """Why a file is not shown."""
+    text = one_line(error)[:200] + (" is missing" if isinstance(error, KeyError) else "")
+    return text.removeprefix("it ") if "cannot be read" in text else f"cannot be read: {text}"
+
+
+def _look_at_checkpoints(run: RunEvidence, hashes: bool, evidence: Evidence) -> None:
+    """Damaged checkpoints of the run are problems, too; their content is compared with their hashes only if that is asked for."""
+    for path in numbered_checkpoints(run.path):
+        try:
+            if hashes:
+                verify_checkpoint(path)
+            else:
+                read_complete(path)
+        except UserError as error:
+            evidence.problems.append((f"{run.path.name}/checkpoints/{path.name}", str(error)))
 
 
 def _kind(file: Path, content: Any) -> str:
@@ -217,11 +293,9 @@ def _home(file: Path, directory: str) -> Path:
     return file.parent.parent if file.parent.name == directory else file.parent
 
 
-def _add_record(content: dict[str, Any], run: RunEvidence) -> None:
+def _add_record(content: dict[str, Any], shown: str, run: RunEvidence) -> None:
     """A run's recipe, curve, evaluations of several texts ({name: what `ssa.eval.evaluate` returns}) and analysis in one file."""
     analysis = content["figures"].get("analysis")
-    if analysis is not None:
-        _check_analysis(analysis)
     evaluations: dict[str, list[dict[str, Any]]] = {}
     for name, found in content["figures"].items():
         if name == "analysis":
@@ -231,39 +305,26 @@ def _add_record(content: dict[str, Any], run: RunEvidence) -> None:
         if found["needle"]:
             evaluations["needle"] = [found["needle"]]
         evaluations.setdefault("tasks", []).extend(found["tasks"].values())
-    run.evaluations = {name: checked for name, entries in evaluations.items() if (checked := _checked(entries))}
-    run.recipe, run.analysis = content["recipe"], analysis
-    run.metrics = [line for line in content["curve"] if isinstance(line["step"], int)]
+    parts = {name: checked for name, entries in evaluations.items() if (checked := _checked(entries))}
+    recipe, metrics = typed(content["recipe"], _Recipe), [line for line in content["curve"] if isinstance(line["step"], int)]
+    analysed = {} if analysis is None else {"analysis": typed(analysis, _Analysis)}
+    for name, part in {**parts, "recipe": recipe, "metrics": metrics, **analysed}.items():
+        run.put(name, part, shown)
 
 
-def _add_compared(file: Path, analysis: dict[str, Any], runs: dict[Path, RunEvidence]) -> None:
+def _add_compared(file: Path, shown: str, analysis: dict[str, Any], runs: dict[Path, RunEvidence]) -> None:
     """An analysis of a comparison, unless the run's own is known. The run is the directory of that name beside the comparison."""
     beside = (_home(file, "analysis") / str(analysis["run"])).resolve()
     if beside in runs:
         if runs[beside].analysis is None:
-            runs[beside].analysis = analysis
+            runs[beside].put("analysis", analysis, shown)
     elif not (beside / "analysis" / "analysis.json").is_file():
-        runs.setdefault(beside, RunEvidence(beside)).analysis = analysis
+        runs.setdefault(beside, RunEvidence(beside)).put("analysis", analysis, shown)
 
 
-def _check_analysis(content: dict[str, Any]) -> None:
-    """Looks up what the page's pictures need, so that a damaged file is named instead of ending the report."""
-    results = RunResults("", content)
-    for mode in ("sparse", "full"):
-        means = results.means(mode)
-        for name in ("kept_mass", "entropy_bits", "sink_mass_first"):
-            float(means[name])
-            results.by_layer(mode, name)
-        for layer in content["inference"][mode]["layers"]:
-            (
-                layer.get("theorem_1", {"points": []})["points"],
-                sum(layer["distance_histogram"]),
-            )  # a record of a run may lack the points
-    for name in ("cross_entropy_full", "cross_entropy_sparse", "gap_nats", "kl_nats", "top1_agreement"):
-        float(results.predictions[name])
-    for name in ("method", "budget", "measured", "versions", "device", "dtype", "selection", "receptive_field"):
-        content[name]
-    results.violations()
+def _check_claims(claims: Any) -> None:
+    for claim in claims:
+        claim["claim"], claim["verdict"], claim["here"]
 
 
 def _entries(content: dict[str, Any]) -> list[dict[str, Any]]:

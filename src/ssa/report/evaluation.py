@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ssa.analysis.results import budget_tokens, needle_grids, perplexities, perplexity_setting
+from ssa.analysis.results import SAME_TEXT, budget_tokens, needle_grids, perplexities, perplexity_setting
 from ssa.report.collect import RunEvidence
 from ssa.report.page import METHOD_MARKERS, Cell, Section, figure, table
 from ssa.report.scores import Figure, Group, groups
@@ -40,7 +40,7 @@ def _perplexity(together: Sequence[Group]) -> Section:
             continue
         if len(contexts := {setting["context"] for setting in settings}) == 1 and name != "perplexity":
             what += f", context {contexts.pop()}"
-        if any(s[key] != settings[0][key] for s in settings for key in ("text_sha256", "context", "stride")):
+        if any(s[key] != settings[0][key] for s in settings for key in SAME_TEXT):
             alarms.append(
                 "The runs were evaluated on different texts or with different windows: these perplexities do not compare. Evaluate again with the "
                 f"same settings ({name})."

@@ -61,7 +61,7 @@ def other_tables(benchmark: Benchmark, note: str = "") -> list[str]:
     """Tables of the lists and groups of records beside the rows and bars that the file is about."""
     tables: list[str] = []
     for key, value in benchmark.content.items():
-        if key not in _CIRCUMSTANCES | {"rows", "bars"} and (records := _records(value)):
+        if key not in _CIRCUMSTANCES | {"rows", "bars", "claims"} and (records := _records(value)):
             tables.append(records_table(f"{benchmark.name}: {key.replace('_', ' ')}", "" if tables else note, records))
     return tables
 

@@ -115,7 +115,7 @@ def table(
     for i, (name, cells) in enumerate(rows):
         data = "".join(_cell(cell) for cell in cells)
         body.append(f'<tr{" class=part" if i in parts else ""}><th scope="row">{html.escape(name)}</th>{data}</tr>')
-    words = [isinstance(cell, Cell) and cell.kind == "text" for cell in rows[0][1]] if rows else []
+    words = [isinstance(cell, Cell) and "text" in cell.kind.split() for cell in rows[0][1]] if rows else []
     columns = "".join(
         f'<th scope="col"{" class=text" if word else ""}>{html.escape(h)}</th>'
         for h, word in zip(head, [False, *words], strict=False)

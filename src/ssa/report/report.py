@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from ssa.analysis.results import losses
 from ssa.files import write_atomically
 from ssa.report.attention import attention, theorem_notes
-from ssa.report.collect import Evidence, RunEvidence, collect
+from ssa.report.claims import claims
+from ssa.report.collect import Evidence, RunEvidence, check_something, collect, why_not
 from ssa.report.efficiency import efficiency, is_timed
 from ssa.report.evaluation import evaluation
 from ssa.report.measurements import measurements
 from ssa.report.page import Cell, Section, colours, definitions, render, table
 from ssa.report.training import training
+
+WORDS = (
+    ("budget, 4x16", "What a query may read: 4 blocks of 16 tokens, the one that it stands in and those that score best."),
+    ("full, sparse inference", "Reading everything, or the budget alone. Any model can be read either way, however it was trained."),
+    ("receptive field", "The tokens of a budget, 64 for 4x16. A query with no more before it reads all; most figures are over later queries."),
+    ("kept mass", "The share of full attention's weight that falls on the selected blocks. 1 = they hold all that mattered."),
+    ("gap", "Loss read sparse minus loss read full, in nats a token: what reading less costs."),
+    ("loss, perplexity", "How badly the next token is foretold: mean -log of its probability (nats), and e to its power. Lower is better."),
+    ("KL(full ‖ sparse)", "How far the predictions move when the model is read sparse instead of full. 0 = not at all."),
+    ("entropy", "How widely attention spreads, in bits: b bits is as wide as equal attention to 2ᵇ tokens."),
+    ("sink", "Attention on a document's first tokens, where it goes when it has nowhere else to go."),
+    ("Theorem 1", "The paper's bound on the error of sparse attention: the dropped mass times the largest values involved."),
+)  # fmt: skip
+"""For people who have not read the paper."""
 
 
 def write_report(paths: Sequence[Path | str], out: Path | str) -> Evidence:
@@ -28,11 +45,54 @@ def write_report(paths: Sequence[Path | str], out: Path | str) -> Evidence:
 
 
 def render_report(evidence: Evidence) -> str:
-    """The page: no script, no external resource. Everything that comes from files is escaped."""
+    """The page: no script, no external resource. Everything that comes from files is escaped.
+
+    A file that no page can be made of is taken out of `evidence` and named among its problems.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    try:
+        return _page(evidence)
+    except Exception:  # of what kind depends on what the file has in place of a number
+        _leave_out(evidence)
+        check_something(evidence)
+        return _page(evidence)
+
+
+def _leave_out(evidence: Evidence) -> None:
+    """Keep what a page can be made of together with what was kept before."""
+    runs, benchmarks = evidence.runs, evidence.benchmarks
+    evidence.runs, evidence.benchmarks = [], []
+
+    def kept(file: str) -> bool:
+        try:
+            _page(evidence)
+        except Exception as error:
+            evidence.problems.append((file, why_not(error)))
+            return False
+        return True
+
+    for run in runs:
+        bare = RunEvidence(run.path, run.name)
+        for name, content in run.parts().items():
+            more = replace(bare, evaluations=dict(bare.evaluations), files=dict(bare.files))
+            more.put(name, content, run.files[name])
+            evidence.runs.append(more)
+            bare = more if kept(run.files[name]) else bare
+            evidence.runs.pop()
+        evidence.runs += [bare] if bare.parts() else []
+    for benchmark in benchmarks:
+        evidence.benchmarks.append(benchmark)
+        if not kept(benchmark.name):
+            evidence.benchmarks.pop()
+
+
+def _page(evidence: Evidence) -> str:
     runs = evidence.runs
     shades = colours([run.method for run in runs])
     analysed = [(results, colour) for run, colour in zip(runs, shades, strict=True) if (results := run.results) is not None]
-    sections = [*evaluation(runs), *attention(analysed), training(runs)]
+    sections = [claims(evidence.benchmarks), *evaluation(runs), *attention(analysed), training(runs)]
     sections += [efficiency([b for b in evidence.benchmarks if is_timed(b)])]
     sections += [measurements([b for b in evidence.benchmarks if not is_timed(b)]), searched(evidence)]
     names = ", ".join(run.name for run in runs[:6]) + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")
@@ -81,14 +141,18 @@ def _lead(evidence: Evidence, results: Sequence) -> list[str]:
     ]
     lead += [f'<p class="alarm">{html.escape(note)}</p>' for note in (theorem_notes(results) if results else [])]
     bitten = [run for run in results if run.beyond]
+    if results:
+        lead.append(definitions("Words of this page", WORDS))
     if not bitten:
         return lead
 
     def strong(run) -> str:
         return f"<strong>{html.escape(run.name)}</strong>"
 
+    gaps = {run.name: loss.gap for run, loss in zip(results, losses(results)[0], strict=True)}
+
     def gap(run) -> float:
-        return run.predictions["gap_nats"]
+        return gaps[run.name]
 
     def kept(run) -> float:
         return run.means("sparse")["kept_mass"]

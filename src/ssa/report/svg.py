@@ -69,15 +69,23 @@ class Axis:
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 4) -> str:
     """A value as an axis or a table shows it: 0.25, 12k, 1.5M, 2e-05."""
     size = abs(value)
     if size >= 1e9 or (0 < size < 1e-3):
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace(".0e", "e")
+        mantissa, exponent = f"{value:.{digits - 3}e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     for limit, suffix in ((1e6, "M"), (1e4, "k")):
         if size >= limit:
-            return f"{value / (1e6 if suffix == 'M' else 1e3):.4g}{suffix}"
-    return f"{value:.4g}"
+            return f"{value / (1e6 if suffix == 'M' else 1e3):.{digits}g}{suffix}"
+    return f"{value:.{digits}g}"
+
+
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """`number` of each, with as many digits as round values need: on a narrow axis four make several the same."""
+    values = [0.0 if abs(x) < 1e-12 else x for x in ticks]
+    digits = next(d for d in range(4, 12) if d == 11 or all(number(x, d) == number(x, d + 3) for x in values))
+    return [number(x, digits) for x in values]
 
 
 def tokens(value: float) -> str:
@@ -145,7 +153,7 @@ def scatter(
     x_axis = Axis(low_x, high_x, _LEFT + 6, WIDTH - _RIGHT, True)
     y_axis = Axis(low_y, high_y, height - _BOTTOM, _TOP, True)
     at = x_axis.ticks(5)
-    parts = [_frame(x_axis, y_axis, at, [number(x) for x in at], xlabel, ylabel, height)]
+    parts = [_frame(x_axis, y_axis, at, tick_labels(at), xlabel, ylabel, height)]
     for name, colour, points in groups:
         d = "".join(f"M{x_axis(x):.1f} {y_axis(y):.1f}h0" for x, y in points)
         parts.append(f'<path class="dots" style="--c:{colour}" d="{d}"><title>{html.escape(name)}</title></path>')
@@ -222,9 +230,10 @@ def _range(values: Sequence[float], wanted: tuple[float | None, float | None], l
 def _frame(x_axis: Axis, y_axis: Axis, at: Sequence[float], labels: Sequence[str], xlabel: str, ylabel: str, height: int) -> str:
     """Grid, ticks and labels."""
     parts = []
-    for y in y_axis.ticks():
+    values = y_axis.ticks()
+    for y, label in zip(values, tick_labels(values), strict=True):
         parts.append(f'<path class="grid" d="M{_LEFT} {y_axis(y):.1f}H{WIDTH - _RIGHT}"/>')
-        parts.append(_text(_LEFT - 5, y_axis(y) + 3.5, number(0.0 if abs(y) < 1e-12 else y), "end"))
+        parts.append(_text(_LEFT - 5, y_axis(y) + 3.5, label, "end"))
     room = (WIDTH - _LEFT - _RIGHT) / max(1, len(at))
     every = max(1, math.ceil((6.5 * max(map(len, labels), default=0) + 4) / room))
     for i, (x, label) in enumerate(zip(at, labels, strict=True)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +24,16 @@ class Data:
     train: Any
     """`TokenShards` of the training split, or the `Mixture`."""
     valid: Any
+    index: str
+    """SHA-256 of index.json, which holds the hash of every shard."""
     fingerprint: str
-    """SHA-256 of index.json, which holds the hash of every shard; with a mixture, of that and the mixture's fingerprint."""
+    """The same; with a mixture, SHA-256 of that and the mixture's fingerprint."""
 
 
-def check_inputs(recipe: Recipe, out: Path, overwrite: bool) -> None:
+def check_inputs(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> None:
     """Complain about input that is not there, or cannot be sent where it should go, before a run has deleted or written anything.
+
+    A run that is resumed has its data, wherever that lies now, and its weights: see `open_data`.
 
     Raises:
         UserError: `data.path`, `data.tokenizer`, `model.init_from` or the package of `train.track` is not there, or `overwrite` would
@@ -39,11 +42,13 @@ def check_inputs(recipe: Recipe, out: Path, overwrite: bool) -> None:
     from ssa.data.shards import INDEX
     from ssa.data.sources import expand_inputs
     from ssa.data.tokenizer import load_tokenizer
-    from ssa.train.checkpoint import resolve_checkpoint
+    from ssa.train.checkpoint import open_checkpoint
     from ssa.train.run_directory import is_own
     from ssa.train.sinks import check_sink
 
     check_sink(recipe.train.track)
+    if resume:
+        return
     if overwrite:
         sources = {
             "data.path": recipe.data.path,
@@ -57,7 +62,7 @@ def check_inputs(recipe: Recipe, out: Path, overwrite: bool) -> None:
                     f"{name} = {source!r} lies in {out}, which --overwrite would empty; name another directory with --out"
                 )
     if recipe.model.init_from:
-        resolve_checkpoint(recipe.model.init_from)
+        open_checkpoint(recipe.model.init_from)
     if not _is_prepared(Path(recipe.data.path)) and (overwrite or not (out / "data" / INDEX).is_file()):
         expand_inputs([recipe.data.path])
         load_tokenizer(recipe.data.tokenizer)
@@ -70,26 +75,42 @@ def _is_prepared(path: Path) -> bool:
     return any((path / name).is_file() for name in (INDEX, PROGRESS))
 
 
-def open_data(recipe: Recipe, out: Path) -> Data:
-    """The data of a recipe; text that is not prepared yet is prepared into `out`/data first (once)."""
+def open_data(recipe: Recipe, out: Path, resume: bool = False) -> Data:
+    """The data of a recipe; text that is not prepared yet is prepared into `out`/data first (once).
+
+    `resume`: `out` is a run that began before. Its data is looked for wherever it may lie now, unless the recipe names another place.
+    """
+    from ssa.config import load_recipe
     from ssa.data.mixture import Mixture, open_mixture
     from ssa.data.prepare import prepare
     from ssa.data.shards import INDEX, TokenShards
+    from ssa.train.run_directory import RECIPE, find_data, find_mixture, read_starts
 
-    path = Path(recipe.data.path)
-    if not _is_prepared(path):
+    path, mixture = Path(recipe.data.path), recipe.data.mixture
+    if resume and read_starts(out):
+        mixture = find_mixture(out, mixture)
+        if recipe.data.path == load_recipe(str(out / RECIPE)).data.path:
+            try:
+                path = find_data(out, recipe)
+            except UserError as error:
+                raise UserError(f"{error}; restore it, or name its place with --data.path") from None
+        elif not _is_prepared(path):
+            raise UserError(
+                f"data.path = {recipe.data.path!r} holds no prepared data; a resumed run goes on with the data it began with"
+            )
+    elif not _is_prepared(path):
         path = out / "data"
         if not (path / INDEX).is_file():
             print(f"preparing {recipe.data.path} into {path}", flush=True)
             print(prepare([recipe.data.path], path, tokenizer=recipe.data.tokenizer), flush=True)
     train: TokenShards | Mixture
-    fingerprint = sha256_of_file(path / INDEX)
-    if recipe.data.mixture:
-        train = open_mixture(recipe.data.mixture, path)
-        fingerprint = hashlib.sha256(f"{fingerprint} {train.fingerprint()}".encode()).hexdigest()
+    index = fingerprint = sha256_of_file(path / INDEX)
+    if mixture:
+        train = open_mixture(mixture, path)
+        fingerprint = hashlib.sha256(f"{index} {train.fingerprint()}".encode()).hexdigest()
     else:
         train = TokenShards(path, "train")
-    return Data(path, train.load_tokenizer(), train, TokenShards(path, "valid"), fingerprint)
+    return Data(path, train.load_tokenizer(), train, TokenShards(path, "valid"), index, fingerprint)
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> SSAForCausalLM:
@@ -108,27 +129,16 @@ def build_model(recipe: Recipe, tokenizer: Any) -> SSAForCausalLM:
 def _from_checkpoint(recipe: Recipe, tokenizer: Any) -> SSAForCausalLM:
     import torch
 
-    from ssa.model import SSAConfig, SSAForCausalLM
-    from ssa.train.checkpoint import resolve_checkpoint
+    from ssa.model.stored import load_pretrained, read_config
+    from ssa.train.checkpoint import open_checkpoint
 
-    directory = resolve_checkpoint(recipe.model.init_from)
-    kind = json.loads((directory / "config.json").read_text()).get("model_type")
-    if kind != SSAConfig.model_type:
-        raise UserError(
-            f"model.init_from = {recipe.model.init_from!r} is a {kind!r} model; make it an ssa model with `ssa convert` first"
-        )
-    config = with_method(SSAConfig.from_pretrained(directory), recipe)
-    _check_vocabulary(config.vocab_size, tokenizer, "the vocabulary of model.init_from")
     try:
-        model, loaded = SSAForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32, output_loading_info=True)
-    except RuntimeError as error:
-        raise UserError(f"model.init_from = {recipe.model.init_from!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if wrong := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
-        raise UserError(
-            f"model.init_from = {recipe.model.init_from!r} has no fitting {wrong[0]} for method {recipe.model.method!r}: "
-            "its gates differ; train that method from a new model"
-        )
-    return model
+        directory = open_checkpoint(recipe.model.init_from)
+        config = with_method(read_config(directory), recipe)
+        _check_vocabulary(config.vocab_size, tokenizer, "the vocabulary of model.init_from")
+        return load_pretrained(directory, config, torch.float32)
+    except UserError as error:
+        raise UserError(f"model.init_from = {recipe.model.init_from!r}: {error}") from None
 
 
 def with_method(config: SSAConfig, recipe: Recipe) -> SSAConfig:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssa.errors import UserError
+from ssa.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -98,8 +98,13 @@ class StoredTensors:
     def __init__(self, directory: Path, stem: str) -> None:
         from safetensors import safe_open
 
+        from ssa.model.weights import readable
+
         self.directory = directory
-        self._files = [safe_open(file, "pt") for file in sorted(directory.glob(f"{stem}*.safetensors"))]
+        self._files = []
+        for file in sorted(directory.glob(f"{stem}*.safetensors")):
+            with readable(file):
+                self._files.append(safe_open(file, "pt"))
         self._of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a dict)
 
     def __bool__(self) -> bool:
@@ -179,12 +184,16 @@ def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def set_rng_state(tensors: StoredTensors, values: dict[str, Any]) -> None:
+    """Put back what `rng_state` gave. Raises `UserError` for what is no state of these generators."""
     import numpy as np
     import torch
 
     cpu = torch.empty(0)
-    torch.set_rng_state(tensors.like("torch_cpu", cpu))
-    if "torch_cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors.like("torch_cuda", cpu))
-    name, keys, *rest = values["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    try:
+        torch.set_rng_state(tensors.like("torch_cpu", cpu))
+        if "torch_cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors.like("torch_cuda", cpu))
+        name, keys, *rest = values["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"checkpoint {tensors.directory} holds no state of the random generators: {one_line(error)}") from None

@@ -121,7 +121,11 @@ class _Gathering:
             part = dataclasses.replace(call, positions_BT=positions_BT, cu_seqlens=cu_seqlens)
             parts.append(self.method(q[:, own], k[:, :end], v[:, :end], None if gates is None else gates[:, own], part))
         first, second = parts
-        indices = None if first.block_indices is None else torch.cat([first.block_indices, second.block_indices], 2)
+        indices = None
+        if first.block_indices is not None and second.block_indices is not None:  # more keys may hold more blocks
+            missing = second.block_indices.shape[3] - first.block_indices.shape[3]
+            padded = torch.nn.functional.pad(first.block_indices, (0, missing), value=-1)
+            indices = torch.cat([padded, second.block_indices], 2)
         return MethodOutput(
             torch.cat([first.out_BTHD, second.out_BTHD], 1),
             torch.cat([first.ungated_BTHD, second.ungated_BTHD], 1),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ssa.config import TrainRecipe
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG)
 
 
 class SharedError(UserError):

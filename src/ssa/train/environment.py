@@ -84,10 +84,9 @@ def start_record(
 
     from ssa.train.run_directory import rows_per_step
 
-    device = ranks.device
     return {
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(ranks.device),
         "ranks": ranks.world,
         "parallel": parallel,
         "context_parallel": ranks.context_ranks,
@@ -97,8 +96,17 @@ def start_record(
         "seed": recipe.train.seed,
         "parameters": num_parameters,
         "git": git_state(),
-        "data": {"path": str(data.path), "fingerprint": data.fingerprint, "train_tokens": data.train.num_tokens},
-    }
+        "data": {
+            "path": str(data.path), "fingerprint": data.fingerprint, "index": data.index, "train_tokens": data.train.num_tokens,
+        },
+    }  # fmt: skip
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the type of another device."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def git_state() -> dict[str, Any] | None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ssa.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -62,6 +64,9 @@ class Guard:
         return [[float(self._in_a_row), float(self._seen)], *self._last.tolist()]
 
     def restore(self, state: list[list[float]]) -> None:
+        """Go on from a `state`. Raises `UserError` for what is none."""
+        if [len(row) for row in state] != [2, WINDOW, WINDOW]:
+            raise UserError(f"the checkpoint's guard state has no rows of 2, {WINDOW} and {WINDOW} numbers")
         in_a_row, seen = state[0]
         self._in_a_row.fill_(int(in_a_row))
         self._seen.fill_(int(seen))

@@ -1,7 +1,8 @@
-"""SIGTERM and Ctrl-C during training: finish the step, save, leave."""
+"""SIGTERM, Ctrl-C and a terminal that goes away during training: finish the step, save, leave."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -15,10 +16,12 @@ workers may have got themselves."""
 
 
 class StopRequest:
-    """While active, the first SIGTERM or SIGINT only sets `name`, for the training loop to see after its step.
+    """While active, the first SIGTERM, SIGINT or SIGHUP only sets `name`, for the training loop to see after its step.
 
     A signal ends the process at once where there is nothing to save yet (`worth_saving`), and so does a second one: the signal may have ended a
     process that the step waits for, such as the compiler's workers, and then that step never ends.
+
+    A SIGHUP that is ignored (`nohup`) stays so.
 
     Signals belong to the main thread; elsewhere (a notebook's worker) it does nothing.
     """
@@ -37,7 +40,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -55,7 +61,8 @@ class StopRequest:
             self._end(number, f"stopped by {signal.Signals(number).name} before a step was done: nothing new to save")
 
     def _end(self, number: int, why: str) -> None:
-        os.write(2, f"\nssa: {why}\n".encode())  # print could be amid another print
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            os.write(2, f"\nssa: {why}\n".encode())  # print could be amid another print
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         signal.signal(number, signal.SIG_DFL)

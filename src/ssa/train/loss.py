@@ -47,23 +47,15 @@ class StepLoss(nn.Module):
             stream: SSA: the stream that goes on.
             targets: int64 0-dim, tokens to predict in the whole step.
         """
-        targets = targets.clamp(min=1)
-        if self.context is None:
-            return self._of_rows(rows, stream, targets)
-        output = self.model.model(input_ids=rows["input_ids"], use_cache=False, stream=stream)
-        loss = self.model.summed_nll(output.last_hidden_state, rows["targets"]) / targets
+        # with context parallelism `ContextParallel.sharing` knows the positions
+        names = ("input_ids", "position_ids", "cu_seqlens") if self.context is None else ("input_ids",)
+        inputs = {name: rows[name] for name in names if name in rows}
+        output = self.model.model(**inputs, use_cache=False, stream=stream, carry_alignment=False)
+        own = rows["targets"] if "targets" in rows else torch.where(is_target(rows), rows["labels"][:, 1:], -100)
+        loss = self.model.summed_nll(output.last_hidden_state, own) / targets.clamp(min=1)
         shares = torch.cat([loss.detach().view(1), loss.new_zeros(2)])
         if output.alignment is not None:
             loss = loss + self.alignment_share * self.alignment_weight / self.parts * output.alignment.sum()
-            shares[1:] = output.alignment.detach() / self.parts
-        return loss, shares
-
-    def _of_rows(self, rows: dict[str, Tensor], stream: str | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.model(**rows, use_cache=False, stream=stream, num_items_in_batch=targets)
-        loss, own = output.loss, is_target(rows).sum() / targets
-        shares = torch.cat([(output.cross_entropy * own).view(1), own.new_zeros(2)])
-        if output.alignment is not None:  # which the model weighs by the micro-batch's targets, too
-            loss = loss + (self.alignment_share / self.parts - own) * self.alignment_weight * output.alignment.sum()
             shares[1:] = output.alignment.detach() / self.parts
         return loss, shares
 

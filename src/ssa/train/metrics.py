@@ -14,18 +14,35 @@ import math
 import sys
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from ssa.checked_json import parse_json
 from ssa.errors import UserError
 from ssa.files import write_atomically
+from ssa.terminal import console, say
 from ssa.train.sinks import Sink, numbers, open_sink
 
 if TYPE_CHECKING:
     import torch
 
 DEVICE_VALUES = ("loss", "cross_entropy", "sparsity_loss", "commitment_loss", "grad_norm")
+
+
+class _Known(TypedDict):
+    kind: str
+    step: int
+
+
+class _Line(_Known, total=False):
+    """A line of metrics.jsonl, as far as a resumed run reads it."""
+
+    stream: str | None
+    cross_entropy: float
+    full: float
+    sparse: float
 
 
 class Metrics:
@@ -52,30 +69,33 @@ class Metrics:
         self._pending_tokens = 0
         self._pending_flops: float | None = 0.0
         self._clock = time.perf_counter()
-        kept = [line for line in self._complete_lines() if json.loads(line)["step"] <= start_step]
-        write_atomically(self.path, "".join(line + "\n" for line in kept))
+        kept = [(text, line) for text, line in self._complete_lines() if line["step"] <= start_step]
+        write_atomically(self.path, "".join(text + "\n" for text, _ in kept))
         self._spikes = SpikeDetector()
-        for line in map(json.loads, kept):
-            if line["kind"] == "train":
-                self._spikes.is_spike(line["stream"], line["cross_entropy"])
+        for _, line in kept:
+            if line["kind"] == "train" and "cross_entropy" in line:
+                self._spikes.is_spike(line.get("stream"), line["cross_entropy"])
         self._file = self.path.open("a", encoding="utf-8")
         self._sinks: list[Sink] = []
         if (sink := open_sink(track, run_dir, start_step)) is not None:
             self._sinks.append(sink)
         self._display = Display(start_step, total_steps)
 
-    def _complete_lines(self) -> list[str]:
-        """A kill can leave the last line cut in two."""
-        if not self.path.is_file():
-            return []
-        text = self.path.read_text(encoding="utf-8")
-        return text[: text.rfind("\n") + 1].splitlines()
+    def _complete_lines(self) -> Iterator[tuple[str, _Line]]:
+        """(text, content); a kill can leave the last line cut in two."""
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
+        for number, text in enumerate(lines, start=1):
+            try:
+                line: _Line = parse_json(text, f"{self.path}, line {number},", _Line, largest=None)
+            except UserError as error:
+                raise UserError(f"{error}; remove the line to go on without it") from None
+            yield text.decode(), line
 
     def validation_at(self, step: int) -> dict[str, float] | None:
         """The validation losses written for `step`, if any."""
-        for line in map(json.loads, self._complete_lines()):
-            if line["kind"] == "valid" and line["step"] == step:
-                return {mode: line[mode] for mode in ("full", "sparse")}
+        for _, line in self._complete_lines():
+            if line["kind"] == "valid" and line["step"] == step and "full" in line and "sparse" in line:
+                return {"full": line["full"], "sparse": line["sparse"]}
         return None
 
     def add(
@@ -210,7 +230,6 @@ class Display:
     """A progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, start_step: int, total_steps: int) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.total_steps = total_steps
@@ -223,10 +242,11 @@ class Display:
                 TimeRemainingColumn(),
                 TextColumn("{task.description}"),
             )
-            self._bar = Progress(*columns, console=Console(file=sys.stdout))
+            self._bar = Progress(*columns, console=console(file=sys.stdout))
             self._task = self._bar.add_task("", total=total_steps, completed=start_step)
             self._bar.start()
-        self._clock, self._start = time.perf_counter(), start_step
+        self._since: tuple[float, int] | None = None
+        """When the first report came, and of which step."""
 
     def step(self, line: dict[str, Any]) -> None:
         text = f"loss {line['cross_entropy']:.4f}"
@@ -238,15 +258,19 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, completed=line["step"], description=text)
             return
-        per_step = (time.perf_counter() - self._clock) / max(1, line["step"] - self._start)
-        eta = round(per_step * (self.total_steps - line["step"]))
-        print(f"step {line['step']}/{self.total_steps}  {text}  eta {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}", flush=True)
+        now = time.perf_counter()
+        if self._since is None:  # the first step, which warms up and compiles, says nothing about the others
+            self._since = (now, line["step"])
+        else:
+            eta = round((now - self._since[0]) / (line["step"] - self._since[1]) * (self.total_steps - line["step"]))
+            text += f"  eta {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}"
+        print(f"step {line['step']}/{self.total_steps}  {text}", flush=True)
 
     def say(self, text: str) -> None:
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -16,15 +16,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssa.checked_json import read_json
 from ssa.errors import UserError
 from ssa.files import sha256_of_file, sync
 from ssa.model.card import write_card
 from ssa.train.checkpoint import (
     FORMAT,
     METADATA,
+    Metadata,
+    StoredFile,
     checkpoint_path,
     find_checkpoints,
     is_complete,
+    metadata_text,
+    point_latest,
     remove,
     remove_scratch,
     scratch_path,
@@ -173,13 +178,13 @@ class Saver:
         assert self.pending is not None
         final, step = checkpoint_path(self.run_dir, self.pending), self.pending
         try:
-            files: dict[str, Any] = {}
+            files: dict[str, StoredFile] = {}
             for rank in range(self.ranks.world):
                 part = self._scratch / f".files-{rank}.json"
-                files |= json.loads(part.read_text(encoding="utf-8"))
+                files |= read_json(part, dict[str, StoredFile])
                 part.unlink()
-            metadata = {"format": FORMAT, "step": step, "versions": versions(), "files": dict(sorted(files.items()))}
-            (self._scratch / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+            metadata: Metadata = {"format": FORMAT, "step": step, "versions": versions(), "files": dict(sorted(files.items()))}
+            (self._scratch / METADATA).write_bytes(metadata_text(metadata).encode())
             sync(self._scratch / METADATA)
             sync(self._scratch)
             if final.exists():  # what is left of an incomplete one
@@ -188,6 +193,7 @@ class Saver:
             sync(final.parent)
         except OSError as error:
             raise self._failure(error) from error
+        point_latest(self.run_dir, final)
         for old in find_checkpoints(self.run_dir)[: -self.keep_last]:
             if old != final:
                 remove(old)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from ssa.checked_json import read_json
 from ssa.errors import UserError, one_line
 
 PROJECT = "sparse-sparse-attention"
@@ -128,4 +128,4 @@ def _entry(run_dir: Path, start_step: int) -> str:
 
 def _recipe(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "recipe.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

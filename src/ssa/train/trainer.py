@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssa.config import Recipe
 from ssa.errors import UserError
+from ssa.terminal import say
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ class TrainResult:
     validation: dict[str, float] | None
     """Final losses in nats a token under {"full", "sparse"} attention; None if the run was stopped by a signal."""
     stopped_by: str | None = None
-    """"SIGTERM" or "SIGINT" where a signal, to any rank, ended the run early."""
+    """"SIGTERM", "SIGINT" or "SIGHUP" where a signal, to any rank, ended the run early."""
 
 
 def train(recipe: Recipe, out: Path | str, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -67,7 +68,7 @@ def train(recipe: Recipe, out: Path | str, resume: bool = False, overwrite: bool
         with open_ranks(recipe.train) as ranks, contextlib.ExitStack() as stack:
             with ranks.together(out):
                 if ranks.main:
-                    check_inputs(recipe, out, overwrite)
+                    check_inputs(recipe, out, resume, overwrite)
                     stack.enter_context(open_run(out, recipe, resume, overwrite))
             return _Run(recipe, out, resume, ranks).go()
     except OSError as error:
@@ -84,12 +85,14 @@ class _Run:
 
         from ssa.data.loader import PackedLoader
         from ssa.infer.load import resolve_dtype
-        from ssa.model import SSAConfig, SSAForCausalLM
+        from ssa.model import SSAForCausalLM
+        from ssa.model.stored import check_weights, read_config
         from ssa.train.build import build_model, open_data
-        from ssa.train.checkpoint import find_checkpoints, load_checkpoint
-        from ssa.train.environment import start_record
+        from ssa.train.checkpoint import load_checkpoint, newest_checkpoint, verify_checkpoint
+        from ssa.train.environment import device_name, start_record
         from ssa.train.flops import flops_record, run_peak_flops
         from ssa.train.guard import Guard
+        from ssa.train.header import model_line, run_line, waiting_line
         from ssa.train.layers import prepare_layers
         from ssa.train.loss import StepLoss
         from ssa.train.metrics import Metrics
@@ -103,23 +106,32 @@ class _Run:
         self.recipe, self.out, self.ranks, self.device = recipe, out, ranks, ranks.device
         dtype = resolve_dtype(t.dtype, self.device)
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+        self.metrics: Metrics | None = None
+        self._say(run_line(recipe, out, ranks, device_name(self.device), dtype))
         for turn in (True, False):  # rank 0 may have text to prepare, which the others then find
             with ranks.together(out):
                 if ranks.main is turn:
-                    self.data = open_data(recipe, out)
+                    self.data = open_data(recipe, out, resume)
         with ranks.together(out):
             if t.verify_data and ranks.main:
+                self._say(f"verifying the hash of every shard in {self.data.path}")
                 self.data.train.verify()
                 self.data.valid.verify()
+        with ranks.together(out):
+            found = newest_checkpoint(out) if resume else None
+            if found is not None:
+                verify_checkpoint(found, ranks.rank, ranks.world)
         with ranks.together(out):
             # One loader batch is one step: the same rows whatever the split over ranks and micro-batches.
             rows = t.batch_size * t.accumulation
             self.loader = PackedLoader(self.data.train, recipe.data.context, rows, t.seed, ranks.data_rank, ranks.data_world)
             _seed_everything(t.seed)
-            found = find_checkpoints(out)[-1:] if resume else []
-            self.model = (
-                SSAForCausalLM(SSAConfig.from_pretrained(found[0])) if found else build_model(recipe, self.data.tokenizer)
-            )
+            if found is None:
+                self.model = build_model(recipe, self.data.tokenizer)
+            else:
+                config = read_config(found)
+                check_weights(found, config)
+                self.model = SSAForCausalLM(config)
             prepare_layers(self.model, t.activation_checkpointing, t.recompute, t.compile)
             self.context = None
             if ranks.context_ranks > 1:
@@ -136,15 +148,15 @@ class _Run:
         self.optimizer = build_optimizer(self.model, t)
         self.guard = Guard(self.device, t.skip_nonfinite, t.skip_spikes)
         self.start_step = 0
-        if found:
-            extra = load_checkpoint(found[0], self.model, self.optimizer, ranks)
+        if found is not None:
+            extra = load_checkpoint(found, self.model, self.optimizer, ranks)
             with ranks.together():
-                check_progress(extra, recipe, self.data, ranks, found[0])
+                check_progress(extra, recipe, self.data, ranks, found)
             self.start_step = extra["step"]
             if "guard" in extra:
                 self.guard.restore(extra["guard"])
         self.saver = Saver(out, ranks, self.data.tokenizer, t.keep_last, t.async_save)
-        self.saver.newest = found[0] if found else None
+        self.saver.newest = found
 
         # Where the optimizer is fused on the device it can skip a step there, and no step waits for the host to hear of it.
         self.found_inf = None
@@ -152,7 +164,6 @@ class _Run:
             self.found_inf = torch.zeros((), device=self.device)
             self.optimizer.found_inf = self.found_inf  # type: ignore[union-attr]
         self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []
-        self.metrics: Metrics | None = None
         aligned = recipe.model.method == "ssa" and recipe.model.alignment_loss != "none"
         with ranks.together(out):
             if ranks.main:
@@ -166,12 +177,15 @@ class _Run:
             self._say(f"one process: train.parallel = {t.parallel!r} has no effect (torchrun --nproc-per-node N starts N)")
         if t.alignment_warmup and not (aligned and recipe.model.alignment_weight):
             self._say(f"no alignment to warm up: train.alignment_warmup = {t.alignment_warmup} has no effect")
-        if recipe.model.init_from and not found and recipe.model.rope_factor > 1:
+        if recipe.model.init_from and found is None and recipe.model.rope_factor > 1:
             self._say(
                 f"model.rope_factor = {recipe.model.rope_factor:g} scales the positions of {recipe.model.init_from}; 1 keeps them as they are"
             )
+        self._say(model_line(self.model, self.data))
         if resume:
-            self._say(f"resuming from {found[0]}" if found else f"nothing to resume in {out}: starting at step 0")
+            self._say(f"resuming from {found}" if found is not None else f"nothing to resume in {out}: starting at step 0")
+        if waiting := waiting_line(recipe, self.device):
+            self._say(waiting)
 
     def go(self) -> TrainResult:
         from ssa.data.prefetch import Prefetcher
@@ -204,7 +218,7 @@ class _Run:
             validate = (bool(t.eval_every) and done % t.eval_every == 0) or done == t.steps
             probe = self.probed is not None and done % t.probe_every == 0
             save = (bool(t.save_every) and done % t.save_every == 0) or done == t.steps or name is not None
-            if validate or save or probe or done % t.log_every == 0:
+            if validate or save or probe or done % t.log_every == 0 or step == self.start_step:
                 self._flush()
             if validate and name is None:
                 losses = self._validate(done)
@@ -385,8 +399,11 @@ class _Run:
         return self.saver.newest
 
     def _say(self, text: str) -> None:
+        """Once, by rank 0; before there are metrics as a plain line."""
         if self.metrics is not None:
             self.metrics.say(text)
+        elif self.ranks.main:
+            say(text)
 
 
 def _seed_everything(seed: int) -> None:

@@ -72,9 +72,18 @@ def test_a_torn_last_line_does_not_count_and_spoils_nothing(tmp_path, torn):
 
 def test_damage_elsewhere_is_an_error(tmp_path):
     log = ItemLog(tmp_path)
-    log.path.write_text('{"index": 0}\nnonsense\n{"index": 1}\n')
-    with pytest.raises(UserError, match="line 2, is no record"):
-        log.records()
+    for damage in (
+        b"nonsense",
+        b"[1]",
+        b'{"index": "1"}',
+        b'{"index": 1.5}',
+        b'{"score": 1}',
+        b"[" * 100_000,
+        b'{"index": 1, "x": "\xe9"}',
+    ):
+        log.path.write_bytes(b'{"index": 0}\n' + damage + b'\n{"index": 1}\n')
+        with pytest.raises(UserError, match="line 2, is no record"):
+            log.records()
 
 
 def test_a_failing_batch_maker_is_not_swallowed(tmp_path):

@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import json
 import zipfile
 
@@ -22,6 +24,20 @@ def test_the_sixteen_tasks_and_their_answer_lengths():
     lengths |= dict.fromkeys(("gov_report", "qmsum", "multi_news"), 512)
     assert {name: kind.max_new_tokens for name, kind in TASKS.items()} == {**dict.fromkeys(TASKS, 32), **lengths}
     assert [name for name, kind in TASKS.items() if kind.first_line] == ["trec", "triviaqa", "samsum"]
+
+
+def test_prompts_are_the_releases_to_the_letter():
+    """Against dataset2prompt.json and dataset2maxlen.json of THUDM/LongBench at 2e00731."""
+    rows = json.dumps([[name, kind.prompt, kind.max_new_tokens] for name, kind in TASKS.items()])
+    assert hashlib.sha256(rows.encode()).hexdigest() == "2dfbfdff52dcf9de5b552342e63d8e665f0b1f885918cb9ccaa173698c71e0d9"
+    assert TASKS["narrativeqa"].prompt.count("asconcisely") == 2
+
+
+def test_answers_to_another_prompt_are_not_taken_for_these(monkeypatch):
+    before = LongBenchTask("trec", [record(all_classes=["A"])], 4000, byte_tokenizer()).setting
+    assert before == LongBenchTask("trec", [record(all_classes=["A"])], 4000, byte_tokenizer()).setting
+    monkeypatch.setitem(TASKS, "trec", dataclasses.replace(TASKS["trec"], prompt=TASKS["trec"].prompt + " "))
+    assert before != LongBenchTask("trec", [record(all_classes=["A"])], 4000, byte_tokenizer()).setting
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -120,11 +136,34 @@ def test_records_from_files(tmp_path):
     assert tasks[0].setting == tasks[1].setting  # a limit that is raised later finds the items done
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"context": "a"}', json.dumps(record(answers=[])), json.dumps(record(answers=[1]))])
+@pytest.mark.parametrize("line", ["{", "[]", '{"context": "a"}', json.dumps(record(answers=[])), json.dumps(record(answers=[1])),
+                                  json.dumps(record(answers="Anna")), json.dumps(record(context=["a"])), '{"context": "caf\udce9"}'])  # fmt: skip
 def test_damaged_records(tmp_path, line):
-    (tmp_path / "qasper.jsonl").write_text(json.dumps(record()) + "\n" + line + "\n")
+    (tmp_path / "qasper.jsonl").write_bytes((json.dumps(record()) + "\n" + line + "\n").encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match="line 2, is no LongBench record"):
         read_records("qasper", tmp_path)
+
+
+def test_records_are_lines_that_end_in_line_feeds_alone(tmp_path):
+    line = json.dumps(record(context="one\u2028two\x85"), ensure_ascii=False).encode()
+    (tmp_path / "qasper.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\n" + line)
+    assert [found["context"] for found in read_records("qasper", tmp_path)] == ["one\u2028two\x85"] * 2
+
+
+def test_records_from_the_hubs_archive(tmp_path, monkeypatch):
+    import zipfile
+
+    import huggingface_hub
+
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("data/qasper.jsonl", json.dumps(record(context="one\u2028two"), ensure_ascii=False) + "\n")
+        archive.writestr("data/trec.jsonl", json.dumps(record(all_classes="AB")))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: str(tmp_path / "data.zip"))
+    assert [found["context"] for found in read_records("qasper", None)] == ["one\u2028two"]
+    with pytest.raises(UserError, match="on the hub, trec, line 1, is no LongBench record: all_classes = 'AB' is not list"):
+        read_records("trec", None)
+    with pytest.raises(UserError, match="cannot be had from the hub"):
+        read_records("samsum", None)
 
 
 def test_errors(tmp_path):

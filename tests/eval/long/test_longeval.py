@@ -67,6 +67,15 @@ def test_errors(folder):
     (place / "8_topics.jsonl").write_text(json.dumps({**TOPICS, "topics": "[__import__('os')]"}))
     with pytest.raises(UserError, match="line 1, is no LongEval case of topics"):
         LongEvalTask(place / "8_topics.jsonl", tokenizer)
+    for name, wrong in (
+        ("lines", {"random_idx": "torpid-kid"}), ("lines", {"random_idx": []}), ("lines", {"expected_number": "many"}),
+        ("lines", {"prompt": ["p"]}), ("topics", {"topics": "'one topic'"}), ("topics", {"topics": "[1]"}), ("topics", {"topics": [["a"]]}),
+        ("topics", {"topics": "[" * 5000}), ("topics", {"topics": []}), ("topics", {"topics": ["a", "b"], "prompt": 1}),
+    ):  # fmt: skip
+        case = {**(LINES if name == "lines" else TOPICS), **wrong}
+        (place / f"6_{name}.jsonl").write_text(json.dumps(case))
+        with pytest.raises(UserError, match=f"line 1, is no LongEval case of {name}: "):
+            LongEvalTask(place / f"6_{name}.jsonl", tokenizer)
     (place / "7_lines.jsonl").write_text("")
     with pytest.raises(UserError, match="is empty"):
         LongEvalTask(place / "7_lines.jsonl", tokenizer)

@@ -11,8 +11,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from ssa.checked_json import parse_json
 from ssa.errors import UserError
 
 
@@ -55,6 +56,12 @@ ALONE = Shard()
 """The one rank where there are no others."""
 
 
+class _Record(TypedDict):
+    """Of an item, as far as the log itself reads it."""
+
+    index: int
+
+
 class ItemLog:
     """The records of one task at one setting and budget."""
 
@@ -72,10 +79,10 @@ class ItemLog:
         for path in sorted(self.directory.glob("rank-*.jsonl")):
             for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
                 try:
-                    record = json.loads(line)
-                    found[int(record["index"])] = record
-                except (ValueError, KeyError, TypeError):
+                    record = parse_json(line, f"{path}, line {number},", _Record, largest=None)
+                except UserError:
                     raise UserError(f"{path}, line {number}, is no record of a finished item; move the file away") from None
+                found[record["index"]] = record
         return found
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict, cast
 
 import numpy as np
 
-from ssa.errors import UserError
+from ssa.checked_json import typed
+from ssa.data.lines import objects, read_objects
+from ssa.errors import UserError, one_line
 from ssa.eval.long import longbench_metrics as metrics
 from ssa.eval.long.fill import encode
 from ssa.eval.long.items import Item
@@ -49,10 +51,10 @@ _QASPER = (
 )
 
 TASKS: dict[str, Kind] = {
-    "narrativeqa": Kind(
-        "You are given a story, which can be either a novel or a movie script, and a question. Answer the question as concisely as you "
+    "narrativeqa": Kind(  # "asconcisely" is the release's
+        "You are given a story, which can be either a novel or a movie script, and a question. Answer the question asconcisely as you "
         "can, using a single phrase if possible. Do not provide any explanation.\n\nStory: {context}\n\nNow, answer the question based "
-        "on the story as concisely as you can, using a single phrase if possible. Do not provide any explanation.\n\n"
+        "on the story asconcisely as you can, using a single phrase if possible. Do not provide any explanation.\n\n"
         "Question: {input}\n\nAnswer:", 128, metrics.qa_f1,
     ),
     "qasper": Kind(
@@ -125,8 +127,9 @@ class LongBenchTask:
         self._room = length - self._kind.max_new_tokens - len(first_ids(tokenizer))
         if self._room < 2:
             raise UserError(f"length {length} is too short for {name}, whose answers may take {self._kind.max_new_tokens} tokens")
-        digest = hashlib.sha256(json.dumps(self._records, sort_keys=True).encode()).hexdigest()
-        self.setting: dict[str, Any] = {"task": name, "length": length, "records_sha256": digest}
+        asked = json.dumps([self._kind.prompt, self._records], sort_keys=True)
+        digest = hashlib.sha256(asked.encode()).hexdigest()
+        self.setting: dict[str, Any] = {"task": name, "length": length, "items_sha256": digest}
         self._count = len(self._records) if limit is None else min(limit, len(self._records))
 
     def __len__(self) -> int:
@@ -180,7 +183,7 @@ def read_records(name: str, data_dir: Path | None) -> list[dict[str, Any]]:
     if name not in TASKS:
         raise UserError(f"no LongBench task {name!r}; there are {', '.join(TASKS)}")
     if data_dir is None:
-        source, lines = f"{HUB_REPOSITORY} on the hub", _from_hub(name)
+        source, found = f"{HUB_REPOSITORY} on the hub", list(_from_hub(name))
     else:
         candidates = [folder / f"{name}.jsonl" for folder in (data_dir, data_dir / "longbench")]
         path = next((path for path in candidates if path.is_file()), None)
@@ -188,35 +191,50 @@ def read_records(name: str, data_dir: Path | None) -> list[dict[str, Any]]:
             raise UserError(
                 f"{candidates[0]} does not exist; put LongBench's data files there, or leave the directory out to use the hub"
             )
-        source, lines = str(path), path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            texts = [record["context"], record["input"], *record["answers"]]
-            classes = record.get("all_classes")
-            good = bool(record["answers"]) and all(isinstance(text, str) for text in texts)
-            good = good and (TASKS[name].metric is not metrics.classification or isinstance(classes, list))
-        except (ValueError, KeyError, TypeError):
-            good = False
-        if not good:
-            raise UserError(f"{source}, line {number}, is no LongBench record (context, input, answers, all_classes)")
-        records.append({key: record.get(key) for key in ("_id", "context", "input", "answers", "all_classes")})
-    if not records:
+        source, found = str(path), list(read_objects(path, _checked(name), _REFUSAL))
+    if not found:
         raise UserError(f"{source} is empty")
-    return records
+    return found
 
 
-def _from_hub(name: str) -> list[str]:
+_REFUSAL = "{file}, line {line}, is no LongBench record"
+
+
+class _Record(TypedDict):
+    """A line of a data file, as far as it is read."""
+
+    context: str
+    input: str
+    answers: list[str]
+
+
+class _Classified(_Record):
+    all_classes: list[str]
+
+
+def _checked(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    kind = _Classified if TASKS[name].metric is metrics.classification else _Record
+
+    def record(line: dict[str, Any]) -> dict[str, Any]:
+        typed(line, kind)
+        if not line["answers"]:
+            raise UserError("it has no answers")
+        return {key: line.get(key) for key in ("_id", "context", "input", "answers", "all_classes")}
+
+    return record
+
+
+def _from_hub(name: str) -> Iterator[dict[str, Any]]:
     from huggingface_hub import hf_hub_download
 
     try:
         archive = hf_hub_download(HUB_REPOSITORY, HUB_FILE, repo_type="dataset")
-        with zipfile.ZipFile(archive) as content:
-            # read, not unpacked: nothing is written by names that an archive gives
-            return content.read(f"data/{name}.jsonl").decode("utf-8").splitlines()
+        # read, not unpacked: nothing is written by names that an archive gives
+        with zipfile.ZipFile(archive) as content, content.open(f"data/{name}.jsonl") as lines:
+            yield from objects(cast("BinaryIO", lines), f"{HUB_REPOSITORY} on the hub, {name}", _checked(name), _REFUSAL)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:150]
         raise UserError(
-            f"LongBench cannot be had from the hub ({reason}); download it and name its directory with --data-dir"
+            f"LongBench cannot be had from the hub ({one_line(error)[:150]}); download it and name its directory with --data-dir"
         ) from error

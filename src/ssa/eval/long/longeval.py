@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ast
-import hashlib
-import json
 import re
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from ssa.errors import UserError
+from ssa.checked_json import typed
+from ssa.data.lines import read_objects
+from ssa.errors import UserError, one_line
 from ssa.eval.long.fill import encode
 from ssa.eval.long.items import Item
 from ssa.eval.long.longbench_metrics import normalize_answer
+from ssa.files import sha256_of_file
 from ssa.infer.engine import first_ids
 
 if TYPE_CHECKING:
@@ -36,17 +38,11 @@ class LongEvalTask:
             raise UserError(f"{path} is no LongEval file: its name should be N_lines.jsonl or N_topics.jsonl")
         self.size, self.kind = int(match[1]), match[2]
         self.name, self._tokenizer = f"longeval_{self.kind}", tokenizer
-        self._cases: list[tuple[str, str]] = []
-        data = path.read_bytes()
-        for number, line in enumerate(data.decode("utf-8").splitlines(), start=1):
-            try:
-                self._cases.append(_case(self.kind, json.loads(line)))
-            except (ValueError, KeyError, TypeError, IndexError, SyntaxError):
-                raise UserError(f"{path}, line {number}, is no LongEval case of {self.kind}") from None
+        refusal = f"{{file}}, line {{line}}, is no LongEval case of {self.kind}"
+        self._cases = list(read_objects(path, partial(_case, self.kind), refusal))
         if not self._cases:
             raise UserError(f"{path} is empty")
-        self.setting: dict[str, Any] = {"task": self.name, "size": self.size, "records_sha256": hashlib.sha256(data).hexdigest()}
-
+        self.setting: dict[str, Any] = {"task": self.name, "size": self.size, "records_sha256": sha256_of_file(path)}
         self._count = len(self._cases) if limit is None else min(limit, len(self._cases))
 
     def __len__(self) -> int:
@@ -86,13 +82,32 @@ def find_files(data_dir: Path | None, kind: str) -> list[Path]:
     raise UserError(f"no N_{kind}.jsonl in {data_dir}; put LongEval's test cases there")
 
 
+class _Lines(TypedDict):
+    prompt: str
+    random_idx: list[Any]
+    expected_number: int | str
+
+
+class _Topics(TypedDict):
+    prompt: str
+    topics: list[str] | str
+
+
 def _case(kind: str, record: dict[str, Any]) -> tuple[str, str]:
     """(prompt with the beginning of the answer, answer)."""
-    prompt = record["prompt"].rstrip()
-    if kind == "lines":
-        return prompt + LINES_LEAD.format(line=record["random_idx"][0]), str(int(record["expected_number"]))
-    topics = record["topics"]
-    first = (ast.literal_eval(topics) if isinstance(topics, str) else topics)[0]
-    if not isinstance(first, str) or not normalize_answer(first):
-        raise ValueError("no topic")
-    return prompt + TOPICS_LEAD, first
+    try:
+        if kind == "lines":
+            line: _Lines = typed(record, _Lines)
+            return line["prompt"].rstrip() + LINES_LEAD.format(line=line["random_idx"][0]), str(int(line["expected_number"]))
+        case: _Topics = typed(record, _Topics)
+        # the release has both: a list, and a list written into a text
+        topics = (
+            case["topics"] if isinstance(case["topics"], list) else typed(ast.literal_eval(case["topics"]), list[str], "topics")
+        )
+        if not normalize_answer(topics[0]):
+            raise UserError("its first topic is empty")
+        return case["prompt"].rstrip() + TOPICS_LEAD, topics[0]
+    except UserError:
+        raise
+    except (ValueError, IndexError, SyntaxError, RecursionError, MemoryError) as error:  # of literal_eval, too
+        raise UserError(one_line(error)) from None

@@ -109,7 +109,7 @@ def run_longbench(names: Sequence[str], request: TaskRequest) -> dict[str, dict[
             made = longbench.LongBenchTask(task, records, length, request.subject.tokenizer, request.limit)
             jobs.append(_Generated(made, {"task": task, "length": length}, request))
     setting = {
-        "tasks": tasks, "lengths": lengths, "limit": request.limit, "data": [job.setting["records_sha256"] for job in jobs],
+        "tasks": tasks, "lengths": lengths, "limit": request.limit, "data": [job.setting["items_sha256"] for job in jobs],
     }  # fmt: skip
     suite = Suite("longbench", _by_length("LongBench, English tasks"), _averages)
     entry = run_suite(suite, jobs, setting, request)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ssa.ops.triton import key_gradients, key_side
 from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E
-from ssa.ops.triton.online_softmax import softmax_end, softmax_step
+from ssa.ops.triton.online_softmax import LOWEST, load_lse, softmax_end, softmax_step, store_lse
 from ssa.ops.triton.operation import operation
 from ssa.ops.triton.reader_lists import reader_lists
 
@@ -83,7 +83,7 @@ def _forward_kernel(
     b, r, t, g, d, tile_mask, q_G, position, start = _query(q, positions, T, S, q_b, q_t, q_h, R, G, GP, D, DP, PLAIN)
     kv = r // (R // K)
     query = (b * R + r) * T + t
-    peak = tl.full([GP], -1e30, tl.float32)
+    peak = tl.full([GP], LOWEST, tl.float32)
     total = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP], tl.float32)
     for c in range(0, M * BS, BN):
@@ -103,10 +103,10 @@ def _forward_kernel(
             logits += tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=safe, other=0.0).to(tl.float32)[None, :]
         logits = tl.where(seen[None, :], logits, float("-inf"))
         peak, total, acc = softmax_step(logits, values, peak, total, acc, PRECISION)
-    acc, lse = softmax_end(peak, total, acc)
+    acc, log = softmax_end(total, acc)
     head = (b * T + t) * (R * G) + r * G + g
     tl.store(out + (head * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=tile_mask)
-    tl.store(lse_out + head, lse, mask=g < G)
+    store_lse(lse_out, head, peak, log, g < G, BIAS)
 
 
 @triton.jit
@@ -126,8 +126,9 @@ def _dq_kernel(
     if D_LSE:
         shift -= tl.load(d_lse + head, mask=g < G, other=0.0)
     tl.store(shift_out + head, shift, mask=g < G)
-    lse = tl.load(lse_in + head, mask=g < G, other=0.0)
-    lse = tl.where(lse == float("-inf"), 0.0, lse)
+    peak, log = load_lse(lse_in, head, g < G, 0.0, BIAS)
+    if BIAS:
+        log = tl.maximum(log, 0.0)  # -inf where all keys are masked: their logits are -inf, too
     query = (b * R + r) * T + t
     acc = tl.zeros([GP, DP], tl.float32)
     for c in range(0, M * BS, BN):
@@ -145,7 +146,7 @@ def _dq_kernel(
         logits = tl.dot(q_G, tl.trans(keys), input_precision=PRECISION) * scale
         if BIAS:
             logits += tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=safe, other=0.0).to(tl.float32)[None, :]
-        p = tl.where(seen[None, :], tl.exp2((logits - lse[:, None]) * LOG2E), 0.0)
+        p = tl.where(seen[None, :], tl.exp2((logits - peak[:, None] - log[:, None]) * LOG2E), 0.0)
         d_logits = p * (tl.dot(d_out_G, values, input_precision=PRECISION) - shift[:, None])
         acc += tl.dot(d_logits.to(keys.dtype), keys, input_precision=PRECISION)
     tl.store(d_q + (head * D)[:, None] + d[None, :], (acc * scale).to(d_q.dtype.element_ty), mask=tile_mask)
@@ -159,6 +160,10 @@ def _geometry(q: Tensor, k: Tensor, block_indices: Tensor) -> dict[str, Any]:
         R=selectors, K=k.shape[2], G=group, GP=max(16, power_of_two(group)), D=size, M=block_indices.shape[3],
         DP=max(16, power_of_two(size)), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
+
+
+def _lse_shape(q: Tensor, bias: Tensor | None) -> torch.Size | tuple[int, ...]:
+    return q.shape[:3] if bias is None else (*q.shape[:3], 2)
 
 
 def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
@@ -175,11 +180,11 @@ def _run_forward(
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, T, H, D] contiguous in q's dtype, lse [B, T, H] fp32."""
-    batch, queries, heads, _ = q.shape
+    """out [B, T, H, D] contiguous in q's dtype, lse fp32 [B, T, H]; with a bias [B, T, H, 2], two numbers whose sum it is (`store_lse`)."""
+    batch, queries = q.shape[:2]
     q, k, v, block_indices = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), block_indices.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, queries, heads, dtype=torch.float32, device=q.device)
+    lse = torch.empty(_lse_shape(q, bias), dtype=torch.float32, device=q.device)
     if not q.numel():
         return out, lse
     shape = _geometry(q, k, block_indices)
@@ -187,7 +192,7 @@ def _run_forward(
     plan = plan_of(q, k, v, block_indices, positions, bias, block_size, "forward", SEGMENT, *key_side.limits())
     if _from_the_key_side(q, shape, block_size, k.shape[1]):
         span = _span("forward", q, k, positions, shape, block_size)
-        lists = reader_lists(plan, block_indices, positions, k.shape[1], block_size, span, SEGMENT)
+        lists = reader_lists(plan, block_indices, positions, k.shape[1], block_size, span, SEGMENT, k.shape[2])
         key_side.forward(plan, q, k, v, block_indices, bias, lists, out, lse, scale, strides, shape, block_size)
         return out, lse
     columns = _columns(shape, block_size)
@@ -224,7 +229,7 @@ block_sparse_forward = torch.library.custom_op("ssa::block_sparse_forward", _run
 
 @block_sparse_forward.register_fake
 def _(q, k, v, block_indices, positions, bias, block_size, scale):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(_lse_shape(q, bias), dtype=torch.float32)
 
 
 def _run_backward(
@@ -272,36 +277,31 @@ def _run_backward(
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     all_from_keys = _from_the_key_side(q, shape, block_size, keys)
     if all_from_keys:
-        shift = key_gradients.shifts(plan, out, d_out, d_lse)
+        terms = key_gradients.terms_of(plan, out, d_out, lse, d_lse, keys, bias is not None)
         span = _span("backward", q, k, positions, shape, block_size)
     else:
-        shift, span = torch.empty_like(lse), (queries, batch * selectors)
+        terms = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        span = queries, batch * k.shape[2]
         launch(
             plan, _dq_kernel, (queries, batch * selectors),
-            q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse, shift, d_q, scale, queries, keys, *strides, BS=block_size,
+            q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse, terms, d_q, scale, queries, keys, *strides, BS=block_size,
             BN=_columns(shape, block_size), PLAIN=positions is None, BIAS=bias is not None, D_LSE=d_lse is not None, num_warps=1,
             num_stages=3, **shape,
         )  # fmt: skip
     # sums of fp32 inputs keep their precision in short segments; long ones leave fewer partial sums in memory
     segment = min(max(1, 256 // shape["G"]), SEGMENT) if q.dtype == torch.float32 else SEGMENT
-    # spans hold partial results of queries, too
-    room = PART_BYTES // 4 if all_from_keys else PART_BYTES
-    while 2 * span[0] * span[1] * shape["M"] // segment * block_size * size * 4 > room:
+    if all_from_keys and q.dtype != torch.float32:
+        segment = max(1, key_side.SEGMENT_ROWS // shape["G"])
+    while 2 * span[0] * span[1] * (selectors // k.shape[2]) * shape["M"] // segment * block_size * size * 4 > PART_BYTES:
         segment *= 2
-    lists = reader_lists(plan, block_indices, positions, keys, block_size, span, segment)
-    # query heads that choose for themselves share a kv head, and spans follow each other: their gradients add up in fp32
-    own = selectors == k.shape[2]
-    wide = k.dtype if own and lists.length >= queries else torch.float32
-    d_k, d_v = (torch.zeros(batch, keys, selectors, size, dtype=wide, device=q.device) for _ in range(2))
-    d_b = None if bias is None else torch.zeros(batch, keys, selectors, dtype=torch.float32, device=q.device)
+    lists = reader_lists(plan, block_indices, positions, keys, block_size, span, segment, k.shape[2])
+    wide = k.dtype if lists.length >= queries else torch.float32  # spans of later queries add onto what earlier ones left
+    d_k, d_v = (torch.zeros(k.shape, dtype=wide, device=q.device) for _ in range(2))
+    d_b = None if bias is None else torch.zeros(batch, keys, k.shape[2], dtype=torch.float32, device=q.device)
     key_gradients.backward(
-        plan, q, k, v, block_indices, bias, lists, d_out, lse, shift, d_q if all_from_keys else None, d_k, d_v, d_b, scale, strides,
+        plan, q, k, v, block_indices, bias, lists, d_out, lse, terms, d_q if all_from_keys else None, d_k, d_v, d_b, scale, strides,
         shape, block_size,
     )  # fmt: skip
-    if not own:
-        fold = (batch, keys, k.shape[2], selectors // k.shape[2])
-        d_k, d_v = (x.view(*fold, size).sum(3) for x in (d_k, d_v))
-        d_b = None if d_b is None else d_b.view(fold).sum(3)
     d_k, d_v = d_k.to(k.dtype), d_v.to(k.dtype)
     d_bias = q.new_empty(0) if bias is None or d_b is None else d_b.to(bias.dtype)
     return d_q, d_k, d_v, d_bias
@@ -325,6 +325,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, block_indices, positions, bias, out, lse = ctx.saved_tensors
+    if d_lse is not None and bias is not None:
+        d_lse = d_lse[..., 0]  # of a sum
     if d_out is None:
         d_out = torch.zeros_like(out)
     d_q, d_k, d_v, d_bias = _differentiate(
@@ -349,4 +351,5 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `ssa.ops.block_sparse_attention`; `positions` None = plain rows."""
     positions = None if positions is None else positions.contiguous()
-    return _attend(q, k, v, block_indices, positions, bias, block_size, scale)
+    out, lse = _attend(q, k, v, block_indices, positions, bias, block_size, scale)
+    return out, lse if bias is None else lse.sum(-1)

@@ -28,7 +28,7 @@ from torch import Tensor
 from ssa.ops.triton.largest import NOTHING, ordered, take_largest
 from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
-from ssa.ops.triton.online_softmax import softmax_end, softmax_step
+from ssa.ops.triton.online_softmax import LOWEST, load_lse, softmax_end, softmax_step, store_lse
 from ssa.ops.triton.operation import operation
 
 PART_KEYS = 1024
@@ -198,7 +198,7 @@ def _attend_kernel(
     tl.debug_barrier()
     k_row = k + b * k_b + kv * k_h
     v_row = v + b * v_b + kv * v_h
-    peak = tl.full([GP], -1e30, tl.float32)
+    peak = tl.full([GP], LOWEST, tl.float32)
     total = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP], tl.float32)
     for c in range(part * PART, tl.minimum(part * PART + PART, (count + 1) * BS), BN):
@@ -215,24 +215,26 @@ def _attend_kernel(
             logits += tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=seen, other=0.0).to(tl.float32)[None, :]
         logits = tl.where(seen[None, :], logits, float("-inf"))
         peak, total, acc = softmax_step(logits, values, peak, total, acc, PRECISION)
-    acc, lse = softmax_end(peak, total, acc)
+    acc, log = softmax_end(total, acc)
     # without parts [B, T, H, D], with them [B, T, H, PARTS, D] for `_combine_kernel`
     at = ((b * T + t) * (R * G) + head) * PARTS + part
     tl.store(out + (at * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=tile_mask)
-    tl.store(lse_out + at, lse, mask=g < G)
+    store_lse(lse_out, at, peak, log, g < G, BIAS and PARTS > 1)
 
 
 @triton.jit
 def _combine_kernel(
-    part_out, part_lse, out, lse_out, PARTS: tl.constexpr, PP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+    part_out, part_lse, out, lse_out, PARTS: tl.constexpr, PP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BIAS: tl.constexpr
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PP)
     d = tl.arange(0, DP)
-    lse = tl.load(part_lse + head * PARTS + part, mask=part < PARTS, other=float("-inf"))
-    top = tl.max(lse, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.exp2((lse - top) * LOG2E)
+    peak, log = load_lse(part_lse, head * PARTS + part, part < PARTS, float("-inf"), BIAS)
+    top = tl.maximum(tl.max(peak, 0), LOWEST)
+    gap = peak - top
+    if BIAS:
+        gap += log
+    weight = tl.exp2(gap * LOG2E)
     total = tl.sum(weight, 0)
     mask = (part < PARTS)[:, None] & (d < D)[None, :]
     each = tl.load(part_out + ((head * PARTS + part) * D)[:, None] + d[None, :], mask=mask, other=0.0)
@@ -308,7 +310,8 @@ def _run(
     lse = workspace(batch, queries, heads)
     part_out, part_lse = out, lse
     if parts > 1:
-        part_out, part_lse = workspace(batch, queries, heads, parts, size), workspace(batch, queries, heads, parts)
+        part_out = workspace(batch, queries, heads, parts, size)
+        part_lse = workspace(batch, queries, heads, parts, 1 if bias is None else 2)
     launch(
         plan, _attend_kernel, (rows, parts),
         q, k, v, lengths, starts, bias, scores, tops, families, indices, part_out, part_lse, scale, pitch, *q.stride()[:3],
@@ -321,7 +324,7 @@ def _run(
     if parts > 1:
         launch(
             plan, _combine_kernel, (batch * queries * heads,), part_out, part_lse, out, lse, PARTS=parts, PP=power_of_two(parts),
-            D=size, DP=padded_size, num_warps=1,
+            D=size, DP=padded_size, BIAS=bias is not None, num_warps=1,
         )  # fmt: skip
     return out, lse, indices
 

@@ -14,21 +14,32 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton import key_side
-from ssa.ops.triton.key_side import block_place, queries_of_span, work_item
-from ssa.ops.triton.launch import Plan, ceil_div, launch, power_of_two
+from ssa.ops.triton.key_side import block_place, pair_place, queries_of_span, work_item
+from ssa.ops.triton.launch import Plan, capability, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E
+from ssa.ops.triton.online_softmax import load_lse
 from ssa.ops.triton.reader_lists import ReaderLists
 
 
 @triton.jit
-def _last_query(pair_order, stop, M: tl.constexpr, T):
-    """The last query of a list; the pairs of a list are in the order of their queries."""
-    return tl.load(pair_order + stop - 1) // M % T
+def _alive(pair_order, start, stop, column, inside, T, S, J: tl.constexpr, M: tl.constexpr, PLAIN: tl.constexpr):
+    """Which of a block's columns are its own. A document cut short by the next shares columns with it on paper only: no query of the
+    list reads them."""
+    if not PLAIN:
+        if J == 1:  # pairs are in the order of their queries
+            last = tl.load(pair_order + stop - 1) // M % T
+        else:
+            last = start * 0
+            for c in range(start, stop, 1024):
+                e = c + tl.arange(0, 1024)
+                last = tl.maximum(last, tl.max(tl.load(pair_order + e, mask=e < stop, other=0) // M % T, 0))
+        inside = inside & (column <= S - T + last)
+    return inside
 
 
 @triton.jit
 def _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, at, alive, d, D: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr):
-    """Stores a block's gradients at its keys' places in [B, S, R]. ADD: onto what earlier spans left."""
+    """Stores a block's gradients at its keys' places in [B, S, K]. ADD: onto what earlier spans left."""
     to = (at * D)[:, None] + d[None, :]
     there = alive[:, None] & (d < D)[None, :]
     if ADD:
@@ -42,52 +53,79 @@ def _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, at, alive, d, D: tl.constexpr, BI
         tl.store(d_b + at, sum_b, mask=alive)
 
 
+@triton.jit
+def _terms(term):
+    """(peak, log, shift, first column that is not seen) [rows] of `term` [rows, 4], as `_terms_kernel` leaves them.
+
+    They travel together, as 16 bytes a row: a load of one number a row would be made once for every thread that needs it.
+    """
+    even, odd = tl.split(tl.reshape(term, [term.shape[0], 2, 2]))
+    peak, limit = tl.split(even)
+    shift, log = tl.split(odd)
+    return peak, log, shift, limit.to(tl.int32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["span", "first_query", "first_row"])
 def _dkv_kernel(
-    q, k, v, d_out, lse_in, shift_in, bias, pair_order, table, counts, item_list, d_k, d_v, d_b, part_k, part_v,
+    q, k, v, d_out, lse_in, terms, bias, pair_order, table, counts, item_list, d_k, d_v, d_b, part_k, part_v,
     part_b, part_q, scale, T, S, q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h, span, first_query, first_row, span_length, num_blocks, row_blocks, unit, span_items,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
     BS: tl.constexpr, BSP: tl.constexpr, BP: tl.constexpr, SEGMENT: tl.constexpr, BIAS: tl.constexpr, DQ: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block's gradients from one segment of its readers; with DQ also every pair's part of its query's gradient. ADD: onto
     what earlier spans left."""
     block, which, part, segments, low, high = work_item(table, counts, item_list, span, num_blocks, span_items, SEGMENT)
     if block < 0:
         return
-    local, b, r, first = block_place(block, first_row, row_blocks, unit, R)
-    kv = (r // (R // K)).to(tl.int64)
+    local, row, b, kv, first = block_place(block, first_row, row_blocks, unit, K)
+    J: tl.constexpr = R // K
     i = tl.program_id(1) * BSP + tl.arange(0, BSP)  # keys of a block do not need each other: large ones are cut
     d = tl.arange(0, DP)
     rows = tl.arange(0, BP * GP)
     inside = (i < BS) & (first + i < S)
     column = (first + i).to(tl.int64)
+    key = tl.where(i < BS, first + i, S)
     key_mask = inside[:, None] & (d < D)[None, :]
-    keys = tl.load(k + b * k_b + kv * k_h + (column * k_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
-    values = tl.load(v + b * v_b + kv * v_h + (column * v_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
+    keys = tl.load(k + b * k_b + kv.to(tl.int64) * k_h + (column * k_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
+    values = tl.load(v + b * v_b + kv.to(tl.int64) * v_h + (column * v_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
     if BIAS:
-        key_bias = tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=inside, other=0.0).to(tl.float32)
+        key_bias = tl.load(bias + b * b_b + kv.to(tl.int64) * b_h + column * b_s, mask=inside, other=0.0).to(tl.float32)
     sum_b = tl.zeros([BSP], tl.float32)
     sum_k = tl.zeros([BSP, DP], tl.float32)
     sum_v = tl.zeros([BSP, DP], tl.float32)
     g = rows % GP
+    q += b * q_b + (kv * J * G).to(tl.int64) * q_h
+    d_out += (b * T * R + kv * J) * (G * D)
+    lse_in += (b * T * R + kv * J) * (2 * G if BIAS else G)
+    terms += (b * T * R + kv * J) * (G * 4 if DQ else G)
+    first_pair = row * J * T * M
     for c in range(low, high, BP):
         e = c + rows // GP
         pair = tl.load(pair_order + e, mask=e < high, other=0)
-        t = (pair // M % T).to(tl.int64)
+        j, t, slot = pair_place(pair - first_pair, local, span_length, first_query, T, J, M)
+        h = j * G + g
         real = (e < high) & (g < G)
         mask = real[:, None] & (d < D)[None, :]
-        q_P = tl.load(q + b * q_b + (t * q_t + (r * G + g).to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
-        head = (b * T + t) * (R * G) + r * G + g
+        q_P = tl.load(q + (t * q_t + h.to(tl.int64) * q_h)[:, None] + d[None, :], mask=mask, other=0.0)
+        head = t * (R * G) + h
         d_out_P = tl.load(d_out + (head * D)[:, None] + d[None, :], mask=mask, other=0.0)
-        lse = tl.load(lse_in + head, mask=real, other=0.0)
-        shift = tl.load(shift_in + head, mask=real, other=0.0)
-        logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
+        if DQ:
+            term = tl.load(terms + (head * 4)[:, None] + tl.arange(0, 4)[None, :], mask=real[:, None], other=0.0)
+            logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
+            peak, log, shift, limit = _terms(term)
+        else:
+            peak, log = load_lse(lse_in, head, real, 0.0, BIAS)
+            shift = tl.load(terms + head, mask=real, other=0.0)
+            logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
+            limit = tl.where(real, S - T + t.to(tl.int32) + 1, 0)
         if BIAS:
-            logits += key_bias[:, None]
-        # causal by columns: the query stands at column S - T + t, and a block never leaves its query's document
-        seen = real[None, :] & inside[:, None] & ((first + i)[:, None] <= (S - T + t)[None, :])
-        p = tl.where(seen, tl.exp2((logits - lse[None, :]) * LOG2E), 0.0)
+            log = tl.maximum(log, 0.0)  # -inf where all keys are masked: their logits are -inf, too
+            p = tl.exp2((logits + key_bias[:, None] - peak[None, :] - log[None, :]) * LOG2E)
+        else:
+            p = tl.exp2((logits - peak[None, :]) * LOG2E)
+        # causal by columns, and a block never leaves its query's document
+        p = tl.where(key[:, None] < limit[None, :], p, 0.0)
         sum_v += tl.dot(p.to(d_out_P.dtype), d_out_P, input_precision=PRECISION)
         d_logits = p * (tl.dot(values, tl.trans(d_out_P), input_precision=PRECISION) - shift[None, :])
         if BIAS:
@@ -95,14 +133,12 @@ def _dkv_kernel(
         rounded = d_logits.to(q_P.dtype)
         sum_k += tl.dot(rounded, q_P, input_precision=PRECISION)
         if DQ:
-            slot = ((local * span_length + t - first_query) * M + pair % M) * G + g
             d_q = tl.dot(tl.trans(rounded), keys, input_precision=PRECISION)
-            tl.store(part_q + (slot * D)[:, None] + d[None, :], d_q.to(part_q.dtype.element_ty), mask=mask)
+            at = (slot * G + g) * D
+            tl.store(part_q + at[:, None] + d[None, :], d_q.to(part_q.dtype.element_ty), mask=mask)
     if segments == 1:
-        # A document cut short by the next shares columns with it on paper only: nobody's query reads them there.
-        last = S - T + _last_query(pair_order, high, M, T)
-        at = (b * S + column) * R + r
-        _leave(d_k, d_v, d_b, sum_k * scale, sum_v, sum_b, at, inside & (column <= last), d, D, BIAS, ADD)
+        alive = _alive(pair_order, low, high, column, inside, T, S, J, M, PLAIN)
+        _leave(d_k, d_v, d_b, sum_k * scale, sum_v, sum_b, (b * S + column) * K + kv, alive, d, D, BIAS, ADD)
     else:
         slot = tl.load(table + which * 3 + 2) + part
         to = (slot.to(tl.int64) * BS + i)[:, None] * D + d[None, :]
@@ -115,8 +151,8 @@ def _dkv_kernel(
 @triton.jit(do_not_specialize=["span", "first_row"])
 def _add_parts_kernel(
     pair_order, table, d_k, d_v, d_b, part_k, part_v, part_b, T, S, span, first_row, num_blocks, row_blocks, unit,
-    R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, BSP: tl.constexpr,
-    SEGMENT: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, BSP: tl.constexpr,
+    SEGMENT: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     which = span * num_blocks + block
@@ -125,10 +161,11 @@ def _add_parts_kernel(
     segments = tl.cdiv(stop - start, SEGMENT)
     if segments < 2:
         return
-    _, b, r, first = block_place(block, first_row, row_blocks, unit, R)
-    i = tl.arange(0, BSP)
+    _, _, b, kv, first = block_place(block, first_row, row_blocks, unit, K)
+    i = tl.program_id(1) * BSP + tl.arange(0, BSP)
     d = tl.arange(0, DP)
-    mask = (i < BS)[:, None] & (d < D)[None, :]
+    inside = (i < BS) & (first + i < S)
+    mask = inside[:, None] & (d < D)[None, :]
     sum_k = tl.zeros([BSP, DP], tl.float32)
     sum_v = tl.zeros([BSP, DP], tl.float32)
     sum_b = tl.zeros([BSP], tl.float32)
@@ -138,15 +175,16 @@ def _add_parts_kernel(
         sum_k += tl.load(part_k + (at * D)[:, None] + d[None, :], mask=mask, other=0.0)
         sum_v += tl.load(part_v + (at * D)[:, None] + d[None, :], mask=mask, other=0.0)
         if BIAS:
-            sum_b += tl.load(part_b + at, mask=i < BS, other=0.0)
+            sum_b += tl.load(part_b + at, mask=inside, other=0.0)
     column = (first + i).to(tl.int64)
-    alive = (i < BS) & (column <= S - T + _last_query(pair_order, stop, M, T))
-    _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, (b * S + column) * R + r, alive, d, D, BIAS, ADD)
+    alive = _alive(pair_order, start, stop, column, inside, T, S, R // K, M, PLAIN)
+    _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, (b * S + column) * K + kv, alive, d, D, BIAS, ADD)
 
 
 @triton.jit
-def _shift_kernel(
-    out, d_out, d_lse, shift, heads, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr, D_LSE: tl.constexpr
+def _terms_kernel(
+    out, d_out, lse_in, d_lse, terms, heads, T, S, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr,
+    D_LSE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """d logits = p * (d_out . v - shift), shift = d_out . out - d_lse."""
     h = tl.program_id(0).to(tl.int64) * BH + tl.arange(0, BH)
@@ -154,10 +192,16 @@ def _shift_kernel(
     mask = (h < heads)[:, None] & (d < D)[None, :]
     at = (h * D)[:, None] + d[None, :]
     product = tl.load(out + at, mask=mask, other=0.0).to(tl.float32) * tl.load(d_out + at, mask=mask, other=0.0).to(tl.float32)
-    total = tl.sum(product, 1)
+    shift = tl.sum(product, 1)
     if D_LSE:
-        total -= tl.load(d_lse + h, mask=h < heads, other=0.0)
-    tl.store(shift + h, total, mask=h < heads)
+        shift -= tl.load(d_lse + h, mask=h < heads, other=0.0)
+    peak, log = load_lse(lse_in, h, h < heads, 0.0, BIAS)
+    # causal by columns: a query stands at column S - T + t
+    limit = (S - T + h // H % T + 1).to(tl.int32)
+    tl.store(terms + h * 4, peak, mask=h < heads)
+    tl.store(terms + h * 4 + 1, shift, mask=h < heads)
+    tl.store(terms + h * 4 + 2, limit.to(tl.float32, bitcast=True), mask=h < heads)
+    tl.store(terms + h * 4 + 3, log, mask=h < heads)
 
 
 @triton.jit(do_not_specialize=["first_query", "first_row"])
@@ -174,12 +218,23 @@ def _add_dq_kernel(
     tl.store(d_q + (head * D)[:, None] + d[None, :], (acc * scale).to(d_q.dtype.element_ty), mask=mask)
 
 
+def _tile(q: Tensor, keys: int) -> tuple[int, int, int]:
+    """Rows, warps and stages of the programs that also leave the gradients of queries; measured on compute capability 9.0.
+
+    There two groups of four warps hold the sums of 128 keys, and tensor cores take tiles of 64. Rows are read through a list, so five stages
+    are what lets them come two steps ahead. GPUs with less shared memory have smaller tiles; so has fp32, which multiplies in registers.
+    """
+    if q.dtype != torch.float32 and 90 <= capability(q.get_device()) < 120:
+        return (max(16, min(64, 8192 // keys)), 8, 5) if keys >= 128 else (32, 4, 5)
+    return (32, 8, 2) if keys >= 128 else (32, 4, 3)
+
+
 def backward(
     plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, d_out: Tensor, lse: Tensor,
-    shift: Tensor, d_q: Tensor | None, d_k: Tensor, d_v: Tensor, d_b: Tensor | None, scale: float, strides: tuple[int, ...],
+    terms: Tensor, d_q: Tensor | None, d_k: Tensor, d_v: Tensor, d_b: Tensor | None, scale: float, strides: tuple[int, ...],
     shape: dict[str, Any], block_size: int,
 ) -> None:  # fmt: skip
-    """Fills d_k, d_v [B, S, R, D] and d_b [B, S, R], zero before, and d_q where it is given."""
+    """Fills d_k, d_v [B, S, K, D] and d_b [B, S, K], zero before, and d_q where it is given."""
     queries, size = q.shape[1], q.shape[3]
     keys, device = k.shape[1], q.device
     padded = max(16, power_of_two(block_size))
@@ -188,45 +243,50 @@ def backward(
     part_q, tile = None, padded
     if d_q is not None:
         shape = key_side.narrow(shape)
-        slots = lists.rows * lists.length * shape["M"] * shape["G"]
+        slots = lists.rows * lists.length * shape["M"] * (q.shape[2] // k.shape[2])
         part_q = torch.empty(slots, size, dtype=q.dtype, device=device)
-        rows, warps, stages = key_side.TILES["dkv_dq"]
+        rows, warps, stages = _tile(q, padded)
     else:
-        rows, warps, stages = key_side.TILES["dkv"]
+        rows, warps, stages = 64, 4, 2
         tile = max(16, min(padded, key_side.BLOCK_BYTES // (shape["DP"] * q.element_size())))
         if size <= 64:
             rows, warps, stages = (128 if block_size <= 16 else 64), 2, 3
         elif shape["DP"] * q.element_size() > 256:  # by the shared memory of compute capabilities 8.9 and 10.0
             rows, tile = rows // 2, max(16, tile // 2)
     few, small = key_side.of_a_query(shape)
+    choosing = shape["R"] // shape["K"] * lists.rows
+    how = dict(ADD=lists.spans > lists.groups, PLAIN=lists.unit == block_size, BIAS=bias is not None, SEGMENT=lists.segment)
     for span in range(lists.spans):
         first = span // lists.groups * lists.length, span % lists.groups * lists.rows
         launch(
             plan, _dkv_kernel, (lists.span_items, padded // tile),
-            q, k, v, d_out, lse, shift, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
+            q, k, v, d_out, lse, terms, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
             d_k, d_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, *first, lists.length, lists.num_blocks,
-            lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
-            BIAS=bias is not None, DQ=part_q is not None, ADD=lists.spans > lists.groups, num_warps=warps, num_stages=stages, **shape,
+            lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), DQ=part_q is not None,
+                        num_warps=warps, num_stages=stages, **how, **shape,
         )  # fmt: skip
         launch(
-            plan, _add_parts_kernel, (lists.num_blocks,),
+            plan, _add_parts_kernel, (lists.num_blocks, padded // 16),
             lists.pair_order, lists.table, d_k, d_v, d_b, part_k, part_v, part_b, queries, keys, span, first[1],
-            lists.num_blocks, lists.row_blocks, lists.unit, R=shape["R"], D=size, DP=shape["DP"], M=shape["M"], BS=block_size,
-            BSP=padded, SEGMENT=lists.segment, BIAS=bias is not None, ADD=lists.spans > lists.groups, num_warps=4,
+            lists.num_blocks, lists.row_blocks, lists.unit, R=shape["R"], K=shape["K"], D=size, DP=shape["DP"], M=shape["M"],
+            BS=block_size, BSP=16, num_warps=2, **how,
         )  # fmt: skip
         if part_q is not None:
             launch(
-                plan, _add_dq_kernel, (ceil_div(lists.length, few), lists.rows), block_indices, part_q, d_q, scale,
-                queries, *first, lists.length, BT=few, num_warps=4, num_stages=3, **small,
+                plan, _add_dq_kernel, (ceil_div(lists.length, few), choosing), block_indices, part_q, d_q, scale,
+                queries, first[0], span % lists.groups * choosing, lists.length, BT=few, num_warps=4, num_stages=3, **small,
             )  # fmt: skip
 
 
-def shifts(plan: Plan | None, out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
-    """fp32 [B, T, H], see `_shift_kernel`."""
-    shift = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-    heads, size = shift.numel(), out.shape[3]
+def terms_of(
+    plan: Plan | None, out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor | None, keys: int, biased: bool
+) -> Tensor:  # fmt: skip
+    """fp32 [B, T, H, 4], see `_terms`."""
+    batch, queries, heads, size = out.shape
+    rows = batch * queries * heads
+    terms = torch.empty(batch, queries, heads, 4, dtype=torch.float32, device=out.device)
     launch(
-        plan, _shift_kernel, (ceil_div(heads, 16),), out, d_out, d_lse, shift, heads, D=size, DP=power_of_two(size), BH=16,
-        D_LSE=d_lse is not None, num_warps=2,
+        plan, _terms_kernel, (ceil_div(rows, 16),), out, d_out, lse, d_lse, terms, rows, queries, keys, H=heads, D=size,
+        DP=power_of_two(size), BH=16, D_LSE=d_lse is not None, BIAS=biased, num_warps=2,
     )  # fmt: skip
-    return shift
+    return terms

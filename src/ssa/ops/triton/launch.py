@@ -6,10 +6,13 @@ operation remembers that for arguments of one layout.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 Plan = dict[int, tuple[CompiledKernel, dict[str, Any], tuple[Any, ...]]]
@@ -31,6 +34,18 @@ def power_of_two(n: int) -> int:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@functools.cache
+def capability(device: int) -> int:
+    """Compute capability of GPU `device`, e.g. 90. For -1, the CPU, it is the one that is compiled for, or 90 where the interpreter runs."""
+    if device >= 0:
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    try:
+        return int(driver.active.get_current_target().arch)
+    except RuntimeError:
+        return 90
 
 
 def plan_of(*what: Any) -> Plan | None:

@@ -5,7 +5,9 @@ small, each pair enters its slot in its block's line, and a program a block gath
 host's work for a launch outlasts the GPU's. Elsewhere the pairs are sorted by the name of their block, which is a dozen launches
 with PyTorch's radix sort, and each block looks up where its list begins.
 
-Legend: B batch, T queries, R heads that select, M selected blocks.
+A row is one kv head of one batch row. Its readers are the queries of all heads that choose blocks of it, head after head.
+
+Legend: B batch, T queries, K kv heads, R heads that select, J = R / K, M selected blocks.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ _WORDS = 1024
 
 class ReaderLists(NamedTuple):
     """One list per (span, block): the pairs of `length` consecutive queries of `rows` rows that read a block, as work items of at
-    most `segment` pairs. A pair is numbered as in block_indices [B, R, T, M], whose B * R are the rows."""
+    most `segment` pairs. A pair is numbered as in block_indices [B, R, T, M]."""
 
     pair_order: Tensor
-    """int32 [B * R * T * M]: each list's pairs, by query."""
+    """int32 [B * R * T * M]: each list's pairs, by head and query."""
     table: Tensor
     """int32 [lists, 3]: where a list begins and ends in pair_order; its first partial sum where it needs several items."""
     counts: Tensor
@@ -68,9 +70,10 @@ def reader_lists(
     block_size: int,
     span: tuple[int, int],
     segment: int,
+    kv_heads: int,
 ) -> ReaderLists:
     """`block_indices` int32 [B, R, T, M] contiguous; `positions` int64 [B, T] contiguous, None = plain rows. `span`: queries and rows of
-    a span; its rows divide B * R."""
+    a span; its rows divide B * K."""
     batch, selectors, queries, selected = block_indices.shape
     device, pairs = block_indices.device, block_indices.numel()
     if pairs >= 2**31:
@@ -80,7 +83,8 @@ def reader_lists(
     # documents start anywhere: there a block is named by its first column
     row_blocks, unit = (-(-keys // block_size), block_size) if positions is None else (keys, 1)
     length, rows = span
-    groups = batch * selectors // rows
+    groups = batch * kv_heads // rows
+    sharing = selectors // kv_heads
     num_blocks = rows * row_blocks
     spans = ceil_div(queries, length) * groups
     lists = spans * num_blocks
@@ -89,7 +93,7 @@ def reader_lists(
             f"{queries:,} queries of {keys:,} packed keys need {lists:,} lists, the kernels take less than {2**33 // LIST_BYTES:,}: "
             "shorten the rows or split the batch"
         )
-    span_pairs = rows * min(length, queries) * selected
+    span_pairs = rows * sharing * min(length, queries) * selected
     span_items = min(num_blocks, span_pairs) + span_pairs // segment
     counts = torch.empty(spans + 1, dtype=torch.int64, device=device)
     table = torch.empty(lists, 3, dtype=torch.int32, device=device)
@@ -104,21 +108,21 @@ def reader_lists(
     launch(
         plan, _name_kernel, (ceil_div(max(pairs, spans + 1), _NAMES),),
         block_indices, positions, name, counts, pairs, spans, queries, keys, row_blocks, num_blocks, lists, length, rows, groups, line,
-        R=selectors, M=selected, BS=block_size, PLAIN=positions is None, MAPPED=mapped, X=_NAMES, num_warps=4,
+        R=selectors, J=sharing, M=selected, BS=block_size, PLAIN=positions is None, MAPPED=mapped, X=_NAMES, num_warps=4,
     )  # fmt: skip
     if mapped:
         pair_order = torch.empty(pairs, dtype=torch.int32, device=device)
         launch(
             plan, _gather_kernel, (num_blocks, spans),
             name.view(torch.int32), pair_order, table, counts, item_list, spans, queries, row_blocks, num_blocks, length, rows, groups, line // 4, span_items,
-            M=selected, SEGMENT=segment, X=_WORDS, num_warps=4,
+            J=sharing, M=selected, SEGMENT=segment, X=_WORDS, num_warps=4,
         )  # fmt: skip
     else:
         name, pair_order = name.sort(stable=True)
         pair_order = pair_order.to(torch.int32)  # read faster than it is narrowed
         launch(
             plan, _list_kernel, (ceil_div(num_blocks, _LISTS), spans),
-            name, table, counts, item_list, pairs, num_blocks, span_items,
+            name, table, counts, item_list, pairs, num_blocks, row_blocks, span_items,
             pairs.bit_length(), SEGMENT=segment, X=_LISTS, num_warps=4,
         )  # fmt: skip
     return ReaderLists(
@@ -130,23 +134,24 @@ def reader_lists(
 @triton.jit
 def _name_kernel(
     indices, positions, name, counts, pairs, spans, T, S, row_blocks, num_blocks, lists, length, rows, groups, line,
-    R: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, PLAIN: tl.constexpr, MAPPED: tl.constexpr, X: tl.constexpr,
+    R: tl.constexpr, J: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, PLAIN: tl.constexpr, MAPPED: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     """The list of every pair, `lists` where there is none; MAPPED: its slot, from 1, in the map. Also empties `counts`."""
     i = tl.program_id(0).to(tl.int64) * X + tl.arange(0, X)
     block = tl.load(indices + i, mask=i < pairs, other=-1)
     query = i // M
-    row = (query // T).to(tl.int32)
+    choice = (query // T).to(tl.int32)
     t = (query % T).to(tl.int32)
     if PLAIN:
         place = block
     else:
-        position = tl.load(positions + (row // R).to(tl.int64) * T + t, mask=i < pairs, other=0).to(tl.int32)
+        position = tl.load(positions + (choice // R).to(tl.int64) * T + t, mask=i < pairs, other=0).to(tl.int32)
         place = S - T + t - position + block * BS
     if MAPPED:
         real = (block >= 0) & (place >= 0) & (place < row_blocks)
-        tl.store(name + (row * row_blocks + place) * line + t, (i % M + 1).to(tl.uint8), mask=real)
+        tl.store(name + (choice * row_blocks + place) * line + t, (i % M + 1).to(tl.uint8), mask=real)
     else:
+        row = choice // J
         which = (t // length * groups + row // rows) * num_blocks + row % rows * row_blocks + place
         tl.store(name + i, tl.where(block < 0, lists, which).to(name.dtype.element_ty), mask=i < pairs)
     tl.store(counts + i, 0, mask=i <= spans)
@@ -178,34 +183,38 @@ def _enter(table, counts, item_list, span, which, start, stop, real, span_items,
 @triton.jit(do_not_specialize=["line"])
 def _gather_kernel(
     name, pair_order, table, counts, item_list, spans, T, row_blocks, num_blocks, length, rows, groups, line, span_items,
-    M: tl.constexpr, SEGMENT: tl.constexpr, X: tl.constexpr,
+    J: tl.constexpr, M: tl.constexpr, SEGMENT: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     """The list of one block from its line of the map, four queries a word. Lists take their room in `pair_order` as they come, too."""
-    block = tl.program_id(0)
     span = tl.program_id(1)
-    row = span % groups * rows + block // row_blocks
+    place = tl.program_id(0) // rows  # blocks that all can read first, see `_list_kernel`
+    block = tl.program_id(0) % rows * row_blocks + place
+    first = (span % groups * rows + tl.program_id(0) % rows) * J
     low = span // groups * length
     high = tl.minimum(low + length, T)
     i = tl.arange(0, X)
-    words = name + (row * row_blocks + block % row_blocks) * line + i
     total = tl.zeros([], tl.int32)
-    for c in range(low, high, 4 * X):
-        total += tl.sum(_filled(tl.load(words + c // 4, mask=c + i * 4 < high, other=0)), 0)
+    for choice in range(first, first + J):
+        words = name + (choice * row_blocks + place) * line + i
+        for c in range(low, high, 4 * X):
+            total += tl.sum(_filled(tl.load(words + c // 4, mask=c + i * 4 < high, other=0)), 0)
     start = tl.atomic_add(counts + spans, total.to(tl.int64), sem="relaxed").to(tl.int32)
     one = tl.arange(0, 1)
     _enter(
         table, counts, item_list, span, span * num_blocks + block + one, start + one, start + total + one, one == 0, span_items, SEGMENT
     )  # fmt: skip
-    for c in range(low, high, 4 * X):
-        word = tl.load(words + c // 4, mask=c + i * 4 < high, other=0)
-        filled = _filled(word)
-        to = start + tl.cumsum(filled, 0) - filled
-        pair = (row * T + c + i * 4) * M - 1
-        for byte in tl.static_range(4):
-            slot = (word >> 8 * byte) & 255
-            tl.store(pair_order + to, pair + byte * M + slot, mask=slot != 0)
-            to += (slot != 0).to(tl.int32)
-        start += tl.sum(filled, 0)
+    for choice in range(first, first + J):
+        words = name + (choice * row_blocks + place) * line + i
+        for c in range(low, high, 4 * X):
+            word = tl.load(words + c // 4, mask=c + i * 4 < high, other=0)
+            filled = _filled(word)
+            to = start + tl.cumsum(filled, 0) - filled
+            pair = (choice * T + c + i * 4) * M - 1
+            for byte in tl.static_range(4):
+                slot = (word >> 8 * byte) & 255
+                tl.store(pair_order + to, pair + byte * M + slot, mask=slot != 0)
+                to += (slot != 0).to(tl.int32)
+            start += tl.sum(filled, 0)
 
 
 @triton.jit
@@ -219,16 +228,21 @@ def _filled(word):
 
 @triton.jit(do_not_specialize=["steps"])
 def _list_kernel(
-    name, table, counts, item_list, pairs, num_blocks, span_items, steps,
+    name, table, counts, item_list, pairs, num_blocks, row_blocks, span_items, steps,
     SEGMENT: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
-    """Where lists begin and end among the sorted names."""
+    """Where lists begin and end among the sorted names.
+
+    Early blocks of all rows come first, since more queries can read them: whatever is left for the end of a launch is short.
+    """
     span = tl.program_id(1)
-    block = tl.program_id(0) * X + tl.arange(0, X)
+    i = tl.program_id(0) * X + tl.arange(0, X)
+    rows = num_blocks // row_blocks
+    block = i % rows * row_blocks + i // rows
     which = span * num_blocks + block
     start = _first(name, which, pairs, steps)
     stop = _first(name, which + 1, pairs, steps)
-    _enter(table, counts, item_list, span, which, start, stop, block < num_blocks, span_items, SEGMENT)
+    _enter(table, counts, item_list, span, which, start, stop, i < num_blocks, span_items, SEGMENT)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E
-from ssa.ops.triton.online_softmax import softmax_end, softmax_step
+from ssa.ops.triton.online_softmax import LOWEST, softmax_end, softmax_step
 from ssa.ops.triton.operation import operation
 
 PROGRAMS = 512  # of the key side, where splitting the readers helps: a few for every multiprocessor
@@ -63,7 +63,7 @@ def _forward_kernel(
     b, kv, d, real, mask, own, start, stop, q_R = _queries(q, low, high, T, N, q_b, q_t, q_h, K, G, GP, D, DP, BT)
     k_base = k + b * k_b + kv.to(tl.int64) * k_h
     v_base = v + b * v_b + kv.to(tl.int64) * v_h
-    peak = tl.full([BT * GP], -1e30, tl.float32)
+    peak = tl.full([BT * GP], LOWEST, tl.float32)
     total = tl.zeros([BT * GP], tl.float32)
     acc = tl.zeros([BT * GP, DP], tl.float32)
     for c in range(tl.min(start), tl.max(stop), BN):
@@ -75,9 +75,9 @@ def _forward_kernel(
         logits = tl.dot(q_R, tl.trans(keys), input_precision=PRECISION) * scale
         logits = tl.where(seen, logits, float("-inf"))
         peak, total, acc = softmax_step(logits, values, peak, total, acc, PRECISION)
-    acc, lse = softmax_end(peak, total, acc)
+    acc, log = softmax_end(total, acc)
     tl.store(out + (own * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
-    tl.store(lse_out + own, lse, mask=real)
+    tl.store(lse_out + own, peak + log, mask=real)
 
 
 @triton.jit
