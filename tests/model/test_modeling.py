@@ -177,7 +177,7 @@ def test_rows_of_a_batch_have_documents_of_their_own():
     )
 
 
-FOREIGN = ["cache_position", "token_type_ids", "output_router_logits", "shift_labels", "max_length_q", "cu_seq_lens_k", "num_logits",
+FOREIGN = ["cache_position", "token_type_ids", "output_router_logits", "max_length_q", "cu_seq_lens_k", "num_logits",
            "is_causal", "position_embeddings", "decoder_input_ids", "head_mask", "use_kernels", "fused_lm_head"]  # fmt: skip
 
 
