@@ -258,11 +258,13 @@ def test_files_are_hashed_once_unless_they_change(tmp_path, monkeypatch, capsys)
         "sha256_of_file",
         lambda file, real=checkpoint_module.sha256_of_file: hashed.append(file.name) or real(file),
     )
+    written = sorted(file.stat().st_ctime_ns for file in path.iterdir())
+    monkeypatch.setattr(checkpoint_module.time, "time_ns", lambda: written[0] + 10**9)
     for _ in range(2):  # written a moment ago: they could change once more without its showing
         hashed.clear()
         verify_checkpoint(path)
         assert sorted(hashed) == sorted(read_metadata(path)["files"])
-    monkeypatch.setattr(checkpoint_module.time, "time_ns", lambda now=time.time_ns: now() + 3 * 10**9)
+    monkeypatch.setattr(checkpoint_module.time, "time_ns", lambda: written[-1] + 3 * 10**9)
     verify_checkpoint(path)
     hashed.clear()
     verify_checkpoint(path)
