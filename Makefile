@@ -37,7 +37,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; this is $$($(PYTHON) --version). Pass one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -c constraints.txt hatchling editables
+	$(PIP) -c constraints.txt hatchling editables setuptools  # what builds us, and what builds packages that come as sources alone
 	$(PIP) -c constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 
