@@ -11,59 +11,21 @@ import dataclasses
 import difflib
 import json
 import os
-import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from ssa.arguments import parse_arguments
+from ssa.budget import AttentionMode as AttentionMode
+from ssa.budget import Budget as Budget
+from ssa.budget import Rule, Scope, Scoring, released_rule_check
+from ssa.budget import parse_budgets as parse_budgets
 from ssa.checked_json import parse_json, read_bytes, typed
 from ssa.errors import UserError
 
 Method = Literal["full", "moba", "nsa", "ssa"]
-AttentionMode = Literal["sparse", "full"]
-Scope = Literal["group", "head"]
-Scoring = Literal["softmax", "logit"]
-Rule = Literal["exact", "released"]
 AlignmentLoss = Literal["smooth_l1", "l2", "none"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What one query may read: `num_selected_blocks` (k) blocks of `block_size` (s) keys, written "kxs", e.g. "4x16"."""
-
-    num_selected_blocks: int
-    block_size: int
-
-    def __post_init__(self) -> None:
-        if self.num_selected_blocks < 1 or self.block_size < 1:
-            raise UserError(f"budget {self} needs at least 1 block of at least 1 key")
-
-    @property
-    def tokens(self) -> int:
-        """The receptive field RF = k * s, in keys."""
-        return self.num_selected_blocks * self.block_size
-
-    def __str__(self) -> str:
-        return f"{self.num_selected_blocks}x{self.block_size}"
-
-    @classmethod
-    def parse(cls, text: str | Budget) -> Budget:
-        if isinstance(text, Budget):
-            return text
-        found = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
-        if not found:
-            raise UserError(f"budget {text!r} is not BLOCKSxSIZE; write e.g. 16x16 for 16 blocks of 16 keys")
-        return cls(int(found[1]), int(found[2]))
-
-
-def parse_budgets(text: str) -> list[Budget | None]:
-    """ "4x16,16x16,full" -> [Budget(4, 16), Budget(16, 16), None]; None stands for full attention."""
-    budgets = [None if part.strip() == "full" else Budget.parse(part) for part in text.split(",") if part.strip()]
-    if not budgets:
-        raise UserError(f"budgets {text!r} names none; write e.g. 4x16,16x16,full")
-    return budgets
 
 
 @dataclass(frozen=True)
@@ -291,15 +253,6 @@ def check_seed(seed: int, name: str) -> None:
     """Raises `UserError` for a seed that PyTorch does not take."""
     if abs(seed) >= 2**63:
         raise UserError(f"{name} = {seed} is too large: it must be below 2**63")
-
-
-def released_rule_check(num_selected_blocks: int, block_size: int) -> None:
-    """The authors' kernel sorts in chunks of `block_size` blocks: k must be a power of two and at most the block size."""
-    k = num_selected_blocks
-    if k & (k - 1) or k > block_size:
-        raise UserError(
-            f"selection rule 'released' with {k} blocks of {block_size} keys does not exist: it needs a power of two <= the block size; use rule 'exact'"
-        )
 
 
 def _coerce(cls: type, table: Any, where: str) -> Any:
