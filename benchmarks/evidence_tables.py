@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ssa import methods
 from evidence import BUDGETS, LONG, RUNS
 
-METHODS = {"full": "FullAttn", "moba": "MoBA", "nsa": "NSA", "ssa": "SSA"}
 LABELS = {
     "ssa-no-alignment": "SSA, no alignment", "ssa-ratio-0.25": "SSA, FullRatio 0.25", "ssa-ratio-0.75": "SSA, FullRatio 0.75",
     "ssa-ratio-1": "SSA, FullRatio 1", "ssa-alpha-5": "SSA, α = 5", "ssa-alpha-20": "SSA, α = 20",
@@ -29,7 +29,7 @@ FIGURES = {  # name: digits
 
 def label(name: str) -> str:
     base, _, seed = name.partition("-seed-")
-    return LABELS.get(base, METHODS.get(base, base)) + (f", seed {seed}" if seed else "")
+    return LABELS.get(base, methods.label(base)) + (f", seed {seed}" if seed else "")
 
 
 def nats(figures: dict[str, Any], text: str, budget: str) -> float:
@@ -80,7 +80,7 @@ def main() -> int:
     for name in runs:
         groups.setdefault(name.partition("-seed-")[0], []).append(name)
     both = {
-        label(base): [with_spread([rows[n][f] for n in names], FIGURES[f]) for f in FIGURES] for base, names in groups.items()
+        methods.label(base): [with_spread([rows[n][f] for n in names], FIGURES[f]) for f in FIGURES] for base, names in groups.items()
     }
     print(table(list(FIGURES), both), "\n")
     print("Every run:\n")

@@ -23,8 +23,8 @@ from ssa.budget import Rule, Scope, Scoring, released_rule_check
 from ssa.budget import parse_budgets as parse_budgets
 from ssa.checked_json import parse_json, read_bytes, typed
 from ssa.errors import UserError
+from ssa.methods import checked_options, method_named, resolve_alias, selector_named
 
-Method = Literal["full", "moba", "nsa", "ssa"]
 AlignmentLoss = Literal["smooth_l1", "l2", "none"]
 
 
@@ -32,7 +32,14 @@ AlignmentLoss = Literal["smooth_l1", "l2", "none"]
 class ModelRecipe:
     """A new model (or, with `init_from`, a checkpoint to go on from). Field names are those of `SSAConfig`."""
 
-    method: Method = "ssa"
+    method: str = "ssa"
+    """Which streams are trained: full, moba, nsa, ssa, or one that another package registers."""
+    method_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """What a method of another package can be told."""
+    selector: str = "means"
+    """How blocks are chosen: means, or one that another package registers."""
+    selector_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """What such a selector can be told."""
     init_from: str = ""
     """Checkpoint or run to start from; its architecture wins, the method's fields below still apply."""
     hidden_size: int = 128
@@ -168,6 +175,9 @@ class Recipe:
     train: TrainRecipe = field(default_factory=TrainRecipe)
 
     def __post_init__(self) -> None:
+        method, selector = resolve_alias(self.model.method, self.model.selector)
+        if (method, selector) != (self.model.method, self.model.selector):
+            object.__setattr__(self, "model", dataclasses.replace(self.model, method=method, selector=selector))
         _check(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -213,8 +223,11 @@ def _check(recipe: Recipe) -> None:
     need(m.alignment_weight >= 0, "model.alignment_weight", m.alignment_weight, "must be 0 or more")
     need(m.rope_factor >= 1, "model.rope_factor", m.rope_factor, "must be at least 1")
     need(m.rope_theta > 0, "model.rope_theta", m.rope_theta, "must be positive")
-    need(m.selection_scope == "group" or m.method != "nsa", "model.selection_scope", m.selection_scope,
-         "does not go with method nsa, whose selection comes from the group's compression scores; use group")  # fmt: skip
+    method = method_named(m.method, "model.method")
+    checked_options(method, m.method_options, "model.method_options")
+    checked_options(selector_named(m.selector, "model.selector"), m.selector_options, "model.selector_options")
+    need(m.selection_scope in method.scopes, "model.selection_scope", m.selection_scope,
+         f"does not go with method {m.method}; use {' or '.join(method.scopes)}")  # fmt: skip
     if m.selection_rule == "released":
         released_rule_check(m.num_selected_blocks, m.block_size)
     need(d.context >= 2, "data.context", d.context, "must be at least 2 tokens")

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssa.attention import AttentionInputs, HeadShape
+from ssa.attention.selectors.means import MeansSelector
+from ssa.methods import method_named
 from ssa.ops.documents import document_starts, query_positions
 
 RMS_RATIO = {torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -150,6 +153,21 @@ def random_qkv(
         return x.to(torch.get_default_device(), dtype).requires_grad_()
 
     return draw(batch, queries, heads, size), draw(batch, keys, kv_heads, size), draw(batch, keys, kv_heads, size)
+
+
+def attend(
+    method: Any, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, call: Any, selector: Any = None, **options: Any
+) -> Any:
+    """What one layer's method computes, an `ssa.attention.MethodOutput`.
+
+    Args:
+        method: A name, to be made with `options`, or an `ssa.attention.AttentionMethod`.
+        q, k, v, gates, call: see `ssa.attention.AttentionInputs` and `AttentionCall`.
+        selector: An `ssa.attention.Selector`; by block means as long as none is given.
+    """
+    method = method_named(method).load()(**options) if isinstance(method, str) else method
+    selector = selector or MeansSelector(HeadShape(q.shape[2], k.shape[2], q.shape[3]))
+    return method(selector, AttentionInputs(q, k, v, gates), call)
 
 
 def tiny_config(method: str = "ssa", **changes: Any) -> Any:

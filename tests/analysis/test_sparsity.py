@@ -173,10 +173,8 @@ def test_an_error_that_is_not_below_the_bound_counts_as_a_violation_even_as_nan(
 def record_of(q, k, v, mode, budget, positions=None, scope="group"):
     index = None
     if mode == "sparse":
-        index, _ = select_blocks(
-            q, k, block_size=budget.block_size, num_selected_blocks=budget.num_selected_blocks, positions=positions, scope=scope
-        )
-    return AttentionRecord(q, k, v, None, positions, index, mode, budget, torch.zeros_like(q))
+        index, _ = select_blocks(q, k, Selection(*astuple(budget), scope), positions=positions)
+    return AttentionRecord(q, k, v, None, positions, index, mode, Selection(*astuple(budget)), torch.zeros_like(q))
 
 
 @pytest.mark.parametrize("scope", ["group", "head"])
@@ -217,7 +215,7 @@ def test_distances_own_share_and_number_of_selected_blocks():
     q, k, v = tensors(1, 9, 1, 1)
     index = torch.tensor([[[[0, -1]] * 4 + [[0, 1]] * 4 + [[0, 2]]]], dtype=torch.int32)  # own block and the first
     meter = SparsityMeter()
-    meter(0, AttentionRecord(q, k, v, None, None, index, "sparse", Budget(2, 4), torch.zeros_like(q)))
+    meter(0, AttentionRecord(q, k, v, None, None, index, "sparse", Selection(2, 4), torch.zeros_like(q)))
     (layer,) = meter.layers()
     # to block 0: 0..8; to the second block 0..3; to the third 0
     distances = [*range(9), 0, 1, 2, 3, 0]

@@ -4,19 +4,18 @@ import pytest
 import torch
 
 from ssa.attention import AttentionCall
-from ssa.attention.ssa import SSA
-from ssa.config import Budget
+from ssa.budget import Selection
 from ssa.ops import gated_alignment, select_blocks
-from ssa.testing import random_qkv
+from ssa.testing import attend, random_qkv
 
 
 def run(mode, align, num_selected=2):
     q, k, v = random_qkv(1, 32, 32, 4, 2, 8)
     torch.manual_seed(0)
     gates = torch.rand(1, 32, 4, 1, dtype=torch.float64)
-    call = AttentionCall(mode, Budget(num_selected, 4), align)
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=num_selected)
-    return (q, k, v), gates, SSA()(q, k, v, gates, call), index
+    call = AttentionCall(mode, Selection(num_selected, 4), align)
+    index, _ = select_blocks(q, k, Selection(num_selected, 4))
+    return (q, k, v), gates, attend("ssa", q, k, v, gates, call), index
 
 
 def test_dropped_keys_learn_under_ssa_but_not_from_sparse_attention():
@@ -50,17 +49,17 @@ def test_identical_streams_do_not_disagree():
 def test_gated_or_ungated_outputs_are_aligned(gated):
     q, k, v = random_qkv(1, 32, 32, 4, 2, 8)
     gates = torch.rand(1, 32, 4, 1, dtype=torch.float64)
-    method = SSA(align_gated=gated)
-    outs = [SSA()(q, k, v, None, AttentionCall(mode, Budget(2, 4))).out_BTHD for mode in ("full", "sparse")]
+        outs = [attend("ssa", q, k, v, None, AttentionCall(mode, Selection(2, 4))).out_BTHD for mode in ("full", "sparse")]
     if gated:
         outs = [x * gates for x in outs]
-    alignment = method(q, k, v, gates, AttentionCall("full", Budget(2, 4), True)).alignment
+    call = AttentionCall("full", Selection(2, 4), True)
+    alignment = attend("ssa", q, k, v, gates, call, align_gated=gated).alignment
     torch.testing.assert_close(alignment, gated_alignment(*outs, main="full")[1])
 
 
 def test_a_model_without_gates_is_aligned_too():
     q, k, v = random_qkv(1, 32, 32, 4, 2, 8)
-    full, sparse = (SSA()(q, k, v, None, AttentionCall(mode, Budget(2, 4))).out_BTHD for mode in ("full", "sparse"))
-    result = SSA()(q, k, v, None, AttentionCall("sparse", Budget(2, 4), True))
+    full, sparse = (attend("ssa", q, k, v, None, AttentionCall(mode, Selection(2, 4))).out_BTHD for mode in ("full", "sparse"))
+    result = attend("ssa", q, k, v, None, AttentionCall("sparse", Selection(2, 4), True))
     assert torch.equal(result.out_BTHD, sparse) and torch.equal(result.ungated_BTHD, sparse)
     torch.testing.assert_close(result.alignment, torch.nn.functional.smooth_l1_loss(full, sparse).float().expand(2))

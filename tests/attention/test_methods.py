@@ -42,7 +42,7 @@ def test_nsa_is_three_gated_branches(mode):
     torch.testing.assert_close(result.out_BTHD, expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("mode", ["sparse", "full"])
 def test_packed_equals_separate_documents(method, mode):
     lengths = [5, 1, 30, 12]

@@ -179,17 +179,15 @@ def test_gate_stops_a_wrong_selection(monkeypatch):
 
 
 def test_gate_of_the_layer(monkeypatch):
-    from ssa.attention import METHODS
-
     shape = Shape.parse(SHAPE)
     assert check_layer(shape, "cpu", "reference")["sparse_dgate"] < 1e-2
 
-    class Louder(METHODS["ssa"]):
-        def __call__(self, q, *rest):
-            result = super().__call__(q, *rest)
-            return result if q.dtype == torch.float64 else result._replace(alignment=1.1 * result.alignment)
+    class Louder(gate.SSA):
+        def __call__(self, selector, inputs, call):
+            result = super().__call__(selector, inputs, call)
+            return result if inputs.q_BTHD.dtype == torch.float64 else result._replace(alignment=1.1 * result.alignment)
 
-    monkeypatch.setitem(METHODS, "ssa", Louder)
+    monkeypatch.setattr(gate, "SSA", Louder)
     with pytest.raises(GateError, match="full_alignment"):
         check_layer(shape, "cpu", "reference")
 

@@ -15,7 +15,7 @@ from ssa.eval import text_passes
 from ssa.eval.documents import read_documents
 from ssa.eval.evaluate import evaluate
 from ssa.eval.perplexity import WindowBatches, perplexity
-from ssa.eval.subject import NSA_NOTE
+from ssa.methods import methods
 from ssa.eval.tables import print_perplexity
 from ssa.infer.load import load_model
 from ssa.testing import tiny_model
@@ -171,7 +171,7 @@ def test_a_rank_that_is_not_the_last_says_so_and_writes_no_results(make_run, mon
 
 def test_notes(make_run):
     entry = evaluate(make_run("nsa"), budgets="full,16x4,2x4", max_tokens=200)["perplexity"]
-    assert NSA_NOTE in entry["notes"]
+    assert methods()["nsa"].full_notes[0] in entry["notes"]
     assert any(note.startswith("16x4 reads everything") for note in entry["notes"])
     assert entry["budgets"]["16x4"]["nats_per_token"] == pytest.approx(entry["budgets"]["full"]["nats_per_token"], abs=1e-5)
     assert evaluate(make_run(name="other"), budgets="full")["perplexity"]["notes"] == []

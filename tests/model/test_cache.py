@@ -8,7 +8,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssa.attention import METHODS
+from ssa.methods import methods
+from ssa.attention.state import CachedRows
 from ssa.errors import UserError
 from ssa.model import BlockCache
 from ssa.model.cache import CACHE_FIELD, BlockLayer
@@ -27,7 +28,7 @@ def in_chunks(model, x, cuts, max_length=None, **kwargs):
     return torch.cat(outs, 1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("mode", ["sparse", "full"])
 @pytest.mark.parametrize("cuts", [list(range(1, 50)), [17], [1, 2, 30, 31, 48]], ids=["tokens", "two", "ragged"])
 @torch.no_grad()
@@ -96,23 +97,27 @@ def append(layer, tokens, rows=2, heads=2, size=8):
     layer.update(torch.randn(rows, heads, tokens, size), torch.randn(rows, heads, tokens, size))
 
 
+def rows_of(layer, starts):
+    return CachedRows(layer, starts, layer.get_seq_length(), True)
+
+
 def filled(lengths, max_length=None, block_size=4, rows=2):
     layer, starts = BlockLayer(max_length=max_length), torch.tensor([0, 3][:rows])
     for n in lengths:
         append(layer, n, rows)
-        layer.block_means(block_size, starts)
+        rows_of(layer, starts).means(block_size)
     return layer, starts
 
 
 def check_means(layer, starts, block_size=4):
-    means, room = layer.block_means(block_size, starts), layer.room(block_size, starts)
+    means, (room, all_means) = rows_of(layer, starts).means(block_size), rows_of(layer, starts).room(block_size)
     length = layer.get_seq_length()
     assert torch.equal(room.lengths_B, length - starts) and torch.equal(room.starts_B, starts)
-    assert room.means.keys.shape[1] == room.k_BSKD.shape[1] // block_size
+    assert all_means.keys.shape[1] == room.k_BSKD.shape[1] // block_size
     for row, start in enumerate(starts.tolist()):
         for n in range((length - start) // block_size):
             cut = slice(start + n * block_size, start + (n + 1) * block_size)
-            for set_, means_, cached, buffer in zip(means[:2], room.means[:2], (layer.keys, layer.values), room[:2], strict=True):
+            for set_, means_, cached, buffer in zip(means, all_means, (layer.keys, layer.values), room[:2], strict=True):
                 mean = cached[row, :, cut].mean(1)
                 torch.testing.assert_close(set_[row, n], mean)
                 torch.testing.assert_close(means_[row, n], mean)
@@ -159,8 +164,8 @@ def test_crop_reorder_repeat_select_and_reset_keep_the_means_right(max_length):
 
 def test_a_cache_of_fixed_length_stays_where_it_is():
     def addresses(layer):
-        room = layer.room(4, starts)
-        return [x.data_ptr() for x in (*room[:2], *room.means[:2], layer._end)]
+        room, means = rows_of(layer, starts).room(4)
+        return [x.data_ptr() for x in (*room[:2], *means, layer._end)]
 
     layer, starts = filled([30], 60)
     before = addresses(layer)
@@ -183,7 +188,7 @@ def test_a_step_is_in_place_and_costs_one_token(max_length):
     new = torch.randn(2, 2, 1, 8)
     with LargestNew() as seen:
         layer.update(new, new)
-        layer.room(4, starts)
+        rows_of(layer, starts).room(4)
     assert seen.elements <= new.numel()
 
 
@@ -209,7 +214,7 @@ def test_a_captured_step_can_be_replayed():
 
     def step(keys, values):
         layer.update(keys, values)
-        return layer.room(4, starts).lengths_B
+        return rows_of(layer, starts).room(4)[0].lengths_B
 
     new = [torch.randn(2, 2, 1, 8) for _ in range(2)]
     graph = make_fx(step)(*new)  # runs the step once
@@ -228,7 +233,7 @@ def test_a_captured_step_can_be_replayed():
     check_means(layer, starts)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("mode", ["sparse", "full"])
 def test_generate_with_cache_equals_without(method, mode):
     model, x = tiny_model(method), torch.randint(0, 256, (2, 20))
@@ -256,7 +261,7 @@ def test_generate_with_a_cache_of_fixed_length():
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     out = model.generate(x, cache_implementation="static", **options)
     cache = out[CACHE_FIELD]
-    assert cache.max_length == 32 and cache.layers[0].room(4, torch.zeros(2, dtype=torch.int64)).k_BSKD.shape[1] == 32
+    assert cache.max_length == 32 and cache.layers[0].buffers()[0].shape[2] == 32
     assert torch.equal(out.sequences, model.generate(x, **options).sequences)
     assert torch.equal(out.sequences, model.generate(x, cache=BlockCache(32), **options).sequences)
     with pytest.raises(UserError, match="the cache is full"):

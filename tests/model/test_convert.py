@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
-from ssa.attention import METHODS
+from ssa.methods import methods
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
 from ssa.model import SSAConfig, SSAForCausalLM, sources, weights
@@ -312,7 +312,7 @@ def test_released_nsa_takes_all_three_gates(tmp_path):
     gate = load_file(source / "model.safetensors")["model.layers.0.self_attn.g_proj.weight"]
     assert torch.equal(model.model.layers[0].self_attn.g_proj.weight, gate)
     # our model views the rows as the layout does: heads, then (compression, selection, window)
-    assert METHODS["nsa"].num_gates == 3
+    assert methods()["nsa"].num_gates == 3
     seen = {}
     model.eval()(TOKENS, observer=lambda layer, record: seen.setdefault(layer, record))
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(TOKENS))

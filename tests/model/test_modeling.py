@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from ssa.attention import METHODS
+from ssa.methods import methods
 from ssa.errors import UserError
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.ops import cross_entropy
@@ -19,7 +19,7 @@ def tokens(batch=2, length=40):
     return torch.randint(0, 256, (batch, length))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("mode", ["sparse", "full"])
 def test_packed_equals_separate_documents(method, mode):
     model, lengths = tiny_model(method), [9, 1, 25]
@@ -32,7 +32,7 @@ def test_packed_equals_separate_documents(method, mode):
         start += n
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("mode", ["sparse", "full"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_shifts_nothing(method, mode, side):
@@ -278,7 +278,7 @@ def test_mode_and_budget_change_per_call_without_reloading():
     torch.testing.assert_close(model(x, budget="4x16").logits, model(x, attention_mode="full").logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods())
 def test_save_and_load(tmp_path, method):
     model, x = tiny_model(method, attention_mode="sparse"), tokens()
     model.save_pretrained(tmp_path)

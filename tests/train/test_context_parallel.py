@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from ssa.attention import METHODS
-from ssa.attention.base import AttentionCall
-from ssa.config import Budget
+from ssa.methods import methods
+from ssa.attention import AttentionCall
+from ssa.attention.full import FullAttention
+from ssa.budget import Selection
 from ssa.ops import dense
+from ssa.testing import attend
 from ssa.train.context_parallel import ContextParallel, _Gathering
 
 
@@ -31,16 +33,16 @@ class Rank(ContextParallel):
 def test_parts_attend_as_whole_rows_do(method, documents):
     torch.manual_seed(1)
     q, k, v = (torch.randn(2, 96, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    kind = METHODS[method](window_size=24)
-    gates = torch.rand(2, 96, 4, kind.num_gates, dtype=torch.float64)
+    kind = methods()[method].load()(window_size=24)
+    gates = torch.rand(2, 96, 4, methods()[method].num_gates, dtype=torch.float64)
     position_BT = torch.cat([torch.arange(n) for n in documents]).expand(2, 96)
     plain = len(documents) == 1
-    call = AttentionCall("sparse" if method != "full" else "full", Budget(2, 8), align=method == "ssa", positions_BT=position_BT)
-    whole = kind(q, k, v, gates, call)
+    call = AttentionCall("sparse" if method != "full" else "full", Selection(2, 8), align=method == "ssa", positions_BT=position_BT)
+    whole = attend(kind, q, k, v, gates, call)
     alignment = []
     for rank in range(2):
         context = Rank(rank, 2, position_BT, plain, torch.cat([k, v], -1))
-        part = _Gathering(kind, context)(*(context.own(x) for x in (q, k, v, gates)), call)
+        part = attend(_Gathering(kind, context), *(context.own(x) for x in (q, k, v, gates)), call)
         torch.testing.assert_close(part.out_BTHD, context.own(whole.out_BTHD))
         alignment.append(part.alignment)
     if method == "ssa":
@@ -54,8 +56,8 @@ def test_rows_that_are_called_plain_are_taken_to_be_one_document():
     outs = []
     for plain in (False, True):
         context = Rank(0, 2, position_BT, plain, torch.cat([k, v], -1))
-        method = _Gathering(METHODS["full"](), context)
-        outs.append(method(*(context.own(x) for x in (q, k, v)), None, AttentionCall("full", Budget(2, 8))).out_BTHD)
+        method = _Gathering(FullAttention(), context)
+        outs.append(attend(method, *(context.own(x) for x in (q, k, v)), None, AttentionCall("full", Selection(2, 8))).out_BTHD)
     assert not torch.equal(*outs)
 
 
@@ -65,11 +67,11 @@ def test_full_attention_of_parts_by_variable_length(varlen_calls, monkeypatch, d
     torch.manual_seed(1)
     q, k, v = (torch.randn(2, 96, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     position_BT = torch.cat([torch.arange(n) for n in documents]).expand(2, 96)
-    call = AttentionCall("full", Budget(2, 8), positions_BT=position_BT)
-    method = METHODS["full"]()
+    call = AttentionCall("full", Selection(2, 8), positions_BT=position_BT)
+    method = FullAttention()
     with monkeypatch.context() as patch:
         patch.setattr(dense, "_has_varlen", lambda q: False)
-        whole = method(q, k, v, None, call).out_BTHD
+        whole = attend(method, q, k, v, None, call).out_BTHD
     searches = []
     monkeypatch.setattr(dense, "cu_seqlens_from_positions", lambda *a: searches.append(a))
     row = torch.cat([k, v], -1)
@@ -77,7 +79,7 @@ def test_full_attention_of_parts_by_variable_length(varlen_calls, monkeypatch, d
     for rank in range(2):
         context = Rank(rank, 2, position_BT, plain, row, bounds=True)
         assert context.cu_seqlens.shape == (2, 2, 65 if len(documents) > 16 and rank == 0 else 17)
-        out = _Gathering(method, context)(*(context.own(x) for x in (q, k, v)), None, call).out_BTHD
+        out = attend(_Gathering(method, context), *(context.own(x) for x in (q, k, v)), None, call).out_BTHD
         torch.testing.assert_close(out, context.own(whole))
         parts = parts + out.square().sum()
     assert len(varlen_calls) == (3 if plain else 4) and not searches  # of plain rows, the first chunk is one causal call

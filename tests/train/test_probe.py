@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ssa.analysis.meter import SparsityMeter, mean_figures
-from ssa.attention import AttentionCall
+from ssa.attention import AttentionCall, AttentionInputs
+from ssa.budget import Selection
 from ssa.config import Budget
 from ssa.data.shards import TokenShards
 from ssa.errors import UserError
@@ -65,8 +66,9 @@ def test_figures_are_those_of_the_analysis(valid, model, method):
     assert found["budget"] == "2x4" and found["queries"] == (batch["position_ids"] >= 8).sum()
 
     def select(layer, record):
-        call = AttentionCall("sparse", BUDGET, positions_BT=record.positions_BT)
-        return model.model.layers[layer].self_attn.method.select(record.q_BTHD, record.k_BSKD, call, None)
+        call = AttentionCall("sparse", Selection(BUDGET.num_selected_blocks, BUDGET.block_size), positions_BT=record.positions_BT)
+        inputs = AttentionInputs(record.q_BTHD, record.k_BSKD, record.v_BSKD)
+        return model.model.layers[layer].self_attn.selector.select(inputs, call)
 
     for mode in ("full", "sparse"):
         meter = SparsityMeter(select)

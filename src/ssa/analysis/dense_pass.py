@@ -62,7 +62,7 @@ def tile_shape(tile: int, heads: int, queries: int, keys: int, block_size: int) 
 @torch.no_grad()
 def dense_pass(
     q: Tensor, k: Tensor, v: Tensor, sparse_out: Tensor, block_indices: Tensor, *, block_size: int, scale: float,
-    tile: int | None = None,
+    tile: int | None = None, bias: Tensor | None = None,
 ) -> DenseFigures:  # fmt: skip
     """Figures of full causal attention of one document against a selection of its blocks.
 
@@ -72,6 +72,7 @@ def dense_pass(
         block_indices: int [K or H, T, M], -1 padded, the own block present.
         scale: logit scale.
         tile: weights held at once; by the device's memory by default. Changes the result by rounding only.
+        bias: [S, K], added to the logits of each key.
     """
     queries, heads = q.shape[:2]
     keys, kv_heads = k.shape[:2]
@@ -81,6 +82,7 @@ def dense_pass(
     padding = -keys % block_size
     k_KDS = torch.nn.functional.pad(k.permute(1, 2, 0), (0, padding))
     v_KSD = torch.nn.functional.pad(v.transpose(0, 1), (0, 0, 0, padding))
+    bias_KS = None if bias is None else torch.nn.functional.pad(bias.T.to(q.dtype), (0, padding))
     norm_KN = v_KSD.norm(dim=-1).unflatten(1, (-1, block_size)).amax(-1)
     parts: list[list[Tensor]] = []
     for t in range(0, queries, chunk):
@@ -89,7 +91,7 @@ def dense_pass(
         blocks = (first + cut.stop - 1) // block_size + 1  # up to the last query's own
         q_KXD = (q[cut] * scale).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # X = G * C
         lost_RCN = dropped_blocks(block_indices[:, cut], position_C, block_size, blocks)
-        sums, entropy, out_KGCD = _stream(q_KXD, k_KDS, v_KSD, lost_RCN, position_C, first + t, block_size, width)
+        sums, entropy, out_KGCD = _stream(q_KXD, k_KDS, v_KSD, bias_KS, lost_RCN, position_C, first + t, block_size, width)
         norm_RN = norm_KN[:, :blocks].repeat_interleave(lost_RCN.shape[0] // kv_heads, 0)
         largest_RC = torch.where(lost_RCN, norm_RN[:, None], 0).amax(-1)
         largest = largest_RC.repeat_interleave(heads // largest_RC.shape[0], 0)
@@ -108,7 +110,15 @@ def dropped_blocks(index_RCM: Tensor, position_C: Tensor, block_size: int, block
 
 
 def _stream(
-    q_KXD: Tensor, k_KDS: Tensor, v_KSD: Tensor, lost_RCN: Tensor, position_C: Tensor, start: int, block_size: int, width: int
+    q_KXD: Tensor,
+    k_KDS: Tensor,
+    v_KSD: Tensor,
+    bias_KS: Tensor | None,
+    lost_RCN: Tensor,
+    position_C: Tensor,
+    start: int,
+    block_size: int,
+    width: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Online softmax over tiles of keys for the queries at `start` ...: (shares of the weight [K, G, C, 5] in the order dropped, first token, first four, first
     block, own block; entropy [K, G, C]; h_full [K, G, C, D])."""
@@ -125,6 +135,9 @@ def _stream(
     for low in range(0, reach, width):
         high = min(low + width, reach)
         logits = (q_KXD @ k_KDS[..., low:high]).view(*shape, high - low)
+        if bias_KS is not None:
+            logits += bias_KS[:, None, None, low:high]
+            logits.clamp_(min=lowest)
         if high > start + 1:  # the tile touches the diagonal
             logits.masked_fill_(torch.arange(low, high, device=q_KXD.device) > position_C[:, None], lowest)
         higher = torch.maximum(peak, logits.amax(-1))

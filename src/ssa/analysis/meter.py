@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ssa.analysis.selection import BINS, LAGS, bit_length, distance_histogram, selection_overlap
 from ssa.analysis.sparsity import AttentionFigures, attention_figures
-from ssa.attention import AttentionCall, AttentionRecord
-from ssa.config import Budget
+from ssa.attention import AttentionCall, AttentionInputs, AttentionRecord
+from ssa.budget import Budget, Rule, Scope, Scoring
 from ssa.ops import select_blocks
 from ssa.ops.documents import query_positions
 
@@ -97,15 +97,12 @@ _ADDED = (
 Select = Callable[[int, AttentionRecord], Tensor]
 
 
-def selection_by_rule(scope: str = "group", scoring: str = "softmax", rule: str = "exact") -> Select:
+def selection_by_rule(scope: Scope = "group", scoring: Scoring = "softmax", rule: Rule = "exact") -> Select:
     """What `ssa.ops.select_blocks` chooses from a record's q and k."""
 
     def select(layer: int, record: AttentionRecord) -> Tensor:
-        index, _ = select_blocks(
-            record.q_BTHD, record.k_BSKD, block_size=record.budget.block_size, num_selected_blocks=record.budget.num_selected_blocks,
-            positions=record.positions_BT, scope=scope, scoring=scoring, rule=rule,
-        )  # fmt: skip
-        return index
+        selection = replace(record.selection, scope=scope, scoring=scoring, rule=rule)
+        return select_blocks(record.q_BTHD, record.k_BSKD, selection, positions=record.positions_BT)[0]
 
     return select
 
@@ -114,8 +111,9 @@ def selection_of(model: Any) -> Select:
     """What an `SSAForCausalLM` would choose from a record's q and k if it attended sparsely."""
 
     def select(layer: int, record: AttentionRecord) -> Tensor:
-        call = AttentionCall("sparse", record.budget, positions_BT=record.positions_BT, impl=model.model.impl)
-        return model.model.layers[layer].self_attn.method.select(record.q_BTHD, record.k_BSKD, call, None)
+        call = AttentionCall("sparse", record.selection, positions_BT=record.positions_BT, impl=model.model.impl)
+        inputs = AttentionInputs(record.q_BTHD, record.k_BSKD, record.v_BSKD, bias_BSK=record.bias_BSK)
+        return model.model.layers[layer].self_attn.selector.select(inputs, call)
 
     return select
 
@@ -152,13 +150,13 @@ class SparsityMeter:
     def __call__(self, layer: int, record: AttentionRecord) -> None:
         index = self.select(layer, record) if record.block_indices is None else record.block_indices
         figures = attention_figures(
-            record.q_BTHD, record.k_BSKD, record.v_BSKD, index, block_size=record.budget.block_size, positions=record.positions_BT,
-            tile=self.tile,
+            record.q_BTHD, record.k_BSKD, record.v_BSKD, index, block_size=record.selection.block_size,
+            positions=record.positions_BT, bias=record.bias_BSK, tile=self.tile,
         )  # fmt: skip
         position_BT = query_positions(record.q_BTHD, record.k_BSKD, record.positions_BT)
         if layer not in self.sums:
             self.sums[layer] = LayerSums(record.q_BTHD.shape[2], index.shape[1], self.points, (self.seed, layer))
-        self.sums[layer].add(figures, index, position_BT, record.budget, self._skipped)
+        self.sums[layer].add(figures, index, position_BT, record.selection.budget, self._skipped)
 
     def layers(self) -> list[LayerFigures]:
         """The means so far, in the order of the layers."""

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ssa.analysis.results import BudgetPerplexity, RunResults, losses
 from ssa.errors import UserError
+from ssa.methods import look_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = "#2b2f36"
-COLOURS = {"full": "#3a7fc1", "moba": "#e69f00", "nsa": "#009e73", "ssa": "#d55e00"}
-"""Fixed per method; told apart by all common kinds of colour blindness, and each has a marker of its own besides."""
-MARKERS = {"full": "o", "moba": "s", "nsa": "^", "ssa": "D"}
-OTHER_COLOUR, OTHER_MARKER = "#8a63a8", "v"
+MARKERS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "down": "v"}
 
 
 def require_matplotlib() -> None:
@@ -127,7 +125,7 @@ def _looks(results: Sequence[RunResults]) -> list[dict[str, Any]]:
     looks = []
     for run in results:
         again = seen[run.method] = seen.get(run.method, -1) + 1
-        colour = _shade(COLOURS.get(run.method, OTHER_COLOUR), again)
+        colour = _shade(look_of(run.method)[0][0], again)
         looks.append({"color": colour, "label": _label(run.name)})
     return looks
 
@@ -140,7 +138,7 @@ def _shade(colour: str, again: int) -> str:
 
 
 def _marker(method: str) -> str:
-    return MARKERS.get(method, OTHER_MARKER)
+    return MARKERS[look_of(method)[1]]
 
 
 def _label(name: str) -> str:

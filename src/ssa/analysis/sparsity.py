@@ -39,7 +39,7 @@ LOGIT_ROUNDING = 4
 @torch.no_grad()
 def attention_figures(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, *, block_size: int, positions: Tensor | None = None,
-    scale: float | None = None, tile: int | None = None,
+    bias: Tensor | None = None, scale: float | None = None, tile: int | None = None,
 ) -> AttentionFigures:  # fmt: skip
     """Compare full attention with attention over `block_indices` on the same q, k, v (section 5 of the method, Theorem 1).
 
@@ -49,6 +49,7 @@ def attention_figures(
         q: [B, T, H, D] and k, v: [B, S, K, D] after RoPE, T <= S; the queries are the last T tokens.
         block_indices: int [B, K or H, T, M], document-relative, -1 padded, the own block present (see `ssa.ops.select_blocks`).
         positions: int [B, T] document-relative query positions; None = plain rows.
+        bias: [B, S, K], a selector's, part of the logits of both streams; finite, or -inf for a key that nobody reads.
         scale: logit scale, 1/sqrt(D) by default.
         tile: weights held at once; by the device's memory by default. Does not change the result beyond rounding.
     """
@@ -56,7 +57,9 @@ def attention_figures(
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    sparse_BTHD, _ = block_sparse_attention(q, k, v, block_indices, block_size=block_size, positions=positions, scale=scale)
+    sparse_BTHD, _ = block_sparse_attention(
+        q, k, v, block_indices, block_size=block_size, positions=positions, bias=bias, scale=scale
+    )
     rows: list[list[Tensor]] = []
     for b, documents in enumerate(documents_of(query_positions(q, k, positions), k.shape[1])):
         parts = [
@@ -69,6 +72,7 @@ def attention_figures(
                 block_size,
                 scale,
                 tile,
+                None if bias is None else bias[b, keys],
             )
             for queries, keys in documents
         ]
@@ -88,10 +92,10 @@ def documents_of(position_BT: Tensor, num_keys: int) -> list[list[tuple[slice, s
 
 def _of_document(
     q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, sparse_THD: Tensor, index_RTM: Tensor, block_size: int, scale: float,
-    tile: int | None,
+    tile: int | None, bias_SK: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """The fields of `AttentionFigures` for one document, in their order."""
-    each = dense_pass(q_THD, k_SKD, v_SKD, sparse_THD, index_RTM, block_size=block_size, scale=scale, tile=tile)
+    each = dense_pass(q_THD, k_SKD, v_SKD, sparse_THD, index_RTM, block_size=block_size, scale=scale, tile=tile, bias=bias_SK)
     bound = each.dropped * (each.largest_dropped + sparse_THD.norm(dim=-1))
     group = q_THD.shape[1] // k_SKD.shape[1]
     longest_k, longest_v = (x.norm(dim=-1).amax(0).repeat_interleave(group) for x in (k_SKD, v_SKD))

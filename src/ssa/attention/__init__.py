@@ -1,11 +1,7 @@
-"""The methods: each is select -> attend -> (extra branches, extra loss)."""
+"""Attention: a method (which streams, which branches) over a selector (which blocks)."""
 
-from ssa.attention.base import AttentionCall, AttentionMethod, AttentionRecord, MethodOutput
-from ssa.attention.full import FullAttention
-from ssa.attention.moba import MoBA
-from ssa.attention.nsa import NSA
-from ssa.attention.ssa import SSA
+from ssa.attention.inputs import AttentionCall, AttentionInputs, AttentionRecord, MethodOutput
+from ssa.attention.method import AttentionMethod
+from ssa.attention.selectors.selector import HeadShape, Selector
 
-METHODS: dict[str, type[AttentionMethod]] = {"full": FullAttention, "moba": MoBA, "nsa": NSA, "ssa": SSA}
-
-__all__ = ["METHODS", "AttentionCall", "AttentionMethod", "AttentionRecord", "MethodOutput"]
+__all__ = ["AttentionCall", "AttentionInputs", "AttentionMethod", "AttentionRecord", "HeadShape", "MethodOutput", "Selector"]

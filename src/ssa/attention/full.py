@@ -1,7 +1,7 @@
 """FullAttn: trained with dense attention. Run sparse, it shows the attention gap."""
 
-from ssa.attention.base import AttentionMethod
+from ssa.attention.method import AttentionMethod
 
 
 class FullAttention(AttentionMethod):
-    training_mode = "full"
+    pass

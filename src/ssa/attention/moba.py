@@ -4,8 +4,8 @@ The paper's MoBA shares the selection over a GQA group and scores blocks by soft
 `selection_scoring="logit"` is MoBA as first published.
 """
 
-from ssa.attention.base import AttentionMethod
+from ssa.attention.method import AttentionMethod
 
 
 class MoBA(AttentionMethod):
-    training_mode = "sparse"
+    pass

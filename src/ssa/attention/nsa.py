@@ -7,28 +7,40 @@ two as they are (Table A6's cmp + fa + swa).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from ssa.attention.base import AttentionCall, AttentionMethod, BlockMeans, MethodOutput
+from ssa.attention.inputs import AttentionCall, AttentionInputs, MethodOutput
+from ssa.attention.method import AttentionMethod
+from ssa.attention.selectors.selector import Selector
+from ssa.attention.state import BlockMeans
+from ssa.budget import Selection
 from ssa.ops import block_means, compressed_attention, gated_sum, window_attention
 
 
 class NSA(AttentionMethod):
-    num_gates = 3
-    training_mode = "sparse"
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, call: AttentionCall, means: BlockMeans | None = None
-    ) -> MethodOutput:
-        block_size = call.budget.block_size
-        if means is None and call.positions_BT is None:  # made once, for the compression and for the selection
+    def __call__(self, selector: Selector, inputs: AttentionInputs, call: AttentionCall) -> MethodOutput:
+        q, k, v, gates = inputs.q_BTHD, inputs.k_BSKD, inputs.v_BSKD, inputs.gates_BTHG
+        block_size = call.selection.block_size
+        means = None  # made once, for the compression and for the selection
+        if inputs.cached is not None:
+            means = inputs.cached.means(block_size)
+        elif call.positions_BT is None:
             means = BlockMeans(block_means(k, block_size), block_means(v, block_size))
-        pair = None if means is None else means[:2]
+        inputs = replace(inputs, means=means)
         compressed, _ = compressed_attention(
-            q, k, v, block_size=block_size, positions=call.positions_BT, means=pair, impl=call.impl
+            q, k, v, block_size=block_size, positions=call.positions_BT, means=means, impl=call.impl
         )
-        selected, block_indices = self.attend(call.mode, q, k, v, call, means)
+        selected, block_indices = self.attend(call.mode, selector, inputs, call)
         window = window_attention(q, k, v, window=self.window_size, positions=call.positions_BT, impl=call.impl)
         branches = [compressed, selected, window]
         out = compressed + selected + window if gates is None else gated_sum(branches, gates, impl=call.impl)
         return MethodOutput(out, selected, block_indices, None)
+
+    def branch_flops(self, selection: Selection, position_ids: Tensor, width: int) -> dict[str, float]:
+        seen = position_ids.double() + 1
+        return {
+            "compression": 12 * width * (seen / selection.block_size).floor().mean().item(),
+            "window": 12 * width * seen.clamp(max=self.window_size).mean().item(),
+        }

@@ -5,22 +5,19 @@ Which stream goes on is drawn once per step (`ssa.train.streams`), never per lay
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ssa.attention.base import AttentionCall, AttentionMethod, BlockMeans, MethodOutput
+from ssa.attention.inputs import AttentionCall, AttentionInputs, MethodOutput
+from ssa.attention.method import AttentionMethod
+from ssa.attention.selectors.selector import Selector
 from ssa.ops import gated_alignment
 
 
 class SSA(AttentionMethod):
-    training_mode = "sparse"
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, call: AttentionCall, means: BlockMeans | None = None
-    ) -> MethodOutput:
+    def __call__(self, selector: Selector, inputs: AttentionInputs, call: AttentionCall) -> MethodOutput:
         if not call.align or self.alignment_loss == "none":
-            return super().__call__(q, k, v, gates, call, means)
-        full, _ = self.attend("full", q, k, v, call, means)
-        sparse, block_indices = self.attend("sparse", q, k, v, call, means)
+            return super().__call__(selector, inputs, call)
+        full, _ = self.attend("full", selector, inputs, call)
+        sparse, block_indices = self.attend("sparse", selector, inputs, call)
+        gates = inputs.gates_BTHG
         out, alignment = gated_alignment(
             full, sparse, None if gates is None else gates[..., 0], call.padding_BT,
             main=call.mode, loss=self.alignment_loss, align_gated=self.align_gated, impl=call.impl,

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ssa.attention import METHODS, AttentionCall
+from ssa.attention import AttentionCall, AttentionInputs, HeadShape
+from ssa.attention.selectors.means import MeansSelector
 from ssa.bench.gate import draw_gates
 from ssa.bench.shapes import Shape, draw
 from ssa.bench.timing import both_ways, extra_memory_gb, first_line
+from ssa.methods import method_named
 
 if TYPE_CHECKING:
     from ssa.bench.timing import Call
@@ -25,11 +27,12 @@ ALIGNMENT_WEIGHT = 10.0  # the paper's alpha
 
 def layer_step(method: str, mode: AttentionMode, shape: Shape, inputs: tuple[Tensor, ...], compiled: bool) -> Call:
     """Forward and backward of one attention layer of `method`, its gate included; SSA with alignment."""
-    attention = METHODS[method]()
-    call = AttentionCall(mode, shape.budget, align=method == "ssa", impl="auto")
+    attention = method_named(method).load()()
+    selector = MeansSelector(HeadShape(*shape.dense))
+    call = AttentionCall(mode, shape.selection, align=method == "ssa", impl="auto")
 
     def losses(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, _, _, alignment = attention(q, k, v, gates, call)
+        out, _, _, alignment = attention(selector, AttentionInputs(q, k, v, gates), call)
         return out, None if alignment is None else ALIGNMENT_WEIGHT * alignment.sum()
 
     run = torch.compile(losses, dynamic=False) if compiled else losses

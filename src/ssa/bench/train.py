@@ -24,19 +24,20 @@ from ssa.bench.report import Deadline, Report, environment
 from ssa.bench.rows import Layout, make_rows, vocabulary
 from ssa.bench.shapes import parse_list
 from ssa.bench.train_bars import train_bars
-from ssa.config import Method, Recipe
+from ssa.config import Recipe
 from ssa.errors import UserError
 from ssa.infer.load import resolve_dtype
+from ssa.methods import method_named, methods
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.train.context_parallel import ContextParallel
 from ssa.train.distributed import Ranks, open_ranks
-from ssa.train.flops import TokenFlops, run_peak_flops, training_flops
+from ssa.train.flops import run_peak_flops, training_flops
 from ssa.train.layers import prepare_layers
 from ssa.train.loss import StepLoss
 from ssa.train.optim import build_optimizer
 from ssa.train.parallel import distribute, gradient_norm, resolve_parallel
 
-METHODS = ("full", "moba", "nsa", "ssa")
+METHODS = tuple(methods())
 LLAMAS = ("llama", "llama-bf16")
 """llama: float32 weights under autocast, as ours; llama-bf16: weights and optimizer in bfloat16."""
 VARIANTS = (*METHODS, *LLAMAS)
@@ -172,7 +173,7 @@ def measure(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ran
             plan.data, vocab_size, recipe.data.context, t.batch_size, layout, t.seed, ranks.data_rank, ranks.data_world
         )
     ]
-    method = cast(Method, "full" if variant in LLAMAS else variant)
+    method = "full" if variant in LLAMAS else variant
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, method=method))
     dtype = resolve_dtype(t.dtype, device)
     with torch.device(device):
@@ -191,7 +192,7 @@ def measure(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ran
 
     def step(i: int) -> Tensor:
         rows = batches[i % len(batches)]
-        stream = stream_of(i, recipe.model.full_ratio) if method == "ssa" else None
+        stream = stream_of(i, recipe.model.full_ratio) if method_named(method).draws_stream else None
         shared = None
         if context is not None:
             shared = context.sharing(rows["position_ids"], bounds[i % len(bounds)], plain=layout == "plain")
@@ -222,7 +223,7 @@ def measure(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ran
         "activation_checkpointing": t.recompute if t.activation_checkpointing else None, "dtype": str(dtype)[6:],
         "context": recipe.data.context, "batch_size": t.batch_size,
         "tokens_per_step": tokens, "steps": steps, "ms_per_step": 1000 * seconds / steps, "tokens_per_second": speed,
-        "flops_per_token": flops._asdict() | {"total": flops.total}, "mfu": None if peak is None else flops.total * speed / peak,
+        "flops_per_token": flops, "mfu": None if peak is None else flops["total"] * speed / peak,
         "peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None, "loss": last.item(),
     }  # fmt: skip
 
@@ -257,10 +258,10 @@ def _config(recipe: Recipe, variant: str, vocab_size: int) -> SSAConfig:
     return SSAConfig.from_recipe(dataclasses.replace(recipe.model, attention_gate=gated), vocab_size)
 
 
-def step_flops(config: SSAConfig, positions_BT: Tensor) -> TokenFlops:
+def step_flops(config: SSAConfig, positions_BT: Tensor) -> dict[str, float]:
     """Per token; the mean of SSA's streams in their shares."""
     full, sparse = (training_flops(config, positions_BT, stream) for stream in ("full", "sparse"))
-    return TokenFlops(*(config.full_ratio * a + (1 - config.full_ratio) * b for a, b in zip(full, sparse, strict=True)))
+    return {part: config.full_ratio * full[part] + (1 - config.full_ratio) * sparse[part] for part in full}
 
 
 class PlainLoss(StepLoss):

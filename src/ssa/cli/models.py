@@ -67,7 +67,7 @@ def convert(
     out: OUT,
     /,
     to: Literal["ssa", "llama", "llama-nsa"] = "ssa",
-    method: Literal["", "full", "moba", "nsa", "ssa"] = "",
+    method: str = "",
     block_size: int = 0,
     num_selected_blocks: int = 0,
     selection_rule: Literal["", "exact", "released"] = "",
@@ -81,7 +81,7 @@ def convert(
         source: A run, a model directory, a .gguf file, or the name of a model on the hub.
         out: Directory for the result.
         to: The layout to write.
-        method: How the result attends; a Llama becomes ssa, a released checkpoint keeps its own.
+        method: How the result attends: full, moba, nsa, ssa, or one that another package registers. A Llama becomes ssa, a released checkpoint keeps its own.
         block_size: Tokens of a block; the source's if 0.
         num_selected_blocks: Blocks a query may read; the source's if 0.
         selection_rule: exact, or released as the authors' kernel selects; released checkpoints keep released.

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 
     from ssa.model import SSAForCausalLM
 
-NSA_NOTE = (
-    "nsa has no full attention of its own: 'full' lets its selected branch read everything and keeps the compression branch "
-    "and the sliding window"
-)
-
 
 @dataclass(frozen=True)
 class Subject:

@@ -14,6 +14,7 @@ from ssa.eval.results import read_results
 from ssa.eval.scored import TASKS_FILE
 from ssa.eval.tables import figure
 from ssa.files import write_atomically
+from ssa.methods import label
 
 COLUMNS = {
     "piqa": ("PIQA", "acc_norm"), "hellaswag": ("HellaSwag", "acc_norm"), "arc_easy": ("ARC-e", "acc_norm"),
@@ -22,7 +23,6 @@ COLUMNS = {
 }  # fmt: skip
 """Task -> (heading, metric). Accuracies are normalised where lm-eval normalises them."""
 AVERAGED = ("piqa", "hellaswag", "arc_easy", "arc_challenge")
-_METHODS = {"full": "FullAttn", "moba": "MoBA", "nsa": "NSA", "ssa": "SSA"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _rows(entries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
             cells["avg"] = _average([figures[task] for task in AVERAGED])
         if "wikitext" in figures:
             cells["PPL"] = figures["wikitext"]
-        rows.append(Row(_inference(name), _METHODS.get(method, method), cells))
+        rows.append(Row(_inference(name), label(method), cells))
     return rows
 
 

@@ -18,7 +18,7 @@ from ssa.eval.long.measure import gather, run_items
 from ssa.eval.needle import Haystack, NeedleBatches, score
 from ssa.eval.perplexity import Perplexity, WindowBatches, check_windows
 from ssa.eval.results import add_results, read_results, result_key
-from ssa.eval.subject import NSA_NOTE, Subject, attention, budget_name, description, progress_bar, provenance
+from ssa.eval.subject import Subject, attention, budget_name, description, progress_bar, provenance
 from ssa.eval.tables import print_needles, print_perplexity
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _setting(request: TextRequest) -> dict[str, Any]:
 
 def _notes(request: TextRequest, length: int) -> list[str]:
     config = request.subject.model.config
-    notes = [NSA_NOTE] if config.method == "nsa" and None in request.budgets else []
+    notes = config.attends.full_notes if None in request.budgets else []
     idle = [str(b) for b in request.budgets if b is not None and b.tokens >= length and config.selection_rule == "exact"]
     if idle:
         notes.append(f"{', '.join(idle)} reads everything there is in {length} tokens: selection drops nothing")

@@ -13,33 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ssa.attention.base import BlockMeans
+from ssa.attention.state import CachedRows, SelectorState, taken
 from ssa.errors import UserError
-from ssa.ops.documents import block_within_rows
-from ssa.ops.running_means import extend_block_means
+from ssa.ops.decode import MAX_QUERIES
 
 CACHE_FIELD = "cache" if any(field.name == "cache" for field in dataclasses.fields(CausalLMOutputWithPast)) else "past_key_values"
 """What this release of transformers calls the cache in outputs and in `generate`'s loop."""
-
-
-class CacheRoom(NamedTuple):
-    """A layer's buffers with all their room, as `ssa.ops.decode_attention` takes them."""
-
-    k_BSKD: Tensor
-    v_BSKD: Tensor
-    means: BlockMeans
-    """[B, N, K, D] each with N = S // s."""
-    lengths_B: Tensor
-    """int64, tokens of each row."""
-    starts_B: Tensor
-    """int64, first column of each row."""
 
 
 class BlockLayer(DynamicLayer):
@@ -53,12 +40,14 @@ class BlockLayer(DynamicLayer):
         super().__init__()
         self.max_length = max_length
         self._buffers: list[Tensor] = []
-        self._means: dict[int, _Means] = {}
+        self._states: dict[Hashable, SelectorState] = {}
         self._end: Any = None
         """int64 scalar on the device: columns filled."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Appends [B, K, T, D] and returns everything cached, [B, K, S, D].
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, bias: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Appends [B, K, T, D], and the selector's bias [B, K, T, 1] where it adds one; returns all keys and values, [B, K, S, D].
 
         Raises `UserError` where a cache with a `max_length` is full.
         """
@@ -66,40 +55,44 @@ class BlockLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
-        self._make_room(key_states, value_states, old, new)
+        given = (key_states, value_states) if bias is None else (key_states, value_states, bias)
+        self._make_room(given, old, new)
         if self.max_length is None:
-            for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            for buffer, states in zip(self._buffers, given, strict=True):
                 buffer[:, :, old:new] = states
         else:  # at the device's own count, which a replayed CUDA graph advances
             columns = self._end[None] if new == old + 1 else self._end + torch.arange(new - old, device=self._end.device)
-            for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            for buffer, states in zip(self._buffers, given, strict=True):
                 buffer.index_copy_(2, columns, states)
         self._end += new - old
         self._show(new)
         return self.keys, self.values
 
-    def block_means(self, block_size: int, start_B: Tensor) -> BlockMeans:
-        """Means of the complete blocks, [B, S // s, K, D] each; row b's blocks start at key column `start_B[b]` (left padding).
+    def buffers(self) -> list[Tensor]:
+        """Keys and values [B, K, S, D] and, where there is one, the bias [B, K, S, 1], with all their room."""
+        return self._buffers
 
-        Only what was appended since the last call is computed. Places of blocks that a row has not completed are undefined.
+    def filled(self) -> Tensor:
+        """int64 scalar on the device: columns filled."""
+        return self._end
+
+    def state(self, key: Hashable, make: Callable[[], SelectorState], start_B: Tensor) -> SelectorState:
+        """The state of that key, with all tokens in it; row b's tokens start at key column `start_B[b]` (left padding).
+
+        Only what was appended since the last call is computed.
         """
-        blocks = self.get_seq_length() // block_size
-        keys, values = (x[:, :blocks] for x in self._extended(block_size, start_B))
-        return BlockMeans(keys, values)
-
-    def room(self, block_size: int, start_B: Tensor) -> CacheRoom:
-        """The buffers with all their room, block means included; rows as for `block_means`. Copies nothing."""
-        sets = self._extended(block_size, start_B)
-        keys, values = (x.transpose(1, 2) for x in self._buffers)
-        blocks = keys.shape[1] // block_size
-        key_means, value_means = (x[:, :blocks] for x in sets)
-        return CacheRoom(keys, values, BlockMeans(key_means, value_means), self._end - start_B, start_B)
+        if key not in self._states:
+            self._states[key] = make()
+        state, length = self._states[key], self.get_seq_length()
+        state.extend(self._buffers, length, self._end, start_B)
+        state.length = length
+        return state
 
     def advance(self, tokens: int) -> None:
-        """Counts tokens that replays of a captured step have appended, means of up-to-date block sizes included."""
+        """Counts tokens that replays of a captured step have appended, in states that were up to date, too."""
         old = self.get_seq_length()
-        for means in self._means.values():
-            means.length += tokens if means.length == old else 0
+        for state in self._states.values():
+            state.length += tokens if state.length == old else 0
         self._show(old + tokens)
 
     def crop(self, tokens: int) -> None:
@@ -109,19 +102,17 @@ class BlockLayer(DynamicLayer):
         if length < old:
             self._show(length)
             self._end.fill_(length)
-            for means in self._means.values():
-                means.crop(length)
+            self._crop_states(length)
 
     def reset(self) -> None:
         if self.max_length is None or not self._buffers:
             self.keys = self.values = None
             self.is_initialized = False
-            self._buffers, self._means = [], {}
+            self._buffers, self._states = [], {}
         else:
             self._end.zero_()
             self._show(0)
-            for means in self._means.values():
-                means.crop(0)
+            self._crop_states(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._take(beam_idx)
@@ -136,103 +127,39 @@ class BlockLayer(DynamicLayer):
     def get_max_length(self) -> int:
         return -1 if self.max_length is None else self.max_length
 
-    def _make_room(self, key_states: Tensor, value_states: Tensor, old: int, new: int) -> None:
+    def _make_room(self, given: tuple[Tensor, ...], old: int, new: int) -> None:
         if self.max_length is not None and new > self.max_length:
             raise UserError(f"the cache is full: {new} tokens in a BlockCache of max_length = {self.max_length}; make it longer")
+        if self._buffers and len(self._buffers) != len(given):
+            raise UserError("the cache was filled by a model with another selector: start with a new one")
         if self._buffers and new <= self._buffers[0].shape[2]:
             return
         room = self.max_length or (new + new // 2 if old else new) + 64
-        buffers = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (key_states, value_states)]
+        buffers = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in given]
         if self._buffers:
-            buffers[0][:, :, :old], buffers[1][:, :, :old] = self.keys, self.values
+            for grown, x in zip(buffers, self._buffers, strict=True):
+                grown[:, :, :old] = x[:, :, :old]
         else:
-            self._end = torch.zeros((), dtype=torch.int64, device=key_states.device)
+            self._end = torch.zeros((), dtype=torch.int64, device=given[0].device)
         self._buffers = buffers
 
     def _show(self, length: int) -> None:
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers[:2])
 
     def _take(self, rows: Tensor) -> None:
         """Makes row i the old row `rows[i]`; in place where their number stays."""
         if self._buffers:
             length = self.get_seq_length()
-            self._buffers = [_taken(x, rows, length, 2) for x in self._buffers]
-            for means in self._means.values():
-                means.take(rows)
+            self._buffers = [taken(x, rows, length, 2) for x in self._buffers]
+            for state in self._states.values():
+                state.take(rows)
             self._show(length)
 
-    def _extended(self, block_size: int, start_B: Tensor) -> list[Tensor]:
-        block_size = block_within_rows(block_size, self._buffers[0].shape[2])
-        if block_size not in self._means:
-            self._means[block_size] = _Means(block_size)
-        return self._means[block_size].extended(self._buffers, self.get_seq_length(), self._end, start_B)
-
-
-class _Means:
-    """Block means of one block size over the first `length` cached tokens, and the sums of the blocks that are still open."""
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size, self.length = block_size, 0
-        self.sets: list[Tensor] = []
-        """Means of keys and values, [B, N + 1, K, D]; nobody reads the last place."""
-        self.sums: list[Tensor] = []
-        """fp32 [B, K, D]: sums over the tokens of each row's last block, where `summed`."""
-        self.summed = False
-
-    def crop(self, length: int) -> None:
-        if length < self.length:
-            self.length, self.summed = length, False
-
-    def take(self, rows: Tensor) -> None:
-        self.sets = [_taken(x, rows, x.shape[1], 1) for x in self.sets]
-        self.sums = [_taken(x, rows, x.shape[1], 1) for x in self.sums]
-
-    def extended(self, buffers: list[Tensor], length: int, end: Tensor, start_B: Tensor) -> list[Tensor]:
-        """The sets over the first `length` columns of `buffers` [B, K, S, D]; `end` is the same number on the device."""
-        batch, heads, room, _ = buffers[0].shape
-        if not self.sets or self.sets[0].shape[1] != room // self.block_size + 1:
-            grown = [x.new_zeros(batch, room // self.block_size + 1, heads, x.shape[3]) for x in buffers]
-            for new, old in zip(grown, self.sets, strict=False):
-                new[:, : old.shape[1] - 1] = old[:, :-1]
-            self.sets = grown
-        if not self.sums:
-            wide = torch.promote_types(buffers[0].dtype, torch.float32)
-            self.sums = [x.new_zeros(batch, heads, x.shape[3], dtype=wide) for x in buffers]
-        if self.summed and length == self.length + 1:
-            keys, values = (x.transpose(1, 2) for x in buffers)
-            extend_block_means(keys, values, self.sets, self.sums, end, start_B, self.block_size)
-        elif length > self.length:
-            self._add_tokens(buffers, length - self.length, end, start_B)
-        self.length = length
-        return self.sets
-
-    def _add_tokens(self, buffers: list[Tensor], new: int, end: Tensor, start_B: Tensor) -> None:
-        """The blocks that the last `new` tokens complete, and the sums of those they leave open."""
-        size, room = self.block_size, buffers[0].shape[2]
-        begun_B = (end - new - start_B).clamp(min=0) // size
-        open_B = (end - start_B) // size
-        block_BN = begun_B[:, None] + torch.arange(new // size + 1, device=end.device)
-        # Rows complete different numbers of blocks; what is not complete yet goes to the last place, which nobody reads.
-        place_BN = torch.where(block_BN < open_B[:, None], block_BN, self.sets[0].shape[1] - 1)
-        tokens = torch.arange(size, device=end.device)
-        rows = torch.arange(len(start_B), device=end.device)
-        columns_BNs = (start_B[:, None, None] + block_BN[..., None] * size + tokens).clamp(0, room - 1)
-        tail_Bs = start_B[:, None] + open_B[:, None] * size + tokens
-        for means, total, x in zip(self.sets, self.sums, buffers, strict=True):
-            x_BSKD = x.transpose(1, 2)
-            means[rows[:, None], place_BN] = x_BSKD[rows[:, None, None], columns_BNs].mean(2, dtype=total.dtype).to(means.dtype)
-            rest = x_BSKD[rows[:, None], tail_Bs.clamp(max=room - 1)]
-            total.copy_(torch.where((tail_Bs < end)[..., None, None], rest, 0).sum(1, dtype=total.dtype))
-        self.summed = True
-
-
-def _taken(x: Tensor, rows: Tensor, length: int, dim: int) -> Tensor:
-    """Rows of x, of which the first `length` entries along `dim` matter; in place where their number stays."""
-    chosen = x.narrow(dim, 0, length).index_select(0, rows.to(x.device))
-    if len(chosen) != len(x):
-        x = x.new_empty(len(chosen), *x.shape[1:])
-    x.narrow(dim, 0, length).copy_(chosen)
-    return x
+    def _crop_states(self, length: int) -> None:
+        for state in self._states.values():
+            if length < state.length:
+                state.crop(length)
+                state.length = length
 
 
 class BlockCache(Cache):
@@ -247,6 +174,29 @@ class BlockCache(Cache):
             raise UserError(f"max_length = {max_length} must be at least 1")
         super().__init__(layer_class_to_replicate=functools.partial(BlockLayer, max_length=max_length))
         self.max_length = max_length
+
+    def append(
+        self, layer_idx: int, k: Tensor, v: Tensor, bias: Tensor | None, positions_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, CachedRows | None]:
+        """Takes up the new tokens' k, v [B, T, K, D] and bias [B, T, K]; `positions_BT` are theirs in their documents, None = plain rows.
+
+        Returns:
+            k, v [B, S, K, D] and bias [B, S, K] of all cached tokens; and the layer's `CachedRows`, None where they do not apply.
+        """
+        queries, few = k.shape[1], k.shape[1] <= MAX_QUERIES
+        states = {} if bias is None else {"bias": bias.transpose(1, 2)[..., None]}
+        k, v = (y.transpose(1, 2) for y in self.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx, **states))
+        layer, length = self.layers[layer_idx], k.shape[1]
+        if bias is not None:
+            bias = layer.buffers()[2][:, :, :length, 0].transpose(1, 2)
+        # Packed documents share a row only where positions are given for several queries at once; there the blocks of earlier
+        # documents matter and what is cached of one document a row does not apply.
+        if queries == length or not (positions_BT is None or queries == 1):
+            return k, v, bias, None
+        start_B = k.new_zeros(len(k), dtype=torch.int64)
+        if positions_BT is not None:
+            start_B = length - 1 - positions_BT[:, -1]
+        return k, v, bias, CachedRows(layer, start_B, length, few)
 
     def advance(self, tokens: int) -> None:
         """Counts tokens that replays of a captured step have appended to every layer."""

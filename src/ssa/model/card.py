@@ -31,12 +31,6 @@ except ImportError as error:
 
 CARD = "README.md"
 _MARK = "<!-- Written when the model was saved, and anew at the next save; without this line it stays as you leave it. -->"
-_TRAINING = {
-    "full": "full attention",
-    "moba": "sparse attention: every token reads its own block and the best others by mean-pooled keys",
-    "nsa": "three branches: compressed blocks, selected blocks, a sliding window",
-    "ssa": "sparse and full attention, one drawn at each step, with their outputs aligned at every layer",
-}
 
 
 def write_card(directory: Path, config: SSAConfig, figures: Mapping[str, str] | None = None) -> None:
@@ -60,7 +54,7 @@ def _text(config: SSAConfig, figures: Mapping[str, str]) -> str:
     budget = config.budget
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}"
     rows = {
-        "method": f"`{config.method}`, trained with {_TRAINING[config.method]}",
+        "method": f"`{config.method}`, trained with {config.attends.trained_with}",
         "budget": f"`{budget}`: sparse attention reads {budget.num_selected_blocks} blocks of {budget.block_size} keys for each token",
         "reads, unless told otherwise": "everything" if config.attention_mode == "full" else "the budget",
         "shape": f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {heads}, vocabulary {config.vocab_size:,}",

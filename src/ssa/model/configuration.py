@@ -9,12 +9,14 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from ssa.config import SIZE_LIMITS, Budget, ModelRecipe, released_rule_check
+from ssa.attention import AttentionMethod, HeadShape, Selector
+from ssa.budget import Budget, Selection, released_rule_check
+from ssa.config import SIZE_LIMITS, ModelRecipe
 from ssa.errors import UserError
+from ssa.methods import Method, checked_options, method_named, resolve_alias, selector_named
 from ssa.model.card import AUTO_MAP, write_card
 
 _CHOICES = {
-    "method": ("full", "moba", "nsa", "ssa"),
     "attention_mode": ("sparse", "full"),
     "selection_scope": ("group", "head"),
     "selection_scoring": ("softmax", "logit"),
@@ -27,7 +29,9 @@ _CHOICES = {
 class SSAConfig(LlamaConfig):
     """Configuration of `SSAForCausalLM`. Llama's fields keep their meaning; the others:
 
-    method: "full", "moba", "nsa" or "ssa": how it is trained, and for nsa its extra branches.
+    method: One of `ssa.methods.methods()`: which streams are trained, and which branches are added. An alias is resolved.
+    method_options, selector_options: what a method or selector of another package can be told, by name.
+    selector: One of `ssa.methods.selectors()`: how blocks are chosen.
     attention_mode: "sparse" or "full", what inference does unless told otherwise; the method's own by default.
     block_size, num_selected_blocks: the budget, k blocks of s keys; can be changed at each call.
     selection_scope, selection_scoring, selection_rule: see `ssa.ops.select_blocks`.
@@ -56,6 +60,9 @@ class SSAConfig(LlamaConfig):
     eos_token_id: int | list[int] | None = None
 
     method: str = "ssa"
+    method_options: dict[str, Any] | None = None
+    selector: str = "means"
+    selector_options: dict[str, Any] | None = None
     attention_mode: str | None = None
     block_size: int = 16
     num_selected_blocks: int = 16
@@ -71,8 +78,11 @@ class SSAConfig(LlamaConfig):
     stream_seed: int = 0
 
     def __post_init__(self, **kwargs):
+        self.method, self.selector = resolve_alias(self.method, self.selector)
+        checked_options(self.attends, self.method_options, "method_options")
+        checked_options(selector_named(self.selector), self.selector_options, "selector_options")
         if self.attention_mode is None:
-            self.attention_mode = "full" if self.method == "full" else "sparse"
+            self.attention_mode = self.attends.training_mode
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(choices)}")
@@ -116,6 +126,22 @@ class SSAConfig(LlamaConfig):
     def budget(self) -> Budget:
         return Budget(self.num_selected_blocks, self.block_size)
 
+    @property
+    def attends(self) -> Method:
+        """What is known of its method."""
+        return method_named(self.method)
+
+    @property
+    def aligns(self) -> bool:
+        """Training compares two streams."""
+        return self.attends.draws_stream and self.alignment_loss != "none"
+
+    def selection(self, budget: Budget | None = None) -> Selection:
+        """How blocks are chosen, at another budget than its own where one is given."""
+        budget = budget or self.budget
+        options: Any = {"scope": self.selection_scope, "scoring": self.selection_scoring, "rule": self.selection_rule}
+        return Selection(budget.num_selected_blocks, budget.block_size, **options)
+
     @classmethod
     def from_recipe(cls, recipe: ModelRecipe, vocab_size: int, **kwargs) -> SSAConfig:
         """The configuration of a new model; kwargs (eos_token_id, ...) go to the configuration as they are."""
@@ -125,12 +151,35 @@ class SSAConfig(LlamaConfig):
                 "rope_type": "llama3", "factor": recipe.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": recipe.rope_original_max_position,
             }  # fmt: skip
-        same = ("method", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        same = ("method", "method_options", "selector", "selector_options", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                 "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings", *METHOD_FIELDS)  # fmt: skip
         return cls(vocab_size=vocab_size, rope_parameters=rope, **{n: getattr(recipe, n) for n in same}, **kwargs)
 
 
+def build_attention(config: SSAConfig) -> tuple[AttentionMethod, Selector]:
+    """A layer's method and selector.
+
+    Raises:
+        UserError: One that holds tensors which would be neither trained nor saved, or two that do not go together.
+    """
+    kind = selector_named(config.selector)
+    assert config.num_key_value_heads is not None  # filled in when the configuration was made
+    shape = HeadShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    method = config.attends.load()(
+        window_size=config.window_size, alignment_loss=config.alignment_loss, align_gated=config.align_gated,
+        **checked_options(config.attends, config.method_options, "method_options"),
+    )  # fmt: skip
+    method.check_registered()
+    selector = kind.load()(shape, **checked_options(kind, config.selector_options, "selector_options"))
+    selector.check_registered()
+    selector.check(config.selection())
+    if selector.adds_bias and config.attends.branches:
+        raise UserError(f"the selector {config.selector} adds a bias, which the branches of method {config.method} do not have")
+    return method, selector
+
+
 METHOD_FIELDS = (
+    "selector", "selector_options", "method_options",
     "block_size", "num_selected_blocks", "selection_scope", "selection_scoring", "selection_rule", "attention_gate",
     "window_size", "full_ratio", "alignment_weight", "alignment_loss", "align_gated",
 )  # fmt: skip

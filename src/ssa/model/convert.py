@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ssa.attention import METHODS
 from ssa.errors import UserError, one_line
 from ssa.files import sync
 from ssa.model.card import CARD, is_foreign, write_card
@@ -29,7 +28,6 @@ from ssa.model.stored import check_layers, parameter_shapes
 from ssa.model.weights import TensorInfo, Weights, write_json, write_weights
 
 Target = Literal["ssa", "llama", "llama-nsa"]
-Method = Literal["full", "moba", "nsa", "ssa"]
 Rule = Literal["exact", "released"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -63,7 +61,7 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    method: Method | None = None,
+    method: str | None = None,
     to: Target = "ssa",
     block_size: int | None = None,
     num_selected_blocks: int | None = None,
@@ -97,8 +95,8 @@ def convert(
     _check_out(out, opened.path, overwrite)
     layout = read_layout(opened.config, Choices(method, block_size, num_selected_blocks, selection_rule), str(source))
     gated = gate if to == "ssa" else to == RELEASED
-    if not gated and layout.config.method == "nsa" and (to == "llama" or layout.gates != "none"):
-        raise UserError("method nsa sums three gated branches; no model without them computes the same")
+    if not gated and layout.config.attends.branches and (to == "llama" or layout.gates != "none"):
+        raise UserError(f"method {layout.config.method} sums gated branches; no model without them computes the same")
     tensors = _Tensors(layout, opened.weights(), gated, to, getattr(torch, dtype) if dtype else None)
     layout.config.attention_gate = gated
     layout.config.dtype = getattr(torch, dtype) if dtype else layout.config.dtype or tensors.dtype
@@ -121,7 +119,9 @@ def _configuration(layout: Layout, to: Target) -> tuple[dict[str, Any], list[str
     """(config.json of the result, notes)."""
     config = layout.config
     if to == "llama":
-        return llama_json(config), [] if config.method == "full" else ["a Llama attends to everything: only full mode is kept"]
+        return llama_json(config), [] if config.attends.streams == "full" else [
+            "a Llama attends to everything: only full mode is kept"
+        ]
     if to == RELEASED:
         return released_json(config)
     config.architectures = [SSAForCausalLM.__name__]
@@ -191,7 +191,7 @@ class _Tensors:
         if self._layout.gates == "none":
             return None
         rows = self._weights.read(name)
-        one = METHODS[self._layout.config.method].num_gates == 1
+        one = self._layout.config.attends.num_gates == 1
         return rows[_SELECTION::3].contiguous() if one and self._layout.gates == "three" else rows
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:

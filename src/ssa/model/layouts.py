@@ -14,6 +14,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from ssa.config import SIZE_LIMITS, Budget, released_rule_check
 from ssa.errors import UserError, one_line
+from ssa.methods import method_named
 from ssa.model.configuration import SSAConfig
 from ssa.model.stored import make_config, own_fields
 
@@ -102,9 +103,9 @@ def read_layout(raw: Mapping[str, Any], choices: Choices, origin: str) -> Layout
     if model_type == RELEASED:
         return _read_released(raw, fields, choices, origin)
     _check_window(model_type, theirs)
-    if choices.method == "nsa":
+    if choices.method and (branches := method_named(choices.method).branches):
         raise UserError(
-            "method nsa adds a compression and a window branch, so it cannot start as the same function as a Llama; use ssa, moba or full"
+            f"method {choices.method} adds a {' and a '.join(branches)}, so it cannot start as the same function as a Llama; use ssa, moba or full"
         )
     if model_type == "qwen2":
         fields["attention_bias"] = True
@@ -118,9 +119,9 @@ def _read_own(raw: Mapping[str, Any], choices: Choices) -> Layout:
     fields = {name: value for name, value in own_fields(raw).items() if name != "transformers_version"}
     had = _parse("ssa", dict(fields))
     if choices.method and choices.method != had.method:
-        if "nsa" in (choices.method, had.method):
+        if method_named(choices.method).branches != had.attends.branches:
             raise UserError(
-                f"method {had.method} cannot become {choices.method}: nsa has branches and gates that the others have not"
+                f"method {had.method} cannot become {choices.method}: one has branches and gates that the other has not"
             )
         fields["attention_mode"] = None
     changed = {k: v for k, v in vars(choices).items() if v is not None}
@@ -177,7 +178,7 @@ def llama_json(config: SSAConfig) -> dict[str, Any]:
 
 def released_json(config: SSAConfig) -> tuple[dict[str, Any], list[str]]:
     """(config.json in the authors' layout, notes). `method` and `selection_rule` are ours: theirs ignores them."""
-    if config.method != "full" and (config.selection_scope, config.selection_scoring) != ("group", "softmax"):
+    if config.attends.streams != "full" and (config.selection_scope, config.selection_scoring) != ("group", "softmax"):
         raise UserError(
             f"selection by {config.selection_scope} and {config.selection_scoring} cannot be exported: the {RELEASED} kernel knows group and softmax alone"
         )

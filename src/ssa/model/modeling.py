@@ -21,31 +21,27 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils.generic import can_return_tuple
 
-from ssa.attention import METHODS, AttentionCall, AttentionRecord
+from ssa.attention import AttentionCall, AttentionInputs, AttentionRecord
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
 from ssa.files import follow_umask
 from ssa.model.alignment import carry, warn_of_counted_starts, warn_of_eval_mode, weight_in_loss
 from ssa.model.cache import CACHE_FIELD, BlockCache, BlockCacheGeneration, CacheByEitherName, one_cache
-from ssa.model.configuration import SSAConfig
+from ssa.model.configuration import SSAConfig, build_attention
 from ssa.model.inputs import document_positions, refuse_typos, shifted_targets
 from ssa.ops.cross_entropy import SLICE_ELEMENTS, linear_cross_entropy
-from ssa.ops.decode import MAX_QUERIES
 from ssa.ops.documents import cu_seqlens_from_positions
 from ssa.train.streams import TrainStep, follow_trainers
 
 
 class SSAAttention(nn.Module):
-    """Projections, RoPE, cache and gate around a method of `ssa.attention`."""
+    """Projections, RoPE, cache and gate around a method and a selector of `ssa.attention`."""
 
     def __init__(self, config: SSAConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx, self.head_dim = layer_idx, config.head_dim
-        self.method = METHODS[config.method](
-            scope=config.selection_scope, scoring=config.selection_scoring, rule=config.selection_rule,
-            window_size=config.window_size, alignment_loss=config.alignment_loss, align_gated=config.align_gated,
-        )  # fmt: skip
-        self.method.check_registered()
+        self.num_gates, self.main_gate = config.attends.num_gates, config.attends.main_gate
+        self.method, self.selector = build_attention(config)
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
@@ -53,44 +49,35 @@ class SSAAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
         self.g_proj = None
         if config.attention_gate:
-            self.g_proj = nn.Linear(width, config.num_attention_heads * self.method.num_gates, bias=False)
+            self.g_proj = nn.Linear(width, config.num_attention_heads * self.num_gates, bias=False)
 
     def forward(
         self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall, cache: BlockCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        batch, queries, _ = x_BTC.shape
+        q, k, v = self._project(x_BTC, rope, call)
+        gates = None
+        if self.g_proj is not None:
+            gates = self.g_proj(x_BTC).float().sigmoid().unflatten(-1, (-1, self.num_gates))
+        bias, cached = self.selector.key_bias(k, v), None
+        if cache is not None:
+            k, v, bias, cached = cache.append(self.layer_idx, k, v, bias, call.positions_BT)
+        result = self.method(self.selector, AttentionInputs(q, k, v, gates, bias, cached), call)
+        if call.observer is not None:
+            main_gate = None if gates is None else gates[..., self.main_gate]
+            seen = AttentionRecord(
+                q, k, v, main_gate, call.positions_BT, result.block_indices, call.mode, call.selection, result.ungated_BTHD, bias
+            )
+            call.observer(self.layer_idx, seen)
+        return self.o_proj(result.out_BTHD.flatten(2)), result.alignment
+
+    def _project(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, D] and k, v [B, T, K, D], q and k after RoPE."""
         q, k, v = (p(x_BTC) for p in (self.q_proj, self.k_proj, self.v_proj))
         if q.shape[-1] != self.o_proj.in_features:
             self._check_tensor_parallel(k, call)
-        q, k, v = (y.view(batch, queries, -1, self.head_dim) for y in (q, k, v))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
         q, k = apply_rotary_pos_emb(q, k, *rope, unsqueeze_dim=2)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves v in low precision and RoPE's tables in fp32
-        means = None
-        if cache is not None:
-            k, v = (y.transpose(1, 2) for y in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx))
-            # Packed documents share a row only where positions are given for several queries at once; there the blocks of
-            # earlier documents matter and the cached means, which know one document a row, do not apply.
-            if queries < k.shape[1] and (call.positions_BT is None or queries == 1):
-                start_B = k.new_zeros(batch, dtype=torch.int64)
-                if call.positions_BT is not None:
-                    start_B = k.shape[1] - 1 - call.positions_BT[:, -1]
-                layer = cache.layers[self.layer_idx]
-                means = layer.block_means(call.budget.block_size, start_B)
-                if queries <= MAX_QUERIES:
-                    means = means._replace(room=layer.room(call.budget.block_size, start_B))
-        gates = None
-        if self.g_proj is not None:
-            gates = self.g_proj(x_BTC).float().sigmoid().view(batch, queries, -1, self.method.num_gates)
-        result = self.method(q, k, v, gates, call, means)
-        if call.observer is not None:
-            main_gate = None if gates is None else gates[..., 1 if self.method.num_gates == 3 else 0]
-            call.observer(
-                self.layer_idx,
-                AttentionRecord(
-                    q, k, v, main_gate, call.positions_BT, result.block_indices, call.mode, call.budget, result.ungated_BTHD
-                ),
-            )
-        return self.o_proj(result.out_BTHD.reshape(batch, queries, -1)), result.alignment
+        return q.to(v.dtype), k.to(v.dtype), v  # autocast leaves v in low precision and RoPE's tables in fp32
 
     def _check_tensor_parallel(self, k: Tensor, call: AttentionCall) -> None:
         """This rank has some of the heads; k is the projection's output."""
@@ -234,7 +221,7 @@ class SSAModel(SSAPreTrainedModel):
                 alignments.append(alignment)
         x_BTC = self.norm(x_BTC)
         alignment = torch.stack(alignments).mean(0) if alignments else None
-        weight = self.config.alignment_weight if self.config.method == "ssa" and self.config.alignment_loss != "none" else 0
+        weight = self.config.alignment_weight if self.config.aligns else 0
         if alignment is not None and alignment.requires_grad and carry_alignment and weight:
             x_BTC = carry(x_BTC, alignment, weight, self.train_step, self.parameters())
         elif (
@@ -262,14 +249,14 @@ class SSAModel(SSAPreTrainedModel):
         align = False
         # Without gradients nobody trains, whatever the module's mode: a policy that generates, a reference, a metric.
         if self.training and attention_mode is None and (stream is not None or torch.is_grad_enabled()):
-            mode: AttentionMode = METHODS[config.method].training_mode
-            if config.method == "ssa":
+            mode: AttentionMode = config.attends.training_mode
+            if config.attends.draws_stream:
                 mode = stream or self.train_step.draw(config.stream_seed, config.full_ratio)
                 align = True
         else:
             mode = attention_mode or config.attention_mode
-        budget = config.budget if budget is None else Budget.parse(budget)
-        return AttentionCall(mode, budget, align, positions_BT, padding_BT, cu_seqlens, self.impl, observer)
+        selection = config.selection(None if budget is None else Budget.parse(budget))
+        return AttentionCall(mode, selection, align, positions_BT, padding_BT, cu_seqlens, self.impl, observer)
 
 
 def _positions(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from ssa.analysis.results import RunResults, losses
 from ssa.analysis.table import table_rows
-from ssa.report.page import METHOD_MARKERS, Cell, Section, figure, table
+from ssa.methods import look_of, methods
+from ssa.report.page import Cell, Section, figure, table
 from ssa.report.svg import Series, heat_map, line_chart, scatter, tokens
 
 MAP_POINTS = 1500
@@ -29,8 +30,8 @@ def attention(named: Named) -> list[Section]:
     )
     if any(run.analysis["measured"] != measured for run in results):
         intro = "The runs were analysed on different texts or lengths: their figures do not compare. " + intro
-    if any(run.method == "nsa" for run in results):
-        intro += " NSA under full attention: its selection branch reads everything, the other two branches stay as they are."
+    for note in sorted({note for run in results if run.method in methods() for note in methods()[run.method].full_notes}):
+        intro += f" {note}."
     if not any(run.beyond for run in results):
         intro = (
             "Nothing was left out: no query stands beyond the budget, so sparse and full attention read the same. Analyse a longer context "
@@ -80,7 +81,7 @@ def _by_layer(named: Named, name: str, title: str, label: str, caption: str) -> 
                 values = run.by_layer(mode, name)
             except KeyError:  # an analysis from before this figure was measured
                 continue
-            marker = METHOD_MARKERS.get(run.method, "down")
+            marker = look_of(run.method)[1]
             layers = list(range(1, len(values) + 1))
             series.append(Series(f"{run.name}, {mode}", colour, layers, values, dashed=mode == "full", marker=marker))
             shown.append((run.name, colour))
@@ -102,7 +103,7 @@ def _by_position(named: Named, name: str, title: str, label: str, caption: str) 
         values = [sum(layer["by_position"][name][i] for layer in layers) / len(layers) for i in range(len(first))]
         start = next((i for i, p in enumerate(first) if p >= 16), 0)
         if len(first) - start > 1:
-            marker = METHOD_MARKERS.get(run.method, "down")
+            marker = look_of(run.method)[1]
             series.append(Series(run.name, colour, first[start:], values[start:], marker=marker))
     return _positions(series, title, label, caption)
 
@@ -115,7 +116,7 @@ def _divergence(named: Named) -> str | None:
             continue
         start = next((i for i, p in enumerate(found["first_position"]) if p >= 16), 0)
         if len(found["kl_nats"]) - start > 1:
-            marker = METHOD_MARKERS.get(run.method, "down")
+            marker = look_of(run.method)[1]
             series.append(Series(run.name, colour, found["first_position"][start:], found["kl_nats"][start:], marker=marker))
     caption = "KL(full ‖ sparse) of the next-token distribution. It is 0 while the budget covers everything before the query."
     return _positions(series, "Divergence of the predictions by position", "KL (nats)", caption)
@@ -203,7 +204,7 @@ def _selection(named: Named) -> Section:
         width = max(map(len, layers))
         bins, total = max(bins, width), sum(map(sum, layers))
         share = [100 * sum(h[i] for h in layers if i < len(h)) / total for i in range(width)]
-        series.append(Series(run.name, colour, list(range(width)), share, marker=METHOD_MARKERS.get(run.method, "down")))
+        series.append(Series(run.name, colour, list(range(width)), share, marker=look_of(run.method)[1]))
         shown.append((run.name, colour))
     names = ["0" if b == 0 else tokens(2 ** (b - 1)) for b in range(bins)]
     svg = line_chart(
@@ -230,7 +231,7 @@ def _overlap(named: Named) -> str | None:
             gamma = [
                 sum(sum(row[i] for row in x["gamma"]) / len(x["gamma"]) for x in layers) / len(layers) for i in range(len(lags))
             ]
-            series.append(Series(run.name, colour, lags, gamma, marker=METHOD_MARKERS.get(run.method, "down")))
+            series.append(Series(run.name, colour, lags, gamma, marker=look_of(run.method)[1]))
     if not series:
         return None
     lags = sorted({x for s in series for x in s.x})

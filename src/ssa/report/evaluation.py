@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Sequence
 
 from ssa.analysis.results import SAME_TEXT, budget_tokens, needle_grids, perplexities, perplexity_setting
+from ssa.methods import look_of
 from ssa.report.collect import RunEvidence
-from ssa.report.page import METHOD_MARKERS, Cell, Section, figure, table
+from ssa.report.page import Cell, Section, figure, table
 from ssa.report.scores import Figure, Group, groups
 from ssa.report.svg import Series, heat_map, line_chart, tokens
 from ssa.report.tasks import task_section
@@ -103,7 +104,7 @@ def _perplexity_chart(what: str, found: Found) -> list[str]:
             "low": [m - (s or 0) for m, s in zip(y, spread, strict=True)],
             "high": [m + (s or 0) for m, s in zip(y, spread, strict=True)],
         }
-        marker = METHOD_MARKERS.get(group.method, "down")
+        marker = look_of(group.method)[1]
         series.append(Series(group.name, group.colour, at, y, marker=marker, **(bars if any(spread) else {})))  # type: ignore[arg-type]
     title = f"{what} by budget"
     svg = line_chart(series, title=title, xlabel="budget (blocks x size)", ylabel="perplexity", categories=budgets)

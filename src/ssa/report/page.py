@@ -7,17 +7,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-METHOD_COLOURS = ("full", "moba", "nsa", "ssa", "infllmv2", "nosa")
-"""Methods with a colour of their own; the rest share one."""
+from ssa.methods import OTHER_COLOURS, methods
+
 OPEN_ROWS = 24
 """A table with more rows opens on demand."""
-METHOD_MARKERS = {"full": "circle", "moba": "square", "nsa": "triangle", "ssa": "diamond"}
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#22262c;--soft:#575f6a;--line:#dfe2e7;--accent:#a84400;--best:#fff1e5;--good:#1d6b3c;
---full:#2e6fb0;--moba:#b57400;--nsa:#00805d;--ssa:#c44f00;--infllmv2:#8b4fa8;--nosa:#b0357c;--other:#6b6f76}
+METHODS-LIGHT}
 @media(prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1c2026;--ink:#e4e7eb;--soft:#a5adb8;--line:#323840;--accent:#ff9a52;--best:#3a2a1c;--good:#7fd6a0;
---full:#6fb1ee;--moba:#f0b445;--nsa:#3ccb9f;--ssa:#ff8a3d;--infllmv2:#c894e6;--nosa:#f07fbb;--other:#b0b6bf}}
+METHODS-DARK}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;overflow-wrap:anywhere}
@@ -152,13 +151,13 @@ def definitions(summary: str, entries: Sequence[tuple[str, str]]) -> str:
     return f"<details><summary>{html.escape(summary)}</summary><dl>{items}</dl></details>"
 
 
-def colours(methods: Sequence[str]) -> list[str]:
+def colours(names: Sequence[str]) -> list[str]:
     """A CSS colour for each run, by its method; runs of one method are mixed with grey a little more each."""
     seen: dict[str, int] = {}
     result = []
-    for method in methods:
+    for method in names:
         again = seen[method] = seen.get(method, -1) + 1
-        colour = f"var(--{method})" if method in METHOD_COLOURS else "var(--other)"
+        colour = f"var(--{method})" if method in methods() else "var(--other)"
         result.append(colour if not again else f"color-mix(in srgb,{colour} {max(35, 100 - 25 * again)}%,var(--other))")
     return result
 
@@ -175,12 +174,23 @@ def render(title: str, lead: Sequence[str], sections: Sequence[Section], closing
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{_style()}</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n"
         + "\n".join(lead)
         + f'\n<nav aria-label="Sections"><ul>{links}</ul></nav>\n'
         + "\n".join(map(_section, shown))
         + f"\n{closing}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _style() -> str:
+    """With a colour for each method and one for the rest."""
+    style = _STYLE
+    for place, ground in (("METHODS-LIGHT", 0), ("METHODS-DARK", 1)):
+        named = [(name, method.colours[ground]) for name, method in methods().items()]
+        style = style.replace(
+            place, ";".join(f"--{name}:{colour}" for name, colour in [*named, ("other", OTHER_COLOURS[ground])])
+        )
+    return style
 
 
 def _section(section: Section) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from ssa.analysis.results import budget_tokens
 from ssa.eval.table1 import AVERAGED, COLUMNS
-from ssa.report.page import METHOD_MARKERS, Cell, Section, figure, table
+from ssa.methods import look_of
+from ssa.report.page import Cell, Section, figure, table
 from ssa.report.scores import Column, Figure, Group, merged, scores_of
 from ssa.report.svg import Series, heat_map, line_chart, tokens
 
@@ -148,7 +149,7 @@ def _curve(title: str, by_length: Scores, together: Sequence[Group]) -> str | No
                 f"{group.name}, {budget}", group.colour, [i for i, _ in values], y,
                 low=[a - s for a, s in zip(y, spread, strict=True)] if any(spread) else None,
                 high=[a + s for a, s in zip(y, spread, strict=True)] if any(spread) else None,
-                dashed=budget == "full", marker=METHOD_MARKERS.get(group.method, "down"),
+                dashed=budget == "full", marker=look_of(group.method)[1],
             )
         )  # fmt: skip
         shown.append((group.name, group.colour))

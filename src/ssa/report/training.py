@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 from ssa.analysis.results import curve
+from ssa.methods import look_of
 from ssa.report.collect import RunEvidence
-from ssa.report.page import METHOD_MARKERS, Cell, Section, colours, figure, table
+from ssa.report.page import Cell, Section, colours, figure, table
 from ssa.report.svg import Series, line_chart, number
 
 POINTS = 240
@@ -91,7 +92,7 @@ def _curve(
         if names in (("cross_entropy",), ("grad_norm",)):
             stride = max(1, len(steps) // 300)
             series.append(Series(run.name, colour, steps[::stride], values[::stride], faint=True))
-        series.append(Series(run.name, colour, at, means, marker=METHOD_MARKERS.get(run.method, "down")))
+        series.append(Series(run.name, colour, at, means, marker=look_of(run.method)[1]))
     if not series:
         return None
     svg = line_chart(series, title=title, xlabel="step", ylabel=label, log_y=log)
@@ -106,7 +107,7 @@ def _by_mode(named: Sequence[tuple[RunEvidence, str]], kind: str, name: str, tit
         for mode in ("sparse", "full"):
             steps, values = curve(lines, name.format(mode))
             if len(steps) > 1:
-                marker = METHOD_MARKERS.get(run.method, "down")
+                marker = look_of(run.method)[1]
                 series.append(Series(f"{run.name}, {mode}", colour, steps, values, dashed=mode == "full", marker=marker))
                 shown.append((run.name, colour))
     if not series:

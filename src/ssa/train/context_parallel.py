@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssa.attention import AttentionCall, MethodOutput
+from ssa.attention import AttentionCall, AttentionInputs, MethodOutput, Selector
 from ssa.ops.documents import cu_seqlens_from_positions
 
 
@@ -98,20 +98,18 @@ class ContextParallel:
 
 
 class _Gathering:
-    """A method whose queries are a part of the row; see `ssa.attention.base.AttentionMethod.__call__`."""
+    """A method whose queries are a part of the row; see `ssa.attention.AttentionMethod.__call__`."""
 
     def __init__(self, method: Any, context: ContextParallel) -> None:
         self.method, self.context = method, context
-        self.num_gates = method.num_gates
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, call: AttentionCall, means: Any = None
-    ) -> MethodOutput:
+    def __call__(self, selector: Selector, inputs: AttentionInputs, call: AttentionCall) -> MethodOutput:
         context = self.context
         if context.position_BT is None:
-            return self.method(q, k, v, gates, call, means)
-        size = k.shape[-1]
-        k, v = context.gather(torch.cat([k, v], -1)).split([size, size], -1)
+            return self.method(selector, inputs, call)
+        q, gates, bias, size = inputs.q_BTHD, inputs.gates_BTHG, inputs.bias_BSK, inputs.k_BSKD.shape[-1]
+        k, v = context.gather(torch.cat([inputs.k_BSKD, inputs.v_BSKD], -1)).split([size, size], -1)
+        bias = None if bias is None else context.gather(bias[..., None]).squeeze(-1)
         chunk = q.shape[1] // 2
         parts = []
         for i, number in enumerate(context.chunks):
@@ -119,7 +117,14 @@ class _Gathering:
             positions_BT = None if context.plain else context.position_BT[:, own]
             cu_seqlens = None if context.plain or context.cu_seqlens is None else context.cu_seqlens[i]
             part = dataclasses.replace(call, positions_BT=positions_BT, cu_seqlens=cu_seqlens)
-            parts.append(self.method(q[:, own], k[:, :end], v[:, :end], None if gates is None else gates[:, own], part))
+            cut = AttentionInputs(
+                q[:, own],
+                k[:, :end],
+                v[:, :end],
+                None if gates is None else gates[:, own],
+                None if bias is None else bias[:, :end],
+            )
+            parts.append(self.method(selector, cut, part))
         first, second = parts
         indices = None
         if first.block_indices is not None and second.block_indices is not None:  # more keys may hold more blocks

@@ -8,7 +8,7 @@ Per token, with C hidden size, F feed-forward size, V vocabulary, L layers, H qu
     matmul      3 * 2 * (L * (C * (2 * H + 2 * K) * D + C * H * gates + 3 * C * F) + C * V)
     dense       3 * 4 * L * H * D * keys          keys: those up to the query in its document
     sparse      3 * 4 * L * H * D * keys          keys: whole selected blocks and the query's own up to the query
-    selection       2 * L * H * D * blocks        blocks: those before the query's own, each scored by its mean key; no gradient
+    selection       what the selector says; means: 2 * L * H * D * blocks, those before the query's own, each scored by its mean key; no gradient
     compression 3 * 4 * L * H * D * blocks        NSA: complete blocks
     window      3 * 4 * L * H * D * keys          NSA: those of the sliding window
 
@@ -21,12 +21,14 @@ softmax the paper reuses, and once for the selection, which here computes them a
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ssa.model.configuration import build_attention
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from ssa.model import SSAConfig
 
 PEAK_BF16 = {
@@ -51,53 +53,42 @@ def peak_flops(device_name: str) -> float | None:
 
 def run_peak_flops(device: torch.device, dtype: torch.dtype, devices: int = 1) -> float | None:
     """Dense bf16 FLOP/s of so many devices like this one; None where it is not known, or the run does not compute in bfloat16."""
-    import torch
-
     if device.type != "cuda" or dtype is not torch.bfloat16:
         return None
     peak = peak_flops(torch.cuda.get_device_name(device))
     return None if peak is None else peak * devices
 
 
-class TokenFlops(NamedTuple):
-    """FLOPs of one training step for each token, forward and backward, by what they are spent on; see the formulas above."""
-
-    matmul: float
-    dense: float = 0.0
-    sparse: float = 0.0
-    selection: float = 0.0
-    compression: float = 0.0
-    window: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return sum(self)
+PARTS = ("matmul", "dense", "sparse", "selection", "compression", "window")
+"""What FLOPs are spent on; a method's branches may add others."""
 
 
-def training_flops(config: SSAConfig, position_ids: Tensor, stream: str | None = None) -> TokenFlops:
-    """Per token of a batch.
+def training_flops(config: SSAConfig, position_ids: Tensor, stream: str | None = None) -> dict[str, float]:
+    """Of one training step for each token of a batch, forward and backward, by what they are spent on, and their "total".
 
     Args:
         config: The model's.
         position_ids: int [B, T] on the CPU, restarting at 0 at each document; whole rows, not a rank's part of them.
         stream: SSA: the stream that goes on. It matters only without an alignment loss.
     """
-    method, size, count = config.method, config.block_size, config.num_selected_blocks
-    parts: dict[str, float] = {}
-    pair = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    aligned = method == "ssa" and config.alignment_loss != "none"
+    size, count, layers = config.block_size, config.num_selected_blocks, config.num_hidden_layers
+    parts = dict.fromkeys(PARTS, 0.0) | {"matmul": 6.0 * matmul_weights(config)}
+    width = config.num_attention_heads * config.head_dim
+    with torch.device("meta"):
+        method, selector = build_attention(config)
+    streams = (
+        {"full", "sparse"} if config.aligns else {stream or "sparse" if config.attends.draws_stream else config.attends.streams}
+    )
     position = position_ids.double()
-    own_block = (position / size).floor()
-    if method == "full" or aligned or (method == "ssa" and stream == "full"):
-        parts["dense"] = 12 * pair * (position + 1).mean().item()
-    if method in ("moba", "nsa") or aligned or (method == "ssa" and stream != "full"):
-        keys = own_block.clamp(max=count - 1) * size + position % size + 1
-        parts["sparse"] = 12 * pair * keys.mean().item()
-        parts["selection"] = 2 * pair * own_block.mean().item()
-    if method == "nsa":
-        parts["compression"] = 12 * pair * ((position + 1) / size).floor().mean().item()
-        parts["window"] = 12 * pair * (position + 1).clamp(max=config.window_size).mean().item()
-    return TokenFlops(6.0 * matmul_weights(config), **parts)
+    if "full" in streams:
+        parts["dense"] = 12 * layers * width * (position + 1).mean().item()
+    if "sparse" in streams:
+        keys = (position / size).floor().clamp(max=count - 1) * size + position % size + 1
+        parts["sparse"] = 12 * layers * width * keys.mean().item()
+        parts["selection"] = layers * selector.flops(config.selection(), position_ids)
+    for name, flops in method.branch_flops(config.selection(), position_ids, width).items():
+        parts[name] = layers * flops
+    return parts | {"total": sum(parts.values())}
 
 
 def flops_record(config: SSAConfig, position_ids: Tensor) -> dict[str, Any]:
@@ -105,9 +96,8 @@ def flops_record(config: SSAConfig, position_ids: Tensor) -> dict[str, Any]:
 
     SSA without an alignment loss computes the stream that was drawn; the record then has those of each under "full" and "sparse".
     """
-    full, sparse = (training_flops(config, position_ids, stream) for stream in ("full", "sparse"))
-    records = {name: flops._asdict() | {"total": flops.total} for name, flops in (("full", full), ("sparse", sparse))}
-    return records["full"] if full == sparse else records
+    records = {stream: training_flops(config, position_ids, stream) for stream in ("full", "sparse")}
+    return records["full"] if records["full"] == records["sparse"] else records
 
 
 def matmul_weights(config: SSAConfig) -> int:
@@ -115,6 +105,6 @@ def matmul_weights(config: SSAConfig) -> int:
     hidden, heads, size = config.hidden_size, config.num_attention_heads, config.head_dim
     assert config.num_key_value_heads is not None  # the configuration fills it in
     attention = hidden * (2 * heads + 2 * config.num_key_value_heads) * size
-    gates = (3 if config.method == "nsa" else 1) * hidden * heads if config.attention_gate else 0
+    gates = config.attends.num_gates * hidden * heads if config.attention_gate else 0
     layer = attention + gates + 3 * hidden * config.intermediate_size
     return config.num_hidden_layers * layer + hidden * config.vocab_size

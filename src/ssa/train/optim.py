@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+from ssa.attention import Selector
+
+if TYPE_CHECKING:
     from ssa.config import TrainRecipe
 
 
@@ -30,22 +32,24 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     Embeddings decay because they are tied to the output matrix by default. Tied parameters appear once.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
+    bare = _of_selectors(model, lambda selector: not selector.weight_decay)
+    decays = [p.ndim >= 2 and id(p) not in bare for p in trainable]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p, decay in zip(trainable, decays, strict=True) if decay], "weight_decay": weight_decay},
+        {"params": [p for p, decay in zip(trainable, decays, strict=True) if not decay], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 def build_optimizer(model: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.AdamW | MuonWithAdamW:
     """The recipe's optimizer. AdamW is fused on devices that have the fused kernel (CPU and CUDA)."""
-    import torch
-
     groups = parameter_groups(model, recipe.weight_decay)
     lr = learning_rate(0, recipe)
     matrices: list[torch.Tensor] = []
     if recipe.optimizer == "muon":
-        matrices = [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".layers." in name]
+        other = _of_selectors(model, lambda selector: not selector.muon)
+        named = ((name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in other)
+        matrices = [p for name, p in named if p.ndim == 2 and ".layers." in name]
         taken = {id(p) for p in matrices}
         groups = [group | {"params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
@@ -55,6 +59,12 @@ def build_optimizer(model: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.
     # Updates scaled to the size of AdamW's, so that one learning rate serves both.
     muon = torch.optim.Muon(matrices, lr=lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
     return MuonWithAdamW(muon, adamw)
+
+
+def _of_selectors(model: torch.nn.Module, which: Callable[[Selector], bool]) -> set[int]:
+    """Ids of the parameters of those selectors."""
+    found = (module for module in model.modules() if isinstance(module, Selector) and which(module))
+    return {id(p) for selector in found for p in selector.parameters()}
 
 
 class MuonWithAdamW:

@@ -68,7 +68,7 @@ class _TrainerSteps(TrainerCallback):
         inner = _ssa_model(model)
         if inner is None:
             return
-        if args.n_gpu > 1 and inner.config.method == "ssa":
+        if args.n_gpu > 1 and inner.config.attends.draws_stream:
             raise UserError(
                 f"{args.n_gpu} GPUs in one process, which shares the alignment out wrongly: start one process per GPU "
                 f"(torchrun --nproc-per-node {args.n_gpu}), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"

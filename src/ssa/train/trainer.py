@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssa.config import Recipe
 from ssa.errors import UserError
+from ssa.methods import method_named
 from ssa.terminal import say
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class _Run:
             self.found_inf = torch.zeros((), device=self.device)
             self.optimizer.found_inf = self.found_inf  # type: ignore[union-attr]
         self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []
-        aligned = recipe.model.method == "ssa" and recipe.model.alignment_loss != "none"
+        aligned = self.model.config.aligns
         with ranks.together(out):
             if ranks.main:
                 environment = start_record(recipe, self.data, ranks, self.parallel, dtype, self.num_parameters)
@@ -247,7 +248,7 @@ class _Run:
         from ssa.train.streams import draw_stream
 
         t, m = self.recipe.train, self.recipe.model
-        stream = draw_stream(t.seed, step, m.full_ratio) if m.method == "ssa" else None
+        stream = draw_stream(t.seed, step, m.full_ratio) if method_named(m.method).draws_stream else None
         batch = self.batches.get(step)
         waited = self.batches.take_wait()
         flops = self._flops(batch, stream) if self.metrics is not None and self.metrics.peak_flops else None
@@ -338,7 +339,7 @@ class _Run:
         """What the step computes on all ranks; their rows are taken to be like this rank's."""
         from ssa.train.flops import training_flops
 
-        return training_flops(self.model.config, batch["position_ids"], stream).total * self.loader.tokens_per_step
+        return training_flops(self.model.config, batch["position_ids"], stream)["total"] * self.loader.tokens_per_step
 
     @contextlib.contextmanager
     def _measuring(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from ssa.errors import UserError
 from ssa.eval.long.item_log import ItemLog, Shard
 from ssa.eval.long.measure import gather
 from ssa.eval.results import add_results, read_results, result_key
-from ssa.eval.subject import NSA_NOTE, budget_name, description, progress_bar, provenance
+from ssa.eval.subject import budget_name, description, progress_bar, provenance
 from ssa.files import write_atomically
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run_suite(suite: Suite, jobs: Sequence[Job], setting: dict[str, Any], reques
     entry: dict[str, Any] = {
         "setting": {**setting, **same},
         "model": description(subject),
-        "notes": [NSA_NOTE] if subject.model.config.method == "nsa" and None in request.budgets else [],
+        "notes": subject.model.config.attends.full_notes if None in request.budgets else [],
         "budgets": {},
     }
 

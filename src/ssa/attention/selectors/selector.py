@@ -1,0 +1,70 @@
+"""What every selector is: how blocks are chosen, with which weights, from what it keeps of cached tokens, and at which cost.
+
+Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, M selected blocks.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from ssa.attention.inputs import AttentionCall, AttentionInputs
+from ssa.attention.registered import check_registered
+from ssa.budget import Selection
+
+
+class HeadShape(NamedTuple):
+    """The heads of a layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class Selector(nn.Module):
+    """One a layer, at `self_attn.selector`. Its parameters are trained and saved with the model's; one without any leaves state dicts alone.
+
+    A subclass has `select` and `flops`; `key_bias` and what it keeps of a cache (`ssa.attention.state.SelectorState`) where it needs them.
+    Its options, as registered in `ssa.methods`, are keyword arguments of its `__init__`.
+    """
+
+    fused: ClassVar[bool] = False
+    """`ssa.ops.decode_attention` chooses exactly as `select` does, and may stand in for it where few tokens are decoded."""
+    adds_bias: ClassVar[bool] = False
+    """`key_bias` gives one."""
+    weight_decay: ClassVar[bool] = True
+    """Whether its matrices decay as the model's do."""
+    muon: ClassVar[bool] = True
+    """Whether Muon may train its matrices; otherwise AdamW does."""
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def check_registered(self) -> None:
+        """Raises `UserError` for a tensor that it holds without its being a parameter or buffer."""
+        check_registered(self, "selector")
+
+    def check(self, selection: Selection) -> None:
+        """Raises `UserError` for a selection that it cannot make (a budget smaller than what it always reads, say)."""
+
+    def select(self, inputs: AttentionInputs, call: AttentionCall) -> Tensor:
+        """The blocks that each query reads; nothing here needs a gradient.
+
+        Returns:
+            int32 [B, K or H, T, M], document-relative, ascending, unique in a row, right-padded with -1; no block starts after its
+            query, and the query's own block is among them. M is at most `call.selection.num_selected_blocks`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no select")
+
+    def key_bias(self, k: Tensor, v: Tensor) -> Tensor | None:
+        """fp32 [B, T, K], added to the logits of these keys in every stream; k after RoPE and v are [B, T, K, D] of new tokens."""
+        return None
+
+    def flops(self, selection: Selection, position_ids: Tensor) -> float:
+        """FLOPs of choosing for one token in one layer, the mean over `position_ids`, int [B, T] on the CPU. Without a gradient a
+        multiplication with its addition counts two."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no flops: what choosing costs a token in one layer; 0.0 for nothing"
+        )
