@@ -5,6 +5,7 @@ import torch
 
 from ssa.attention import AttentionCall
 from ssa.attention.ssa import SSA
+from ssa.budget import Selection
 from ssa.config import Budget
 from ssa.ops import gated_alignment, select_blocks
 from ssa.testing import random_qkv
@@ -15,7 +16,7 @@ def run(mode, align, num_selected=2):
     torch.manual_seed(0)
     gates = torch.rand(1, 32, 4, 1, dtype=torch.float64)
     call = AttentionCall(mode, Budget(num_selected, 4), align)
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=num_selected)
+    index, _ = select_blocks(q, k, Selection(num_selected, 4))
     return (q, k, v), gates, SSA()(q, k, v, gates, call), index
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssa.attention import METHODS, AttentionCall, AttentionMethod, base
+from ssa.budget import Selection
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.ops import block_means, block_sparse_attention, compressed_attention, dense_attention, select_blocks
@@ -23,7 +24,7 @@ def test_inference_is_gated_dense_or_selected_attention(method, mode, positions)
     result = METHODS[method]()(q, k, v, gates, AttentionCall(mode, Budget(2, 4), positions_BT=positions))
     index = None
     if mode == "sparse":
-        index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2, positions=positions)
+        index, _ = select_blocks(q, k, Selection(2, 4), positions=positions)
         assert torch.equal(result.block_indices, index)
     expected, _, _ = attention_oracle(q, k, v, index, block_size=4, positions=positions)
     torch.testing.assert_close(result.ungated_BTHD, expected)
@@ -35,7 +36,7 @@ def test_nsa_is_three_gated_branches(mode):
     q, k, v = random_qkv(1, 40, 40, 4, 2, 8)
     gates = torch.rand(1, 40, 4, 3, dtype=torch.float64)
     result = METHODS["nsa"](window_size=6)(q, k, v, gates, AttentionCall(mode, Budget(3, 4)))
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=3)
+    index, _ = select_blocks(q, k, Selection(3, 4))
     selected = block_sparse_attention(q, k, v, index, block_size=4)[0] if mode == "sparse" else dense_attention(q, k, v)
     branches = [compressed_attention(q, k, v, block_size=4)[0], selected, dense_attention(q, k, v, window=6)]
     expected = sum(gates[..., i : i + 1] * branch for i, branch in enumerate(branches))
@@ -163,7 +164,7 @@ def test_theorem_1_bounds_the_error_of_sparse_attention(seed, sharpness, count, 
     """||h_full(t) - h_sparse(t)|| <= delta(t) (max over dropped j of ||v(j)|| + ||h_sparse(t)||)."""
     q, k, v = (x.detach() for x in random_qkv(1, 32, 32, 2, 1, 4, seed=seed))
     q, v = q * sharpness, v + shift
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=count)
+    index, _ = select_blocks(q, k, Selection(count, 4))
     full, _, weights = attention_oracle(q, k, v)
     sparse, _ = block_sparse_attention(q, k, v, index, block_size=4)
     read = readable_keys(q, k, None, index, 4)

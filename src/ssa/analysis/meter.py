@@ -13,7 +13,7 @@ from torch import Tensor
 from ssa.analysis.selection import BINS, LAGS, bit_length, distance_histogram, selection_overlap
 from ssa.analysis.sparsity import AttentionFigures, attention_figures
 from ssa.attention import AttentionCall, AttentionRecord
-from ssa.config import Budget
+from ssa.budget import Budget, Rule, Scope, Scoring, Selection
 from ssa.ops import select_blocks
 from ssa.ops.documents import query_positions
 
@@ -97,15 +97,13 @@ _ADDED = (
 Select = Callable[[int, AttentionRecord], Tensor]
 
 
-def selection_by_rule(scope: str = "group", scoring: str = "softmax", rule: str = "exact") -> Select:
+def selection_by_rule(scope: Scope = "group", scoring: Scoring = "softmax", rule: Rule = "exact") -> Select:
     """What `ssa.ops.select_blocks` chooses from a record's q and k."""
 
     def select(layer: int, record: AttentionRecord) -> Tensor:
-        index, _ = select_blocks(
-            record.q_BTHD, record.k_BSKD, block_size=record.budget.block_size, num_selected_blocks=record.budget.num_selected_blocks,
-            positions=record.positions_BT, scope=scope, scoring=scoring, rule=rule,
-        )  # fmt: skip
-        return index
+        budget = record.budget
+        selection = Selection(budget.num_selected_blocks, budget.block_size, scope=scope, scoring=scoring, rule=rule)
+        return select_blocks(record.q_BTHD, record.k_BSKD, selection, positions=record.positions_BT)[0]
 
     return select
 

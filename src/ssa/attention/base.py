@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from ssa.config import AttentionMode, Budget
+from ssa.budget import AttentionMode, Budget, Selection
 from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, decode_attention, dense_attention, gated_sum, select_blocks
 from ssa.ops.implementations import resolve
@@ -88,6 +88,15 @@ class AttentionMethod:
         self.scope, self.scoring, self.rule, self.window_size = scope, scoring, rule, window_size
         self.alignment_loss, self.align_gated = alignment_loss, align_gated
 
+    def selection(self, budget: Budget) -> Selection:
+        """What `select` chooses by, within `budget`."""
+        words: Any = {
+            "scope": self.scope,
+            "scoring": self.scoring,
+            "rule": self.rule,
+        }  # a configuration's, checked by `Selection`
+        return Selection(budget.num_selected_blocks, budget.block_size, **words)
+
     def check_registered(self) -> None:
         """Raises `UserError` for a tensor or module of the method that is no registered part of a model."""
         known = set()
@@ -120,9 +129,7 @@ class AttentionMethod:
         if fused and means is not None and means.room is not None and resolve(call.impl, q) == "triton":
             room = means.room
             out, _, block_indices = decode_attention(
-                q, room.k_BSKD, room.v_BSKD, room.means.keys, room.lengths_B, starts=room.starts_B,
-                block_size=call.budget.block_size, num_selected_blocks=call.budget.num_selected_blocks,
-                scope=self.scope, scoring=self.scoring, rule=self.rule, impl=call.impl,
+                q, room.k_BSKD, room.v_BSKD, room.means.keys, room.lengths_B, self.selection(call.budget), starts=room.starts_B, impl=call.impl
             )  # fmt: skip
             return out, block_indices
         block_indices = self.select(q, k, call, means)
@@ -134,9 +141,7 @@ class AttentionMethod:
     def select(self, q: Tensor, k: Tensor, call: AttentionCall, means: BlockMeans | None) -> Tensor:
         """int32 [B, K or H, T, M]; see `ssa.ops.select_blocks`."""
         block_indices, _ = select_blocks(
-            q, k, block_size=call.budget.block_size, num_selected_blocks=call.budget.num_selected_blocks,
-            positions=call.positions_BT, scope=self.scope, scoring=self.scoring, rule=self.rule,
-            block_keys=None if means is None else means.keys, impl=call.impl,
+            q, k, self.selection(call.budget), positions=call.positions_BT, block_keys=None if means is None else means.keys, impl=call.impl
         )  # fmt: skip
         return block_indices
 

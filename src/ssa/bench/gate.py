@@ -6,6 +6,7 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, M se
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +55,7 @@ def check(shape: Shape, tokens: int, device: str, impl: str, oracle: Any = None)
     """
     q, k, v = draw(shape, tokens, device, torch.bfloat16)
     block = shape.budget.block_size
-    index, score = select_blocks(q, k, **shape.selection, impl=impl)
+    index, score = select_blocks(q, k, shape.selection, impl=impl)
     out, lse = block_sparse_attention(q, k, v, index, block_size=block, impl=impl)
     windows = _windows(tokens)
     weight = torch.zeros_like(q)
@@ -70,7 +71,7 @@ def check(shape: Shape, tokens: int, device: str, impl: str, oracle: Any = None)
     for a, b in windows:
         exact = [x.detach()[:, cut].double().requires_grad_() for x, cut in ((q, slice(a, b)), (k, slice(b)), (v, slice(b)))]
         means = block_means(k.detach()[:, :b], block).double()
-        wanted, wanted_score = select_blocks(exact[0], exact[1], **shape.selection, block_keys=means, impl="reference")
+        wanted, wanted_score = select_blocks(exact[0], exact[1], shape.selection, block_keys=means, impl="reference")
         rows_equal, score_error = _selection_errors(index[:, :, a:b], score[:, :, a:b], wanted, wanted_score)
         gold, gold_lse = block_sparse_attention(
             exact[0], exact[1], exact[2], index[:, :, a:b].contiguous(), block_size=block, impl="reference"
@@ -102,7 +103,7 @@ def check_layer(shape: Shape, device: str, impl: str) -> dict[str, float]:
     inputs = (*draw(shape, tokens, device, torch.bfloat16), draw_gates(shape, tokens, device))
     weight = torch.randn(inputs[0].shape, generator=torch.Generator(device).manual_seed(1), device=device).bfloat16()
     # selection is the other gate's business: were it made anew in fp64, block means of another rounding would flip near-ties
-    index, _ = select_blocks(*inputs[:2], **shape.selection | {"scope": "group"}, impl=impl)
+    index, _ = select_blocks(*inputs[:2], replace(shape.selection, scope="group"), impl=impl)
     errors: dict[str, float] = {}
     modes: tuple[AttentionMode, ...] = ("full", "sparse")
     for mode in modes:
