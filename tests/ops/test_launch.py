@@ -155,7 +155,7 @@ def test_plans_fix_what_binaries_depend_on(monkeypatch):
                     patch.setattr(modules[module], name, value)
                 index = torch.zeros(1, 2, tokens, 2, dtype=torch.int32)
                 modules["select"].select_blocks(q.detach(), k.detach()[:, ::block].contiguous(), None, None, tokens, block, 2, "group", "softmax", "exact", 0.25)  # fmt: skip
-                out, _ = modules["block_sparse"].block_sparse_attention(q, k, v, index, None, None, block, 0.25)
+                out, _ = modules["block_sparse"].block_sparse_attention(q, k, v, index, None, None, None, block, 0.25)
                 torch.autograd.grad(out.sum(), (q, k, v))
                 low = torch.zeros(1, tokens, dtype=torch.int32)
                 out, _ = modules["span"].span_attention(q, k, v, low, low + 1, 0.25)

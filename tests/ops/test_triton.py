@@ -371,10 +371,10 @@ def test_the_operator_is_a_good_citizen_of_pytorch():
 
     q, k, v = random_qkv(1, 6, 6, 2, 1, 16, dtype=torch.float32)
     index, _ = select_blocks(q, k, Selection(2, 4), impl="reference")
-    arguments = (q, k, v, index, None, None, 4, 0.25)
+    arguments = (q, k, v, index, None, None, None, 4, 0.25)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(block_sparse_forward, arguments, test_utils=checks)
-    torch.library.opcheck(block_sparse_forward, (*arguments[:5], torch.zeros(1, 6, 1), 4, 0.25), test_utils=checks)
+    torch.library.opcheck(block_sparse_forward, (*arguments[:5], torch.zeros(1, 6, 1), None, 4, 0.25), test_utils=checks)
 
 
 def test_float64_is_refused_when_asked_for_and_avoided_when_not():
