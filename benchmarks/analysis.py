@@ -31,6 +31,7 @@ from ssa.analysis.meter import SparsityMeter
 from ssa.analysis.selection import distance_histogram, selection_overlap
 from ssa.analysis.sparsity import attention_figures
 from ssa.attention import AttentionRecord
+from ssa.budget import Selection
 from ssa.config import Budget
 from ssa.files import write_atomically
 from ssa.model import SSAConfig, SSAForCausalLM
@@ -50,7 +51,7 @@ def draw(tokens: int, shape: argparse.Namespace, device: torch.device, dtype: to
 def check(shape: argparse.Namespace, budget: Budget, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Largest differences from dense attention in fp64 on the CPU, same inputs and selection; ends the program if too large."""
     q, k, v = draw(2 * budget.tokens + 37, shape, device, dtype)
-    index, _ = select_blocks(q, k, block_size=budget.block_size, num_selected_blocks=budget.num_selected_blocks)
+    index, _ = select_blocks(q, k, Selection(budget.num_selected_blocks, budget.block_size))
     figures = attention_figures(q, k, v, index, block_size=budget.block_size, tile=1 << 16)
     q, k, v, index = (x.cpu().double() if x.is_floating_point() else x.cpu() for x in (q, k, v, index))
     full, _, weights = attention_oracle(q, k, v)
@@ -94,14 +95,14 @@ def layer_measures(
     wide = [x.float() for x in (q, k, v)]
     size = budget.block_size
     positions = torch.arange(tokens, device=device)[None]
-    index, _ = select_blocks(q, k, block_size=size, num_selected_blocks=budget.num_selected_blocks)
+    index, _ = select_blocks(q, k, Selection(budget.num_selected_blocks, size))
     sparse, _ = block_sparse_attention(*wide, index, block_size=size)
     hidden = [torch.randn(1, tokens, shape.hidden, device=device).to(dtype) for _ in range(2)]
     head = torch.nn.Linear(shape.hidden, shape.vocabulary, bias=False, device=device, dtype=dtype)
     ids = torch.randint(shape.vocabulary, (1, tokens), device=device)
     record = AttentionRecord(q, k, v, None, None, None, "full", budget, q)
     parts: dict[str, Callable[[], Any]] = {
-        "select": lambda: select_blocks(q, k, block_size=size, num_selected_blocks=budget.num_selected_blocks),
+        "select": lambda: select_blocks(q, k, Selection(budget.num_selected_blocks, size)),
         "sparse_output": lambda: block_sparse_attention(*wide, index, block_size=size),
         "dense_pass": lambda: dense_pass(
             *(x[0] for x in wide), sparse[0], index[0], block_size=size, scale=shape.head_size**-0.5

@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ssa import methods
 from evidence import BUDGETS, LONG, RUNS
+
+from ssa import methods
 
 LABELS = {
     "ssa-no-alignment": "SSA, no alignment", "ssa-ratio-0.25": "SSA, FullRatio 0.25", "ssa-ratio-0.75": "SSA, FullRatio 0.75",
@@ -80,7 +81,8 @@ def main() -> int:
     for name in runs:
         groups.setdefault(name.partition("-seed-")[0], []).append(name)
     both = {
-        methods.label(base): [with_spread([rows[n][f] for n in names], FIGURES[f]) for f in FIGURES] for base, names in groups.items()
+        methods.label(base): [with_spread([rows[n][f] for n in names], FIGURES[f]) for f in FIGURES]
+        for base, names in groups.items()
     }
     print(table(list(FIGURES), both), "\n")
     print("Every run:\n")

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import ssa.ops.triton
+from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.ops import (
     block_sparse_attention,
@@ -49,9 +50,7 @@ def sparse(heads: int, kv_heads: int, size: int, block: int, k: int, tokens: int
     q, key, v = random_qkv(1, tokens, tokens, heads, kv_heads, size, dtype=dtype)
     positions = document_positions([7, 1, tokens - 8]).to(q.device) if packed else None
     keys_bias = torch.zeros(1, tokens, kv_heads, dtype=torch.float32, device=q.device, requires_grad=True) if bias else None
-    index, _ = select_blocks(
-        q, key, block_size=block, num_selected_blocks=k, positions=positions, scope=scope, rule=rule, impl="triton"
-    )
+    index, _ = select_blocks(q, key, Selection(k, block, scope=scope, rule=rule), positions=positions, impl="triton")
     if sink:
         own = torch.arange(tokens, device=q.device) // block
         pair = torch.stack([torch.zeros_like(own), torch.where(own > 0, own, -1)], -1)
@@ -80,9 +79,7 @@ def decode(heads: int, kv_heads: int, size: int, block: int, k: int, dtype: torc
     sums = [torch.zeros(2, kv_heads, size, dtype=torch.float32, device=q.device) for _ in range(2)]
     starts = torch.tensor([0, block + 1], device=q.device)
     extend_block_means(key, v, means, sums, torch.tensor(keys, device=q.device), starts, block, impl="triton")
-    out, _, _ = decode_attention(
-        q, key, v, means[0], keys - starts, block_size=block, num_selected_blocks=k, starts=starts, impl="triton"
-    )
+    out, _, _ = decode_attention(q, key, v, means[0], keys - starts, Selection(k, block), starts=starts, impl="triton")
     _finite([out])
 
 

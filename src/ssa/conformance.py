@@ -44,7 +44,12 @@ def check_selector(
         AssertionError: What is wrong.
     """
     blocks, size = map(int, budget.split("x"))
-    fields = {"selector": name, "selector_options": dict(options or {}), "num_selected_blocks": blocks, "block_size": size} | fields
+    fields = {
+        "selector": name,
+        "selector_options": dict(options or {}),
+        "num_selected_blocks": blocks,
+        "block_size": size,
+    } | fields
     selector_named(name)
     check_method(method, **fields)
     model = tiny_model(method, **fields)
@@ -82,7 +87,9 @@ def _check_choices(model: SSAForCausalLM) -> None:
     with torch.no_grad():
         bias = selector.key_bias(k, v)
     assert bias is None or (bias.dtype == torch.float32 and bias.shape == k.shape[:3]), "key_bias must be fp32 [B, T, K]"
-    assert (bias is not None) == selector.adds_bias, f"{type(selector).__name__}.adds_bias does not say whether key_bias gives one"
+    assert (bias is not None) == selector.adds_bias, (
+        f"{type(selector).__name__}.adds_bias does not say whether key_bias gives one"
+    )
     for positions in (None, document_positions([9, 1, 33, 27], 2)):
         call = AttentionCall("sparse", selection, positions_BT=positions)
         index = selector.select(AttentionInputs(q, k, v, bias_BSK=bias), call)
@@ -123,7 +130,9 @@ def _check_records(model: SSAForCausalLM) -> None:
 def _check_weights(model: SSAForCausalLM) -> None:
     model.train()
     model(_tokens(), labels=_tokens()).loss.backward()
-    without = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not bool(p.grad.isfinite().all()))]
+    without = [
+        name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not bool(p.grad.isfinite().all()))
+    ]
     model.zero_grad()
     model.eval()
     assert not without, f"training gives no finite gradient to {', '.join(without)}"
@@ -186,7 +195,13 @@ def _check_padding(model: SSAForCausalLM, mode: str) -> None:
         if side == "left":  # token by token, too
             cache, outs = BlockCache(), []
             for t in range(40, TOKENS + 1):
-                step = model(ids[:, t - 1 if t > 40 else 0 : t], attention_mask=mask[:, :t], attention_mode=mode, cache=cache, use_cache=True)
+                step = model(
+                    ids[:, t - 1 if t > 40 else 0 : t],
+                    attention_mask=mask[:, :t],
+                    attention_mode=mode,
+                    cache=cache,
+                    use_cache=True,
+                )
                 outs.append(step.logits[:, -1:])
             _close(torch.cat(outs, 1), out[:, 39:], f"{mode}: decoding rows with left padding differs from one pass")
 
@@ -197,7 +212,9 @@ def _check_cache(model: SSAForCausalLM, mode: str) -> None:
     x = _tokens()
 
     def decode(cache: Any, ids: Tensor, first: int) -> Tensor:
-        outs = [model(ids[:, t : t + 1], attention_mode=mode, cache=cache, use_cache=True).logits for t in range(first, ids.shape[1])]
+        outs = [
+            model(ids[:, t : t + 1], attention_mode=mode, cache=cache, use_cache=True).logits for t in range(first, ids.shape[1])
+        ]
         return torch.cat(outs, 1)
 
     for fixed in (None, TOKENS):
@@ -207,12 +224,20 @@ def _check_cache(model: SSAForCausalLM, mode: str) -> None:
         cache.crop(-23)
         other = torch.cat([x[:, :37], x[:, 37:].flip(1)], 1)
         whole = model(other, attention_mode=mode, use_cache=False).logits
-        _close(decode(cache, other[:, :52], 37), whole[:, 37:52], f"{mode}: a cache that was cropped remembers what it should not")
+        _close(
+            decode(cache, other[:, :52], 37), whole[:, 37:52], f"{mode}: a cache that was cropped remembers what it should not"
+        )
         cache.reorder_cache(torch.tensor([1, 0]))
-        _close(decode(cache, other.flip(0)[:, :60], 52), whole.flip(0)[:, 52:60], f"{mode}: reordered rows of a cache are mixed up")
+        _close(
+            decode(cache, other.flip(0)[:, :60], 52), whole.flip(0)[:, 52:60], f"{mode}: reordered rows of a cache are mixed up"
+        )
         cache.batch_repeat_interleave(2)
         twice = whole.flip(0).repeat_interleave(2, 0)[:, 60:65]
-        _close(decode(cache, other.flip(0).repeat_interleave(2, 0)[:, :65], 60), twice, f"{mode}: repeated rows of a cache are mixed up")
+        _close(
+            decode(cache, other.flip(0).repeat_interleave(2, 0)[:, :65], 60),
+            twice,
+            f"{mode}: repeated rows of a cache are mixed up",
+        )
         cache.reset()
     cache = BlockCache(TOKENS)
     model(x, attention_mode=mode, cache=cache, use_cache=True)

@@ -17,6 +17,7 @@ from ssa.analysis.measure import measure_model
 from ssa.analysis.rows import packed_rows
 from ssa.analysis.selection import distance_histogram, selection_overlap
 from ssa.analysis.sparsity import attention_figures
+from ssa.budget import Selection
 from ssa.config import Budget
 from ssa.data.tokenizer import byte_tokenizer, encode_documents
 from ssa.errors import UserError
@@ -92,7 +93,7 @@ def test_memory_does_not_grow_with_the_square_of_the_row():
     largest = []
     for tokens in (500, 1000):
         q, k, v = (x.detach() for x in random_qkv(1, tokens, tokens, 2, 1, 8))
-        index, _ = select_blocks(q, k, block_size=16, num_selected_blocks=2)
+        index, _ = select_blocks(q, k, Selection(2, 16))
         with LargestTensor() as seen:
             dense_pass(q[0], k[0], v[0], q[0], index[0], block_size=16, scale=1.0, tile=1 << 13)
         assert seen.elements <= max(1 << 13, q.numel())

@@ -5,6 +5,7 @@ import torch
 
 from ssa.analysis.decode import decode_overlap
 from ssa.analysis.selection import bit_length, distance_histogram, selection_overlap
+from ssa.budget import Selection
 from ssa.config import Budget
 from ssa.ops import select_blocks
 from ssa.testing import document_positions, random_qkv, tiny_model
@@ -13,7 +14,7 @@ from ssa.testing import document_positions, random_qkv, tiny_model
 def selected(tokens=60, heads=4, kv_heads=2, documents=None, scope="group", budget=(3, 4)):
     q, k, _ = (x.detach() for x in random_qkv(2, tokens, tokens, heads, kv_heads, 8))
     positions = document_positions(documents or [tokens], 2)
-    index, _ = select_blocks(q, k, block_size=budget[1], num_selected_blocks=budget[0], positions=positions, scope=scope)
+    index, _ = select_blocks(q, k, Selection(budget[0], budget[1], scope=scope), positions=positions)
     return index, positions
 
 

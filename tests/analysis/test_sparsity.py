@@ -12,6 +12,7 @@ from ssa.analysis.dense_pass import tile_shape
 from ssa.analysis.meter import LayerSums, SparsityMeter, mean_figures, selection_by_rule
 from ssa.analysis.sparsity import AttentionFigures, attention_figures
 from ssa.attention import AttentionRecord
+from ssa.budget import Selection
 from ssa.config import Budget
 from ssa.ops import block_sparse_attention, dense_attention, select_blocks
 
@@ -60,7 +61,7 @@ def naive(q, k, v, index, block_size, positions):
 def test_figures_equal_the_naive_computation_on_packed_documents(scope, heads, kv_heads):
     q, k, v = tensors(heads=heads, kv_heads=kv_heads)
     positions = torch.stack([packed(1, 19, 17), packed(30, 3, 4)])
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2, positions=positions, scope=scope)
+    index, _ = select_blocks(q, k, Selection(2, 4, scope=scope), positions=positions)
     figures = attention_figures(q, k, v, index, block_size=4, positions=positions)
     for name, expected in naive(q, k, v, index, 4, positions).items():
         torch.testing.assert_close(getattr(figures, name), expected, rtol=1e-9, atol=1e-12, msg=name)
@@ -70,7 +71,7 @@ def test_figures_equal_the_naive_computation_on_packed_documents(scope, heads, k
 
 def test_figures_of_the_last_queries_over_cached_keys_equal_those_of_the_whole_row():
     q, k, v = tensors()
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2)
+    index, _ = select_blocks(q, k, Selection(2, 4))
     whole = attention_figures(q, k, v, index, block_size=4)
     last = attention_figures(q[:, -5:], k, v, index[:, :, -5:], block_size=4)
     torch.testing.assert_close(last.kept, whole.kept[:, -5:])
@@ -81,7 +82,7 @@ def test_figures_of_the_last_queries_over_cached_keys_equal_those_of_the_whole_r
 def test_the_tile_size_changes_nothing(tile):
     q, k, v = tensors()
     positions = torch.stack([packed(10, 27), packed(37)])
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=3, positions=positions)
+    index, _ = select_blocks(q, k, Selection(3, 4), positions=positions)
     figures = attention_figures(q, k, v, index, block_size=4, positions=positions, tile=tile)
     for name, expected in naive(q, k, v, index, 4, positions).items():
         torch.testing.assert_close(getattr(figures, name), expected, rtol=1e-9, atol=1e-12, msg=name)
@@ -101,7 +102,7 @@ def test_tiles_hold_whole_blocks_and_no_more_than_they_may(tile, heads, queries,
 def test_large_logits_neither_overflow_nor_vanish(shift):
     q, k, v = tensors(1, 40, 2, 1, 8)
     q[..., 0], k[..., 0] = 100.0, torch.linspace(0, 1, 40, dtype=torch.float64)[None, :, None] * shift
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2)
+    index, _ = select_blocks(q, k, Selection(2, 4))
     figures = attention_figures(q, k, v, index, block_size=4, tile=64)
     for name, expected in naive(q, k, v, index, 4, torch.arange(40)[None]).items():
         torch.testing.assert_close(getattr(figures, name), expected, rtol=1e-7, atol=1e-12, msg=name)
@@ -125,7 +126,7 @@ def test_entropy_of_uniform_attention_is_log2_of_the_visible_keys():
 def test_selecting_everything_drops_nothing():
     q, k, v = tensors(dtype=torch.float32)
     positions = torch.stack([packed(10, 27), packed(37)])
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=10, positions=positions)
+    index, _ = select_blocks(q, k, Selection(10, 4), positions=positions)
     figures = attention_figures(q, k, v, index, block_size=4, positions=positions)
     assert (figures.dropped == 0).all() and (figures.bound == 0).all()
     assert figures.error.max() < 1e-5 and not figures.violated.any()
@@ -141,7 +142,7 @@ def test_selecting_everything_drops_nothing():
 def test_theorem_1_holds_on_random_attention(seed, tokens, group, block_size, num_selected, spread, scope, dtype):
     q, k, v = tensors(1, tokens, 2 * group, 2, 4, dtype, seed)
     q, v = q * spread, v * 10 ** torch.randn(v.shape[:3], dtype=dtype)[..., None]
-    index, _ = select_blocks(q, k, block_size=block_size, num_selected_blocks=num_selected, scope=scope)
+    index, _ = select_blocks(q, k, Selection(num_selected, block_size, scope=scope))
     figures = attention_figures(q, k, v, index, block_size=block_size)
     assert not figures.violated.any()
     # the outputs compared are those of the model's own ops
@@ -166,15 +167,17 @@ def test_theorem_1_is_tight_when_dropped_values_oppose_the_output():
 def test_an_error_that_is_not_below_the_bound_counts_as_a_violation_even_as_nan():
     q, k, v = tensors(1, 12, 1, 1, 4)
     v[0, 0] = float("nan")
-    index, _ = select_blocks(q, k, block_size=2, num_selected_blocks=1)
+    index, _ = select_blocks(q, k, Selection(1, 2))
     assert attention_figures(q, k, v, index, block_size=2).violated.any()
 
 
 def record_of(q, k, v, mode, budget, positions=None, scope="group"):
     index = None
     if mode == "sparse":
-        index, _ = select_blocks(q, k, Selection(*astuple(budget), scope), positions=positions)
-    return AttentionRecord(q, k, v, None, positions, index, mode, Selection(*astuple(budget)), torch.zeros_like(q))
+        index, _ = select_blocks(q, k, Selection(budget.num_selected_blocks, budget.block_size, scope), positions=positions)
+    return AttentionRecord(
+        q, k, v, None, positions, index, mode, Selection(budget.num_selected_blocks, budget.block_size), torch.zeros_like(q)
+    )
 
 
 @pytest.mark.parametrize("scope", ["group", "head"])
@@ -291,7 +294,7 @@ def test_without_queries_beyond_the_receptive_field_there_are_no_such_means():
 
 def test_bfloat16_is_measured_in_fp32():
     q, k, v = (x.bfloat16() for x in tensors(1, 20))
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2)
+    index, _ = select_blocks(q, k, Selection(2, 4))
     figures = attention_figures(q, k, v, index, block_size=4)
     assert isinstance(figures, AttentionFigures) and figures.kept.dtype == torch.float32
     expected = naive(q, k, v, index, 4, torch.arange(20)[None])

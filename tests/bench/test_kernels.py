@@ -14,6 +14,7 @@ from ssa.bench.kernels import plan, ratios
 from ssa.bench.plot import plot_kernels
 from ssa.bench.report import Bar, Deadline, Report
 from ssa.bench.shapes import Shape, parse_tokens
+from ssa.budget import Selection
 from ssa.cli import main
 from ssa.errors import UserError
 
@@ -62,7 +63,7 @@ def test_shapes_and_lengths():
     assert str(Shape.parse("16x16")) == "32/2/64:16x16"
     assert Shape.parse("32/8/128:16x64").dense == (32, 8, 128)
     assert str(Shape.parse("32/8/128:8x128@head")) == "32/8/128:8x128@head"
-    assert Shape.parse("16x16@head").selection == {"block_size": 16, "num_selected_blocks": 16, "scope": "head"}
+    assert Shape.parse("16x16@head").selection == Selection(16, 16, scope="head")
     assert Shape.parse("16x16@group") == Shape.parse("16x16")
     assert parse_tokens("32k,100,8192,100") == [100, 8192, 32768]
     with pytest.raises(UserError, match="8m"):
@@ -164,8 +165,8 @@ def test_gate_stops_a_gradient_that_is_not_reproducible(monkeypatch):
 def test_gate_stops_a_wrong_selection(monkeypatch):
     from ssa.ops import select_blocks
 
-    def lowest_blocks(q, k, **options):
-        index, score = select_blocks(q, k, **options)
+    def lowest_blocks(q, k, selection, **options):
+        index, score = select_blocks(q, k, selection, **options)
         if q.dtype == torch.float64:
             return index, score
         full = index[:, :, -1] >= 0

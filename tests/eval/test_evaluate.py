@@ -15,9 +15,9 @@ from ssa.eval import text_passes
 from ssa.eval.documents import read_documents
 from ssa.eval.evaluate import evaluate
 from ssa.eval.perplexity import WindowBatches, perplexity
-from ssa.methods import methods
 from ssa.eval.tables import print_perplexity
 from ssa.infer.load import load_model
+from ssa.methods import methods
 from ssa.testing import tiny_model
 
 

@@ -50,7 +50,9 @@ class BlockBest(SelectorState):
     def extend(self, buffers, length, end, start_B):
         rows = []  # plainly anew; fast ones extend
         for bias, start in zip(buffers[2][:, :, :length, 0], start_B.tolist(), strict=True):
-            padded = nn.functional.pad(bias[:, start:], (0, -(length - start) % self.size + self.size * -(-start // self.size)), value=-1e30)
+            padded = nn.functional.pad(
+                bias[:, start:], (0, -(length - start) % self.size + self.size * -(-start // self.size)), value=-1e30
+            )
             rows.append(padded.unflatten(1, (-1, self.size)).amax(2)[:, : -(-length // self.size)])
         self.best_BKN = torch.stack(rows)
 

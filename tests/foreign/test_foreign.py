@@ -1,19 +1,11 @@
 """A package outside of this one adds methods and selectors: nothing here knows of them before they register."""
 
-import importlib.metadata
-import json
-
 import learned
 import pytest
 import streaming
-import torch
 
 from ssa import methods
-from ssa.attention.method import AttentionMethod
 from ssa.conformance import check_method, check_selector
-from ssa.errors import UserError
-from ssa.model import SSAConfig, SSAForCausalLM
-from ssa.testing import tiny_config, tiny_model
 
 
 @pytest.fixture(autouse=True)

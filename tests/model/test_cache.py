@@ -8,9 +8,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssa.methods import methods
 from ssa.attention.state import CachedRows
 from ssa.errors import UserError
+from ssa.methods import methods
 from ssa.model import BlockCache
 from ssa.model.cache import CACHE_FIELD, BlockLayer
 from ssa.testing import rms_ratio, tiny_model

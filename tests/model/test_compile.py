@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.export import Dim, export
 
+from ssa.budget import Selection
 from ssa.ops import block_sparse_attention, select_blocks
 from ssa.ops.cross_entropy import linear_cross_entropy
 from ssa.ops.reference import block_sparse, select
@@ -73,7 +74,7 @@ def test_sparse_attention_and_its_gradients_are_those_of_eager_mode_in_any_numbe
     monkeypatch.setattr(select, "SCORE_ELEMENTS", 2 * 4 * 9 * 5)
 
     def attend(q, k, v, bias):
-        indices, scores = select_blocks(q, k, block_size=4, num_selected_blocks=3)
+        indices, scores = select_blocks(q, k, Selection(3, 4))
         out, lse = block_sparse_attention(q, k, v, indices, block_size=4, bias=bias)
         return out, lse, scores
 

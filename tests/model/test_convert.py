@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config
 
-from ssa.methods import methods
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
+from ssa.methods import methods
 from ssa.model import SSAConfig, SSAForCausalLM, sources, weights
 from ssa.model.card import AUTO_MAP, STUB
 from ssa.model.convert import convert

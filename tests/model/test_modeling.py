@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from ssa.methods import methods
 from ssa.errors import UserError
+from ssa.methods import methods
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.ops import cross_entropy
 from ssa.testing import LargestTensor, document_positions, tiny_config, tiny_model

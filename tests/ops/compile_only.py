@@ -20,6 +20,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import ssa.ops.triton
+from ssa.budget import Selection
 from ssa.ops import (
     block_sparse_attention,
     compressed_attention,
@@ -78,10 +79,10 @@ def tensors(*shapes, dtype=torch.bfloat16):
 def sparse(heads, kv_heads, size, count, block, tokens=512, dtype=torch.bfloat16, packed=False, bias=False, scope="group"):
     q, k, v = tensors((1, tokens, heads, size), *[(1, tokens, kv_heads, size)] * 2, dtype=dtype)
     positions = torch.arange(tokens)[None] % (tokens // 2) if packed else None
-    options = {"block_size": block, "positions": positions, "impl": "triton"}
-    index, _ = select_blocks(q, k, num_selected_blocks=count, scope=scope, **options)
+    options = {"positions": positions, "impl": "triton"}
+    index, _ = select_blocks(q, k, Selection(count, block, scope=scope), **options)
     (per_key,) = tensors((1, tokens, kv_heads), dtype=torch.float32) if bias else (None,)
-    out, lse = block_sparse_attention(q, k, v, torch.zeros_like(index), bias=per_key, **options)
+    out, lse = block_sparse_attention(q, k, v, torch.zeros_like(index), block_size=block, bias=per_key, **options)
     inputs = [q, k, v, *([per_key] if bias else [])]
     torch.autograd.grad(out.float().sum() + lse.sum(), inputs)
 
@@ -91,15 +92,7 @@ def decode(heads, kv_heads, size, count, block, columns, queries=1, dtype=torch.
         (2, queries, heads, size), *[(2, columns, kv_heads, size)] * 2, (2, columns // block, kv_heads, size), dtype=dtype
     )
     decode_attention(
-        q,
-        k,
-        v,
-        means,
-        torch.tensor([columns, 7]),
-        block_size=block,
-        num_selected_blocks=count,
-        starts=torch.tensor([0, 3]),
-        impl="triton",
+        q, k, v, means, torch.tensor([columns, 7]), Selection(count, block), starts=torch.tensor([0, 3]), impl="triton"
     )
 
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, compressed_attention, dense_attention, select_blocks
 from ssa.ops.reference import block_sparse as reference
@@ -35,8 +36,8 @@ SHAPES = [
 LONG = [(1, 4096, 4096, 4, 1, 64, 16, 16), (1, 4096, 4096, 4, 2, 64, 64, 4)]
 
 
-def chosen(q, k, block_size, num_selected, **kwargs):
-    return select_blocks(q.detach(), k.detach(), block_size=block_size, num_selected_blocks=num_selected, **kwargs)[0]
+def chosen(q, k, block_size, num_selected, scope="group", **kwargs):
+    return select_blocks(q.detach(), k.detach(), Selection(num_selected, block_size, scope=scope), **kwargs)[0]
 
 
 def check(shape, dtype, positions=None, scope="group", bias=False):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssa.budget import Selection
 from ssa.ops import block_sparse_attention, select_blocks
 from ssa.testing import random_qkv
 
@@ -28,7 +29,7 @@ class Names(TorchDispatchMode):
 
 
 def gradients(q, k, v):
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2, impl="triton")
+    index, _ = select_blocks(q, k, Selection(2, 4), impl="triton")
     out, lse = block_sparse_attention(q, k, v, index, block_size=4, impl="triton")
     return [out, lse, *torch.autograd.grad(out.sin().sum() + lse.sum(), (q, k, v))]
 
@@ -60,7 +61,7 @@ def test_eager_calls_go_past_the_dispatcher(monkeypatch):
 
 def test_gradients_of_gradients_are_refused():
     q, k, v = random_qkv(1, 12, 12, 4, 2, 16, dtype=torch.float32)
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2, impl="reference")
+    index, _ = select_blocks(q, k, Selection(2, 4), impl="reference")
     out, _ = block_sparse_attention(q, k, v, index, block_size=4, impl="triton")
     (first,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError):
@@ -154,7 +155,7 @@ def test_plans_fix_what_binaries_depend_on(monkeypatch):
                     patch.setattr(modules[module], name, value)
                 index = torch.zeros(1, 2, tokens, 2, dtype=torch.int32)
                 modules["select"].select_blocks(q.detach(), k.detach()[:, ::block].contiguous(), None, None, tokens, block, 2, "group", "softmax", "exact", 0.25)  # fmt: skip
-                out, _ = modules["block_sparse"].block_sparse_attention(q, k, v, index, None, None, block, 0.25)
+                out, _ = modules["block_sparse"].block_sparse_attention(q, k, v, index, None, None, None, block, 0.25)
                 torch.autograd.grad(out.sum(), (q, k, v))
                 low = torch.zeros(1, tokens, dtype=torch.int32)
                 out, _ = modules["span"].span_attention(q, k, v, low, low + 1, 0.25)

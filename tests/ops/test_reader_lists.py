@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from ssa.budget import Selection
 from ssa.ops import select_blocks
 from ssa.testing import document_positions, random_qkv
 
@@ -39,9 +40,7 @@ def test_every_pair_is_in_the_list_of_its_block(case, way, monkeypatch):
         monkeypatch.setattr(module, "MAP_BYTES", 0)
     batch, queries, keys, heads, kv_heads, block_size, count, span, segment, positions = CASES[case]
     q, k, _ = random_qkv(batch, queries, keys, heads, kv_heads, 16, dtype=torch.float32)
-    index, _ = select_blocks(
-        q, k, block_size=block_size, num_selected_blocks=count, positions=positions, scope="head", impl="reference"
-    )
+    index, _ = select_blocks(q, k, Selection(count, block_size, scope="head"), positions=positions, impl="reference")
     on_device = None if positions is None else positions.contiguous().to(device)
     launched = set()
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, select_blocks
 from ssa.testing import RMS_RATIO, assert_rounded, attention_oracle, document_positions, poisoned_empty, random_qkv, rms_ratio
@@ -44,10 +45,10 @@ SELECTIONS = {
 }
 
 
-def check_selection(q, k, **options):
-    expected, expected_score = select_blocks(q, k, impl="reference", **options)
+def check_selection(q, k, selection, **options):
+    expected, expected_score = select_blocks(q, k, selection, impl="reference", **options)
     with poisoned_empty():
-        index, score = select_blocks(q, k, impl="triton", **options)
+        index, score = select_blocks(q, k, selection, impl="triton", **options)
     assert index.dtype == torch.int32 and index.shape == expected.shape
     # scores, not indices: near-ties flip
     torch.testing.assert_close(score.sort(-1).values, expected_score.sort(-1).values, rtol=1e-4, atol=1e-5)
@@ -75,41 +76,47 @@ MANY = [case for case in SELECTIONS if "many" in case]
 def test_selection(case, chunks):
     batch, queries, keys, heads, kv_heads, size, block_size, count, scope, scoring, positions = SELECTIONS[case]
     q, k, _ = (x.detach() for x in random_qkv(batch, queries, keys, heads, kv_heads, size, dtype=torch.float32))
-    check_selection(q, k, block_size=block_size, num_selected_blocks=count, scope=scope, scoring=scoring, positions=positions)
+    check_selection(q, k, Selection(count, block_size, scope=scope, scoring=scoring), positions=positions)
 
 
 @pytest.mark.parametrize("positions", [None, PACKED], ids=["plain", "packed"])
 def test_selection_by_the_released_rule(positions):
     q, k, _ = (x.detach() for x in random_qkv(1, 30, 30, 2, 1, 16, dtype=torch.float32))
-    check_selection(q, k, block_size=2, num_selected_blocks=2, rule="released", positions=positions)
+    check_selection(q, k, Selection(2, 2, rule="released"), positions=positions)
 
 
 @pytest.mark.parametrize("chunks", [1, 4], indirect=True)
 @pytest.mark.parametrize(("queries", "keys", "block_size", "count"), [(8, 160, 4, 4), (3, 645, 16, 16)])
 def test_released_rule_with_chunks_and_a_tail(queries, keys, block_size, count, chunks):
     q, k, _ = (x.detach() for x in random_qkv(1, queries, keys, 2, 1, 16, dtype=torch.float32))
-    check_selection(q, k, block_size=block_size, num_selected_blocks=count, rule="released")
+    check_selection(q, k, Selection(count, block_size, rule="released"))
 
 
 @pytest.mark.parametrize(
-    ("options", "chunks"),
-    [({"positions": document_positions([90, 60])[:, -80:]}, 4), ({"rule": "released", "num_selected_blocks": 4}, 4), ({}, 1)],
+    ("selection", "positions", "chunks"),
+    [
+        (Selection(3, 4), document_positions([90, 60])[:, -80:], 4),
+        (Selection(4, 4, rule="released"), None, 4),
+        (Selection(3, 4), None, 1),
+    ],
     ids=["documents", "released", "batch"],
     indirect=["chunks"],
 )
-def test_selection_in_slabs(monkeypatch, chunks, options):
+def test_selection_in_slabs(request, monkeypatch, chunks, selection, positions):
     """A tile of queries at a time, 64 here."""
     from ssa.ops.triton import select
 
     monkeypatch.setattr(select, "SCORE_BYTES", 1)
-    q, k, _ = (x.detach() for x in random_qkv(1 if options else 2, 80, 150, 2, 1, 16, dtype=torch.float32))
-    check_selection(q, k, **{"block_size": 4, "num_selected_blocks": 3} | options)
+    q, k, _ = (
+        x.detach() for x in random_qkv(2 if "batch" in request.node.callspec.id else 1, 80, 150, 2, 1, 16, dtype=torch.float32)
+    )
+    check_selection(q, k, selection, positions=positions)
 
 
 def test_nothing_to_select_or_attend_to():
     for batch, tokens in ((0, 20), (1, 0)):
         q, k, v = random_qkv(batch, tokens, 20, 2, 1, 16, dtype=torch.float32)
-        index, score = select_blocks(q, k, block_size=4, num_selected_blocks=3, impl="triton")
+        index, score = select_blocks(q, k, Selection(3, 4), impl="triton")
         assert index.shape == score.shape == (batch, 1, tokens, 3)
         out, lse = block_sparse_attention(q, k, v, index, block_size=4, impl="triton")
         gradients = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
@@ -147,8 +154,8 @@ def test_spans_of_the_backward_pass():
 def test_selection_with_extreme_logits(sharpness):
     q, k, _ = (x.detach() for x in random_qkv(1, 24, 24, 2, 1, 16, dtype=torch.float32))
     q = q * sharpness
-    index, _ = select_blocks(q, k, block_size=2, num_selected_blocks=3, impl="triton")
-    _, expected_score = select_blocks(q, k, block_size=2, num_selected_blocks=12, impl="reference")
+    index, _ = select_blocks(q, k, Selection(3, 2), impl="triton")
+    _, expected_score = select_blocks(q, k, Selection(12, 2), impl="reference")
     for t in range(24):  # what is chosen scores no less than what is not
         own = t // 2
         every = dict(zip(range(own + 1), expected_score[0, 0, t, : own + 1].tolist(), strict=True))
@@ -166,7 +173,7 @@ def test_not_even_a_broken_key_breaks_the_contract(chunks, scoring, value):
     k[:, 9], q[:, 3] = value, value
     own = torch.arange(50, 60) // 4
     for impl in ("reference", "triton"):
-        index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=4, scoring=scoring, impl=impl)
+        index, _ = select_blocks(q, k, Selection(4, 4, scoring=scoring), impl=impl)
         for row, last in zip(index[0, 0].tolist(), own.tolist(), strict=True):
             picked = [n for n in row if n >= 0]
             assert row == picked + [-1] * (4 - len(picked)) and picked == sorted(set(picked)) and picked[-1] == last
@@ -244,7 +251,7 @@ def test_attention_and_gradients(monkeypatch, case):
     leaves = [*low, *([bias] if biased else [])]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     options = {"block_size": block_size, "positions": positions}
-    index, _ = select_blocks(low[0], low[1], num_selected_blocks=count, scope=scope, impl="reference", **options)
+    index, _ = select_blocks(low[0], low[1], Selection(count, block_size, scope=scope), positions=positions, impl="reference")
     by = torch.randn(low[0].shape), torch.randn(low[0].shape[:3])
     with poisoned_empty():
         actual = gradients(block_sparse_attention(*low, index, bias=bias, impl="triton", **options), leaves, *by)
@@ -302,7 +309,7 @@ def test_a_bias_may_mask_every_key_of_a_block_and_of_a_query(monkeypatch, case):
     leaves = [*low, bias.requires_grad_()]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     options = {"block_size": block_size, "positions": positions}
-    index, _ = select_blocks(low[0], low[1], num_selected_blocks=count, scope=scope, impl="reference", **options)
+    index, _ = select_blocks(low[0], low[1], Selection(count, block_size, scope=scope), positions=positions, impl="reference")
     by = torch.randn(low[0].shape).to(dtype), torch.randn(low[0].shape[:3])
     with poisoned_empty():
         attended = block_sparse_attention(*low, index, bias=bias, impl="triton", **options)
@@ -324,7 +331,7 @@ def test_masked_keys_in_long_rows(heads, kv_heads, size, block_size, keys=4096):
     bias[:, keys // 2 : keys // 2 + 50, -1] = LOWEST
     leaves = [*low, bias.requires_grad_()]
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    index, _ = select_blocks(low[0], low[1], block_size=block_size, num_selected_blocks=16)
+    index, _ = select_blocks(low[0], low[1], Selection(16, block_size))
     by = torch.randn(low[0].shape).to(low[0].dtype), torch.randn(low[0].shape[:3])
     attended = [
         block_sparse_attention(*xs[:3], index, bias=xs[3], block_size=block_size, impl=impl)
@@ -363,16 +370,16 @@ def test_the_operator_is_a_good_citizen_of_pytorch():
     from ssa.ops.triton.block_sparse import block_sparse_forward
 
     q, k, v = random_qkv(1, 6, 6, 2, 1, 16, dtype=torch.float32)
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2, impl="reference")
-    arguments = (q, k, v, index, None, None, 4, 0.25)
+    index, _ = select_blocks(q, k, Selection(2, 4), impl="reference")
+    arguments = (q, k, v, index, None, None, None, 4, 0.25)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(block_sparse_forward, arguments, test_utils=checks)
-    torch.library.opcheck(block_sparse_forward, (*arguments[:5], torch.zeros(1, 6, 1), 4, 0.25), test_utils=checks)
+    torch.library.opcheck(block_sparse_forward, (*arguments[:5], torch.zeros(1, 6, 1), None, 4, 0.25), test_utils=checks)
 
 
 def test_float64_is_refused_when_asked_for_and_avoided_when_not():
     q, k, v = random_qkv(1, 6, 6, 2, 1, 16)
-    index, _ = select_blocks(q, k, block_size=4, num_selected_blocks=2)
+    index, _ = select_blocks(q, k, Selection(2, 4))
     assert block_sparse_attention(q, k, v, index, block_size=4)[0].dtype == torch.float64
     with pytest.raises(UserError, match="float64"):
         block_sparse_attention(q, k, v, index, block_size=4, impl="triton")
@@ -387,5 +394,5 @@ def test_an_explicit_request_never_falls_back(monkeypatch):
     )
     q, k, _ = random_qkv(1, 6, 6, 2, 1, 16, dtype=torch.float32)
     with pytest.raises(UserError, match="cannot run"):
-        select_blocks(q, k, block_size=4, num_selected_blocks=2, impl="triton")
-    select_blocks(q, k, block_size=4, num_selected_blocks=2)  # auto takes the reference
+        select_blocks(q, k, Selection(2, 4), impl="triton")
+    select_blocks(q, k, Selection(2, 4))  # auto takes the reference

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ssa.methods import methods
 from ssa.attention import AttentionCall
 from ssa.attention.full import FullAttention
 from ssa.budget import Selection
+from ssa.methods import methods
 from ssa.ops import dense
 from ssa.testing import attend
 from ssa.train.context_parallel import ContextParallel, _Gathering
@@ -37,7 +37,9 @@ def test_parts_attend_as_whole_rows_do(method, documents):
     gates = torch.rand(2, 96, 4, methods()[method].num_gates, dtype=torch.float64)
     position_BT = torch.cat([torch.arange(n) for n in documents]).expand(2, 96)
     plain = len(documents) == 1
-    call = AttentionCall("sparse" if method != "full" else "full", Selection(2, 8), align=method == "ssa", positions_BT=position_BT)
+    call = AttentionCall(
+        "sparse" if method != "full" else "full", Selection(2, 8), align=method == "ssa", positions_BT=position_BT
+    )
     whole = attend(kind, q, k, v, gates, call)
     alignment = []
     for rank in range(2):

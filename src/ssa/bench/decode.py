@@ -23,6 +23,7 @@ from ssa.bench.peers import BACKENDS
 from ssa.bench.report import Deadline, Report, environment
 from ssa.bench.shapes import Shape, parse_list, parse_tokens
 from ssa.bench.timing import both_ways, first_line, kernel_profile
+from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.ops import block_means, decode_attention
 from ssa.ops.dense import VARLEN_NAMES_GQA
@@ -114,14 +115,13 @@ def measure(plan: Plan, shape: Shape, tokens: int, batch: int) -> dict[str, Any]
         GateError: ours is not what the reference gives.
     """
     q, k, v = cached(shape, tokens, batch, plan)
-    options: dict[str, Any] = {"block_size": shape.budget.block_size, "num_selected_blocks": shape.budget.num_selected_blocks}
     means = torch.cat([block_means(k[b : b + 1], shape.budget.block_size) for b in range(batch)])
     row: dict[str, Any] = {"shape": str(shape), "batch": batch, "tokens": tokens, "queries": plan.queries}
-    row["errors"] = check(plan, q, k, v, means, options)
+    row["errors"] = check(plan, q, k, v, means, shape.selection)
     lengths = torch.full((batch,), tokens, device=q.device, dtype=torch.int32)
 
     def sparse() -> Any:
-        return decode_attention(q, k, v, means, lengths, **options, impl=plan.impl)
+        return decode_attention(q, k, v, means, lengths, shape.selection, impl=plan.impl)
 
     row |= {"sparse": both_ways(sparse), "kernels": kernel_profile(sparse, repeats=20)}
     if plan.queries == 1:
@@ -143,7 +143,7 @@ def cached(shape: Shape, tokens: int, batch: int, plan: Plan) -> tuple[Tensor, T
     return q, k, v
 
 
-def check(plan: Plan, q: Tensor, k: Tensor, v: Tensor, means: Tensor, options: dict[str, Any]) -> dict[str, float]:
+def check(plan: Plan, q: Tensor, k: Tensor, v: Tensor, means: Tensor, selection: Selection) -> dict[str, float]:
     """Errors of the first rows, ragged, against the reference in fp64.
 
     Raises:
@@ -152,9 +152,9 @@ def check(plan: Plan, q: Tensor, k: Tensor, v: Tensor, means: Tensor, options: d
     rows, tokens = min(2, len(q)), k.shape[1]
     lengths = torch.tensor([tokens, tokens - tokens // 3], device=q.device, dtype=torch.int32)[:rows]
     q, k, v, means = (x[:rows] for x in (q, k, v, means))
-    out, lse, index = decode_attention(q, k, v, means, lengths, **options, impl=plan.impl)
+    out, lse, index = decode_attention(q, k, v, means, lengths, selection, impl=plan.impl)
     q, k, v, means = (x.double() for x in (q, k, v, means))
-    gold_out, gold_lse, gold = decode_attention(q, k, v, means, lengths, **options, impl="reference")
+    gold_out, gold_lse, gold = decode_attention(q, k, v, means, lengths, selection, impl="reference")
     same = (index == gold).all(-1)
     readers = same.repeat_interleave(q.shape[2] // index.shape[1], 1).transpose(1, 2)
     errors = {

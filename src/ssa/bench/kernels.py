@@ -162,7 +162,7 @@ def sparse_times(shape: Shape, tokens: int, plan: Plan, profiled: bool) -> dict[
     block = shape.budget.block_size
 
     def select() -> Tensor:
-        return select_blocks(q, k, **shape.selection, impl=plan.impl)[0]
+        return select_blocks(q, k, shape.selection, impl=plan.impl)[0]
 
     def forward() -> Tensor:
         return block_sparse_attention(q, k, v, select(), block_size=block, impl=plan.impl)[0]

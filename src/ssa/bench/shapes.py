@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ssa.config import Budget
+from ssa.budget import Budget, Scope, Selection
 from ssa.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     budget: Budget
-    scope: str = "group"
+    scope: Scope = "group"
 
     @classmethod
     def parse(cls, text: str) -> Shape:
@@ -39,9 +39,9 @@ class Shape:
             raise UserError(
                 f"shape {text!r} is not HEADS/KV_HEADS/SIZE:BLOCKSxSIZE; write e.g. 32/8/128:16x64, or 16x16 for 32/2/64"
             )
-        if "@" in text and scope not in ("head", "group"):
+        if "@" in text and scope != "head" and scope != "group":
             raise UserError(f"shape {text!r}: who chooses is {scope!r}; write @head, @group or nothing, which is @group")
-        shape = cls(int(found[1]), int(found[2]), int(found[3]), Budget.parse(budget), scope or "group")
+        shape = cls(int(found[1]), int(found[2]), int(found[3]), Budget.parse(budget), "head" if scope == "head" else "group")
         if not shape.kv_heads or not shape.head_dim or shape.heads % shape.kv_heads or not shape.heads:
             raise UserError(f"shape {text!r}: the query heads must be a multiple of the kv heads, and none of the three 0")
         return shape
@@ -52,9 +52,9 @@ class Shape:
         return self.heads, self.kv_heads, self.head_dim
 
     @property
-    def selection(self) -> dict[str, Any]:
-        """What `select_blocks` needs to know of it."""
-        return {"block_size": self.budget.block_size, "num_selected_blocks": self.budget.num_selected_blocks, "scope": self.scope}
+    def selection(self) -> Selection:
+        """How many blocks are chosen, and by whom."""
+        return Selection(self.budget.num_selected_blocks, self.budget.block_size, scope=self.scope)
 
     def __str__(self) -> str:
         chooser = "@head" if self.scope == "head" else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssa.config import released_rule_check
+from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.ops.documents import block_within_rows
 from ssa.ops.implementations import resolve
@@ -23,13 +23,9 @@ def decode_attention(
     v: Tensor,
     block_means: Tensor,
     lengths: Tensor,
+    selection: Selection,
     *,
-    block_size: int,
-    num_selected_blocks: int,
     starts: Tensor | None = None,
-    scope: str = "group",
-    scoring: str = "softmax",
-    rule: str = "exact",
     bias: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
@@ -46,7 +42,7 @@ def decode_attention(
             (n + 1) * block_size - 1. Means of blocks that a row has not completed are never read.
         lengths: int32 or int64 [B], cached tokens of each row. Queries before a shorter row's start read nothing.
         starts: int32 or int64 [B], first column of each row; None = 0.
-        scope, scoring, rule, scale: as for `select_blocks`.
+        selection, scale: as for `select_blocks`.
         bias: [B, S, K] logit bias per key, added after scaling; -inf masks a key. Blocks are chosen without it.
         impl: "auto", "reference" or "triton".
 
@@ -55,7 +51,7 @@ def decode_attention(
         head scope), ascending, right-padded with -1, M as for `select_blocks`. A query that reads nothing: 0, -inf and -1.
 
     Raises:
-        UserError: shapes or dtypes that do not fit, an unknown option, or a "released" budget that their kernel cannot compute.
+        UserError: shapes or dtypes that do not fit.
     """
     batch, queries, heads, size = q.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[2]:
@@ -66,8 +62,7 @@ def decode_attention(
         raise UserError(
             f"{queries} queries over {k.shape[1]} columns: decode_attention takes 1 to {MAX_QUERIES}, no more than columns; for more use select_blocks and block_sparse_attention"
         )
-    if block_size < 1 or num_selected_blocks < 1:
-        raise UserError(f"block_size = {block_size} and num_selected_blocks = {num_selected_blocks} must be at least 1")
+    block_size = selection.block_size
     if (
         block_means.shape[:1] + block_means.shape[2:] != k.shape[:1] + k.shape[2:]
         or block_means.shape[1] < k.shape[1] // block_size
@@ -79,11 +74,6 @@ def decode_attention(
         raise UserError(
             f"q {q.dtype}, k {k.dtype}, v {v.dtype} and block_means {block_means.dtype} differ in dtype; cast them to one"
         )
-    for name, value, known in (("scope", scope, ("group", "head")), ("scoring", scoring, ("softmax", "logit")), ("rule", rule, ("exact", "released"))):  # fmt: skip
-        if value not in known:
-            raise UserError(f"{name} = {value!r} is not one of {', '.join(known)}")
-    if rule == "released":
-        released_rule_check(num_selected_blocks, block_size)
     if bias is not None and bias.shape != k.shape[:3]:
         raise UserError(f"bias {tuple(bias.shape)} is not [B, S, K] = {list(k.shape[:3])}")
     if scale is not None and not scale > 0:
@@ -92,8 +82,9 @@ def decode_attention(
     impl = resolve(impl, q)
     block_size = block_within_rows(block_size, k.shape[1])
     arguments = (
-        q, k, v, block_means, lengths, starts, bias, block_size, within_rows(num_selected_blocks, block_size, k.shape[1], impl),
-        scope, scoring, rule, size**-0.5 if scale is None else float(scale),
+        q, k, v, block_means, lengths, starts, bias, block_size,
+        within_rows(selection.num_selected_blocks, block_size, k.shape[1], impl), selection.scope, selection.scoring, selection.rule,
+        size**-0.5 if scale is None else float(scale),
     )  # fmt: skip
     with torch.no_grad():
         # modules of one implementation are imported when it runs: without triton the reference still does; and by statements,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssa.config import released_rule_check
+from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.ops.documents import FIXED_BLOCK_SIZE, BlockGrid, block_within_rows, resolve_positions
 from ssa.ops.implementations import resolve
@@ -46,32 +46,28 @@ def within_rows(num_selected_blocks: int, block_size: int, num_keys: int, impl: 
 def select_blocks(
     q: Tensor,
     k: Tensor,
+    selection: Selection,
     *,
-    block_size: int,
-    num_selected_blocks: int,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    scope: str = "group",
-    scoring: str = "softmax",
-    rule: str = "exact",
     scale: float | None = None,
     block_keys: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The top `num_selected_blocks` key blocks of every query by block score; the query's own block is always among them.
+    """The top `selection.num_selected_blocks` key blocks of every query by block score; the query's own block is always among them.
 
-    A block's key is the mean of its (roped) keys. With `scoring="softmax"` each query head takes a softmax of
-    q . block_key * scale over the complete blocks it sees, and a block scores the sum over the heads of its group; `"logit"`
-    sums the scaled products themselves (the paper's text). `scope="head"` lets each query head choose for itself (MoBA as first
-    published). Candidates are the blocks before the query's own. Ties go to the lower block. Where a NaN or an infinity makes scores
+    A block's key is the mean of its (roped) keys. With scoring "softmax" each query head takes a softmax of
+    q . block_key * scale over the complete blocks it sees, and a block scores the sum over the heads of its group; "logit"
+    sums the scaled products themselves (the paper's text). Scope "head" lets each query head choose for itself (MoBA as first
+    published). Rule "exact" is the true top-k; "released" what the authors' kernel computes and their checkpoints were trained with:
+    where k > block_size / 2, the best k/2 of all earlier chunks of `block_size` blocks and the best k/2 of the query's. Candidates are the blocks before the query's own. Ties go to the lower block. Where a NaN or an infinity makes scores
     NaN, which candidates are chosen, and whether the implementations agree, is not defined; the contract below holds.
 
     Args:
         q: [B, T, H, D], after RoPE. k: [B, S, K, D], after RoPE, T <= S; the queries are the last T tokens.
+        selection: how many blocks of how many keys, by whom and by which rule.
         positions: int [B, T] document-relative query positions (packed, padded or cached rows); None = plain rows.
         cu_seqlens: int32 [documents + 1], the same for one packed row (B = 1, T = S).
-        rule: "exact", the true top-k; "released", what the authors' kernel computes and their checkpoints were trained with:
-            where k > block_size / 2, the best k/2 of all earlier chunks of `block_size` blocks and the best k/2 of the query's.
         scale: logit scale, 1/sqrt(D) by default.
         block_keys: [B, N, K, D] cached means of the complete blocks, row b's block n starting n * block_size keys after the
             start of its only document; computed from k when absent.
@@ -79,25 +75,19 @@ def select_blocks(
 
     Returns:
         block_indices: int32 [B, K, T, M] ([B, H, T, M] for head scope), document-relative, ascending, right-padded with -1. M is
-            `num_selected_blocks`. Of more than 32, or of blocks of 1024 keys and more, M is at most the number that rows have,
+            `selection.num_selected_blocks`. Of more than 32, or of blocks of 1024 keys and more, M is at most the number that rows have,
             ceil(S / block_size), which the kernels, compiled for each M, round up to a power of two.
         scores: fp32, same shape; +inf for the own block, -inf for padding.
 
     Raises:
-        UserError: shapes that do not fit, an unknown option, or a "released" budget that their kernel cannot compute.
+        UserError: shapes that do not fit.
     """
     batch, _, heads, size = q.shape
     if k.shape[0] != batch or k.shape[3] != size or heads % k.shape[2]:
         raise UserError(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit: [B, T, H, D] and [B, S, K, D] with H a multiple of K"
         )
-    if block_size < 1 or num_selected_blocks < 1:
-        raise UserError(f"block_size = {block_size} and num_selected_blocks = {num_selected_blocks} must be at least 1")
-    for name, value, known in (("scope", scope, ("group", "head")), ("scoring", scoring, ("softmax", "logit")), ("rule", rule, ("exact", "released"))):  # fmt: skip
-        if value not in known:
-            raise UserError(f"{name} = {value!r} is not one of {', '.join(known)}")
-    if rule == "released":
-        released_rule_check(num_selected_blocks, block_size)
+    block_size = selection.block_size
     if block_keys is not None and (
         block_keys.shape[0] != batch or block_keys.shape[2:] != k.shape[2:] or block_keys.shape[1] < k.shape[1] // block_size
     ):
@@ -121,8 +111,9 @@ def select_blocks(
             first_block = grid.first_block_BT.contiguous()
         impl = resolve(impl, q)
         arguments = (
-            q, block_keys, first_block, positions, k.shape[1], block_size, within_rows(num_selected_blocks, block_size, k.shape[1], impl),
-            scope, scoring, rule, size**-0.5 if scale is None else float(scale),
+            q, block_keys, first_block, positions, k.shape[1], block_size,
+            within_rows(selection.num_selected_blocks, block_size, k.shape[1], impl), selection.scope, selection.scoring, selection.rule,
+            size**-0.5 if scale is None else float(scale),
         )  # fmt: skip
         # modules of one implementation are imported when it runs: without triton the reference still does
         if impl == "triton":

@@ -32,7 +32,7 @@ def block_sparse_attention(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _chunks(
     q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, block_indices_BRTM: Tensor, positions_BT: Tensor | None,
-    bias_BSK: Tensor | None, block_size: int, scale: float,
+    bias_BSK: Tensor | None, slots_BRTM: Tensor | None, block_size: int, scale: float,
 ) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor, Tensor | None, _Pairs, float]]]:  # fmt: skip
     """Queries whose logits fit `LOGIT_ELEMENTS` together, and what `_Attend` takes for them."""
     batch, queries, heads, _ = q_BTHD.shape
@@ -42,7 +42,8 @@ def _chunks(
     chunk = max(1, LOGIT_ELEMENTS // max(1, batch * heads * block_indices_BRTM.shape[3] * block_size))
     for t in range(0, queries, chunk):
         cut = slice(t, t + chunk)
-        pairs = _pair_up(block_indices_BRTM[:, :, cut], start_BT[:, cut], positions_BT[:, cut], block_size, keys)
+        slots = None if slots_BRTM is None else slots_BRTM[:, :, cut]
+        pairs = _pair_up(block_indices_BRTM[:, :, cut], slots, start_BT[:, cut], positions_BT[:, cut], block_size, keys)
         yield cut, (q_BTHD[:, cut], k_BSKD, v_BSKD, bias_BSK, pairs, scale)
 
 
@@ -66,13 +67,20 @@ class _Pairs(NamedTuple):
     selector_of_tile: Tensor
     column_of_tile: Tensor
     """Key columns of the tile's block, int64 [X, s], clamped to the row."""
+    unread_of_tile: Tensor | None
+    """Keys of the tile's block that none of its queries reads, bool [X, s]; None where all columns hold numbers."""
 
 
-def _pair_up(index_BRTM: Tensor, start_BT: Tensor, positions_BT: Tensor, block_size: int, keys: int) -> _Pairs:
+def _pair_up(
+    index_BRTM: Tensor, slots_BRTM: Tensor | None, start_BT: Tensor, positions_BT: Tensor, block_size: int, keys: int
+) -> _Pairs:
     device = index_BRTM.device
     batch, selectors, _queries, selected = index_BRTM.shape
     index = index_BRTM.to(torch.int64)
-    first_column = start_BT[:, None, :, None] + index * block_size
+    if slots_BRTM is None:
+        first_column = start_BT[:, None, :, None] + index * block_size
+    else:
+        first_column = slots_BRTM.to(torch.int64) * block_size
     visible = (positions_BT[:, None, :, None] + 1 - index * block_size).clamp(0, block_size)
     visible = torch.where(index < 0, 0, visible).flatten()
     rows = torch.arange(batch * selectors, device=device).view(batch, selectors, 1, 1)
@@ -93,8 +101,12 @@ def _pair_up(index_BRTM: Tensor, start_BT: Tensor, positions_BT: Tensor, block_s
     visible_of_slot = order.new_zeros(slots).scatter_(0, slot_of_pair, visible)
     tile_name = names[block_of_tile]
     row, column = tile_name // keys, tile_name % keys
-    columns = (column[:, None] + torch.arange(block_size, device=device)).clamp(max=keys - 1)
-    return _Pairs(slot_of_pair.view(-1, selected), pair_of_slot, visible_of_slot, row // selectors, row % selectors, columns)
+    place_s = torch.arange(block_size, device=device)
+    columns = (column[:, None] + place_s).clamp(max=keys - 1)
+    unread = None if slots_BRTM is None else place_s >= visible_of_slot.view(-1, per_tile).amax(1)[:, None]
+    return _Pairs(
+        slot_of_pair.view(-1, selected), pair_of_slot, visible_of_slot, row // selectors, row % selectors, columns, unread
+    )
 
 
 class _Attend(torch.autograd.Function):
@@ -180,11 +192,17 @@ class _Tiles:
         """Rows of a per-key tensor for every tile, [X, s, ...]. Indexes a strided cache without copying it."""
         return x_BSK[self.pairs.batch_of_tile[:, None], self.pairs.column_of_tile, self.kv_head[:, None]]
 
+    def read(self, x_BSKD: Tensor) -> Tensor:
+        """Keys or values of every tile, [X, s, D]; 0 where no query reads: a page's free places may hold anything, and 0 * NaN is NaN."""
+        rows_XsD = self.of_keys(x_BSKD).to(self.dtype)
+        unread_Xs = self.pairs.unread_of_tile
+        return rows_XsD if unread_Xs is None else rows_XsD.masked_fill(unread_Xs[..., None], 0.0)
+
     def k_XDs(self) -> Tensor:
-        return self.of_keys(self.k).to(self.dtype).transpose(1, 2)
+        return self.read(self.k).transpose(1, 2)
 
     def v_XsD(self) -> Tensor:
-        return self.of_keys(self.v).to(self.dtype)
+        return self.read(self.v)
 
     def to_keys(self, x_XsD: Tensor, like_BSKD: Tensor) -> Tensor:
         """Sums tile rows into the keys they came from, in `like`'s shape and dtype."""
@@ -209,21 +227,21 @@ class _Saved:
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, positions: Tensor | None, bias: Tensor | None, block_size: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, positions: Tensor | None, bias: Tensor | None,
+    slots: Tensor | None, block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    chunks = _chunks(q, k, v, block_indices, positions, bias, block_size, scale)
+    chunks = _chunks(q, k, v, block_indices, positions, bias, slots, block_size, scale)
     return _joined([_Attend.forward(_Saved(), *chunk) for _, chunk in chunks])
 
 
 def _run_backward(
     d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, positions: Tensor | None,
-    bias: Tensor | None, block_size: int, scale: float,
+    bias: Tensor | None, slots: Tensor | None, block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias; that of no bias is empty."""
     d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     d_bias = q.new_empty(0) if bias is None else torch.zeros_like(bias)
-    for cut, chunk in _chunks(q, k, v, block_indices, positions, bias, block_size, scale):
+    for cut, chunk in _chunks(q, k, v, block_indices, positions, bias, slots, block_size, scale):
         saved = _Saved()
         _Attend.forward(saved, *chunk)
         parts: Any = _Attend.backward(saved, d_out[:, cut], d_lse[:, cut])
@@ -240,23 +258,23 @@ block_sparse_backward_op = torch.library.custom_op("ssa::block_sparse_reference_
 
 
 @block_sparse_op.register_fake
-def _(q, k, v, block_indices, positions, bias, block_size, scale):
+def _(q, k, v, block_indices, positions, bias, slots, block_size, scale):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @block_sparse_backward_op.register_fake
-def _(d_out, d_lse, q, k, v, block_indices, positions, bias, block_size, scale):
+def _(d_out, d_lse, q, k, v, block_indices, positions, bias, slots, block_size, scale):
     return *(torch.empty_like(x) for x in (q, k, v)), q.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.sizes = inputs[6:]
+    ctx.save_for_backward(*inputs[:7])
+    ctx.sizes = inputs[7:]
 
 
 def _backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
     d_q, d_k, d_v, d_bias = block_sparse_backward_op(d_out, d_lse, *ctx.saved_tensors, *ctx.sizes)
-    return d_q, d_k, d_v, None, None, None if ctx.saved_tensors[5] is None else d_bias, None, None
+    return d_q, d_k, d_v, None, None, None if ctx.saved_tensors[5] is None else d_bias, None, None, None
 
 
 block_sparse_op.register_autograd(_backward, setup_context=_setup_context)

@@ -40,5 +40,5 @@ def decode_attention(
         q_BTHD, block_means_BNKD, first_block_BT, positions_BT, columns, block_size, num_selected, scope, scoring, rule, scale
     )
     indices = indices.masked_fill(before_BT[:, None, :, None], -1)
-    out, lse = block_sparse_attention(q_BTHD, k, v, indices, positions_BT, bias, block_size, scale)
+    out, lse = block_sparse_attention(q_BTHD, k, v, indices, positions_BT, bias, None, block_size, scale)
     return out, lse, indices

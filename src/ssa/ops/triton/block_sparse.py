@@ -54,31 +54,38 @@ def _query(
 
 
 @triton.jit
-def _keys_of_step(indices, query, c, position, start, M: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr):
-    """Of the keys c ... c + BN - 1 of a query's selection: which it sees, their columns, and which columns are safe to read."""
+def _keys_of_step(
+    indices, slots, query, c, position, start, M: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr
+):  # fmt: skip
+    """Of the keys c ... c + BN - 1 of a query's selection: which it sees, their columns, and which columns are safe to read. SLOTS: blocks
+    lie where `slots` says."""
     j = tl.arange(0, BN)
     if BS % BN == 0:  # of one block: addresses are one base and steps known in advance
         block = tl.load(indices + query * M + c // BS)
         key = tl.maximum(block, 0) * BS + c % BS + j
         seen = key <= tl.where(block < 0, -1, position)
         safe = seen
-        column = start + key
+        column = tl.load(slots + query * M + c // BS).to(tl.int64) * BS + c % BS + j if SLOTS else start + key
     else:
         slot = (c + j) // BS
         block = tl.load(indices + query * M + slot, mask=slot < M, other=-1)
         key = block * BS + (c + j) % BS
         seen = (block >= 0) & (key <= position)
-        safe = tl.full([BN], 1, tl.int1)
-        column = start + tl.where(seen, key, 0)
+        if SLOTS:
+            safe = seen
+            column = tl.load(slots + query * M + slot, mask=slot < M, other=0).to(tl.int64) * BS + (c + j) % BS
+        else:
+            safe = tl.full([BN], 1, tl.int1)
+            column = start + tl.where(seen, key, 0)
     return seen, column.to(tl.int64), safe
 
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, indices, positions, bias, out, lse_out, scale, T, S,
+    q, k, v, indices, positions, bias, slots, out, lse_out, scale, T, S,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h,
     R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
-    BS: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BS: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr, BIAS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b, r, t, g, d, tile_mask, q_G, position, start = _query(q, positions, T, S, q_b, q_t, q_h, R, G, GP, D, DP, PLAIN)
     kv = r // (R // K)
@@ -87,7 +94,7 @@ def _forward_kernel(
     total = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP], tl.float32)
     for c in range(0, M * BS, BN):
-        seen, column, safe = _keys_of_step(indices, query, c, position, start, M, BS, BN)
+        seen, column, safe = _keys_of_step(indices, slots, query, c, position, start, M, BS, BN, SLOTS)
         keys = tl.load(
             k + b * k_b + kv.to(tl.int64) * k_h + (column * k_s)[None, :] + d[:, None],
             mask=safe[None, :] & (d < D)[:, None],
@@ -132,7 +139,7 @@ def _dq_kernel(
     query = (b * R + r) * T + t
     acc = tl.zeros([GP, DP], tl.float32)
     for c in range(0, M * BS, BN):
-        seen, column, safe = _keys_of_step(indices, query, c, position, start, M, BS, BN)
+        seen, column, safe = _keys_of_step(indices, None, query, c, position, start, M, BS, BN, False)
         keys = tl.load(
             k + b * k_b + kv.to(tl.int64) * k_h + (column * k_s)[:, None] + d[None, :],
             mask=safe[:, None] & (d < D)[None, :],
@@ -177,6 +184,7 @@ def _run_forward(
     block_indices: Tensor,
     positions: Tensor | None,
     bias: Tensor | None,
+    slots: Tensor | None,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -189,8 +197,8 @@ def _run_forward(
         return out, lse
     shape = _geometry(q, k, block_indices)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_bias_strides(bias))
-    plan = plan_of(q, k, v, block_indices, positions, bias, block_size, "forward", SEGMENT, *key_side.limits())
-    if _from_the_key_side(q, shape, block_size, k.shape[1]):
+    plan = plan_of(q, k, v, block_indices, positions, bias, slots, block_size, "forward", SEGMENT, *key_side.limits())
+    if slots is None and _from_the_key_side(q, shape, block_size, k.shape[1]):
         span = _span("forward", q, k, positions, shape, block_size)
         lists = reader_lists(plan, block_indices, positions, k.shape[1], block_size, span, SEGMENT, k.shape[2])
         key_side.forward(plan, q, k, v, block_indices, bias, lists, out, lse, scale, strides, shape, block_size)
@@ -198,8 +206,8 @@ def _run_forward(
     columns = _columns(shape, block_size)
     launch(
         plan, _forward_kernel, (queries, batch * shape["R"]),
-        q, k, v, block_indices, positions, bias, out, lse, scale, queries, k.shape[1], *strides, BS=block_size, BN=columns,
-        PLAIN=positions is None, BIAS=bias is not None, num_warps=1, num_stages=3, **shape,
+        q, k, v, block_indices, positions, bias, slots, out, lse, scale, queries, k.shape[1], *strides, BS=block_size, BN=columns,
+        PLAIN=positions is None, BIAS=bias is not None, SLOTS=slots is not None, num_warps=1, num_stages=3, **shape,
     )  # fmt: skip
     return out, lse
 
@@ -228,7 +236,7 @@ block_sparse_forward = torch.library.custom_op("ssa::block_sparse_forward", _run
 
 
 @block_sparse_forward.register_fake
-def _(q, k, v, block_indices, positions, bias, block_size, scale):
+def _(q, k, v, block_indices, positions, bias, slots, block_size, scale):
     return q.new_empty(q.shape), q.new_empty(_lse_shape(q, bias), dtype=torch.float32)
 
 
@@ -317,7 +325,7 @@ def _(q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse, block_siz
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, block_indices, positions, bias, ctx.block_size, ctx.scale = inputs
+    q, k, v, block_indices, positions, bias, _, ctx.block_size, ctx.scale = inputs  # with slots nobody asks for gradients
     out, lse = output
     ctx.save_for_backward(q, k, v, block_indices, positions, bias, out, lse)
     ctx.set_materialize_grads(False)
@@ -332,7 +340,7 @@ def _backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Ten
     d_q, d_k, d_v, d_bias = _differentiate(
         q, k, v, block_indices, positions, bias, out, lse, d_out, d_lse, ctx.block_size, ctx.scale
     )
-    return d_q, d_k, d_v, None, None, (None if bias is None else d_bias), None, None
+    return d_q, d_k, d_v, None, None, (None if bias is None else d_bias), None, None, None
 
 
 _attend = operation(block_sparse_forward, _run_forward, _setup_context, _backward)
@@ -346,10 +354,12 @@ def block_sparse_attention(
     block_indices: Tensor,
     positions: Tensor | None,
     bias: Tensor | None,
+    slots: Tensor | None,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See `ssa.ops.block_sparse_attention`; `positions` None = plain rows."""
     positions = None if positions is None else positions.contiguous()
-    out, lse = _attend(q, k, v, block_indices, positions, bias, block_size, scale)
+    slots = None if slots is None else slots.contiguous()
+    out, lse = _attend(q, k, v, block_indices, positions, bias, slots, block_size, scale)
     return out, lse if bias is None else lse.sum(-1)
