@@ -24,8 +24,8 @@ from ssa.train.flops import training_flops
 
 CHUNKS = (1, 17, 64, 1000)
 TOKENS = 70
-CLOSE = {"rtol": 2e-5, "atol": 2e-5}
-LOOSE = {"rtol": 2e-3, "atol": 2e-3}
+CLOSE: dict[str, Any] = {"rtol": 2e-5, "atol": 2e-5}
+LOOSE: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-3}
 """Of kernels against the reference, in fp32."""
 
 
@@ -51,8 +51,8 @@ def check_selector(
         "block_size": size,
     } | fields
     selector_named(name)
-    check_method(method, **fields)
-    model = tiny_model(method, **fields)
+    check_method(method, **known)
+    model = tiny_model(method, **known)
     _check_choices(model)
     _check_records(model)
 
@@ -78,7 +78,7 @@ def check_method(name: str, **fields: Any) -> None:
         _check_kernels(model)
 
 
-def _check_choices(model: SSAForCausalLM) -> None:
+def _check_choices(model: Any) -> None:
     """Of each query: the contract of `block_indices`, in whole rows, in parts of rows, and in packed rows."""
     selection, selector = model.config.selection(), model.model.layers[0].self_attn.selector
     heads, kv_heads, size = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim
@@ -118,7 +118,7 @@ def _check_index(index: Tensor, q: Tensor, k: Tensor, positions: Tensor | None, 
     assert bool((index == own).any(-1).all()), "a query's own block is missing"
 
 
-def _check_records(model: SSAForCausalLM) -> None:
+def _check_records(model: Any) -> None:
     """What an observer sees has the bias, with which analyses compute."""
     seen: list[AttentionRecord] = []
     with torch.no_grad():
@@ -127,7 +127,7 @@ def _check_records(model: SSAForCausalLM) -> None:
     assert all((record.bias_BSK is not None) == adds for record in seen), "an observer does not see the bias"
 
 
-def _check_weights(model: SSAForCausalLM) -> None:
+def _check_weights(model: Any) -> None:
     model.train()
     model(_tokens(), labels=_tokens()).loss.backward()
     without = [
@@ -138,13 +138,13 @@ def _check_weights(model: SSAForCausalLM) -> None:
     assert not without, f"training gives no finite gradient to {', '.join(without)}"
 
 
-def _check_flops(model: SSAForCausalLM) -> None:
+def _check_flops(model: Any) -> None:
     figures = training_flops(model.config, torch.arange(TOKENS)[None])
     assert all(x >= 0 for x in figures.values()) and figures["dense"] + figures["sparse"] > 0, f"FLOPs of a token: {figures}"
 
 
 @torch.no_grad()
-def _check_saved(model: SSAForCausalLM) -> None:
+def _check_saved(model: Any) -> None:
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(Path(directory))
         again = SSAForCausalLM.from_pretrained(Path(directory)).eval()
@@ -153,7 +153,7 @@ def _check_saved(model: SSAForCausalLM) -> None:
 
 
 @torch.no_grad()
-def _check_chunks(model: SSAForCausalLM, mode: str) -> None:
+def _check_chunks(model: Any, mode: str) -> None:
     x = _tokens()
     whole = model(x, attention_mode=mode, use_cache=False).logits
     for chunk in CHUNKS:
@@ -165,7 +165,7 @@ def _check_chunks(model: SSAForCausalLM, mode: str) -> None:
 
 
 @torch.no_grad()
-def _check_documents(model: SSAForCausalLM, mode: str) -> None:
+def _check_documents(model: Any, mode: str) -> None:
     x, lengths, start = _tokens(1), [9, 1, 33, 27], 0
     packed = model(x, position_ids=document_positions(lengths), attention_mode=mode, use_cache=False).logits
     for length in lengths:
@@ -176,7 +176,7 @@ def _check_documents(model: SSAForCausalLM, mode: str) -> None:
 
 
 @torch.no_grad()
-def _check_padding(model: SSAForCausalLM, mode: str) -> None:
+def _check_padding(model: Any, mode: str) -> None:
     x, pads = _tokens(), (0, 13)
     alone = [model(x[row : row + 1, pad:], attention_mode=mode, use_cache=False).logits for row, pad in enumerate(pads)]
     for side in ("left", "right"):
@@ -207,7 +207,7 @@ def _check_padding(model: SSAForCausalLM, mode: str) -> None:
 
 
 @torch.no_grad()
-def _check_cache(model: SSAForCausalLM, mode: str) -> None:
+def _check_cache(model: Any, mode: str) -> None:
     """Cropped, reordered, repeated, reset: as a cache that never saw anything else."""
     x = _tokens()
 
@@ -246,7 +246,7 @@ def _check_cache(model: SSAForCausalLM, mode: str) -> None:
     _close(again, whole, f"{mode}: a cache that was reset remembers what it should not")
 
 
-def _check_everything_selected(model: SSAForCausalLM) -> None:
+def _check_everything_selected(model: Any) -> None:
     """A budget that holds the row is full attention, bias included, in values and gradients (but for what branches add)."""
     if model.config.attends.branches:
         return
@@ -261,7 +261,7 @@ def _check_everything_selected(model: SSAForCausalLM) -> None:
 
 
 @torch.no_grad()
-def _check_kernels(model: SSAForCausalLM) -> None:
+def _check_kernels(model: Any) -> None:
     """Triton's interpreter against the reference, in one pass and decoding."""
     x = _tokens(1)[:, :24]
     wanted = model(x, use_cache=False).logits
@@ -280,5 +280,5 @@ def _tokens(rows: int = 2) -> Tensor:
     return torch.randint(0, 256, (rows, TOKENS), generator=torch.Generator("cpu").manual_seed(5), device="cpu")
 
 
-def _close(actual: Tensor, expected: Tensor, what: str, tolerance: dict[str, float] = CLOSE) -> None:
+def _close(actual: Tensor, expected: Tensor, what: str, tolerance: dict[str, Any] = CLOSE) -> None:
     torch.testing.assert_close(actual, expected, **tolerance, msg=lambda text: f"{what}: {text}")

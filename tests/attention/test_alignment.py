@@ -49,7 +49,7 @@ def test_identical_streams_do_not_disagree():
 def test_gated_or_ungated_outputs_are_aligned(gated):
     q, k, v = random_qkv(1, 32, 32, 4, 2, 8)
     gates = torch.rand(1, 32, 4, 1, dtype=torch.float64)
-        outs = [attend("ssa", q, k, v, None, AttentionCall(mode, Selection(2, 4))).out_BTHD for mode in ("full", "sparse")]
+    outs = [attend("ssa", q, k, v, None, AttentionCall(mode, Selection(2, 4))).out_BTHD for mode in ("full", "sparse")]
     if gated:
         outs = [x * gates for x in outs]
     call = AttentionCall("full", Selection(2, 4), True)
