@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
+import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from ssa.errors import UserError
 
@@ -41,6 +43,31 @@ class Budget:
         if not found:
             raise UserError(f"budget {text!r} is not BLOCKSxSIZE; write e.g. 16x16 for 16 blocks of 16 keys")
         return cls(int(found[1]), int(found[2]))
+
+
+class Full(enum.Enum):
+    """Everything is read."""
+
+    FULL = "full"
+
+    @property
+    def tokens(self) -> float:
+        return math.inf
+
+    def __str__(self) -> str:
+        return self.value
+
+
+FULL = Full.FULL
+Reading: TypeAlias = Budget | Full
+"""What a pass reads, in all layers or in one."""
+
+
+def parse_reading(text: str | Reading) -> Reading:
+    """ "4x16" -> Budget(4, 16), "full" -> FULL."""
+    if isinstance(text, Full):
+        return text
+    return FULL if isinstance(text, str) and text.strip() == "full" else Budget.parse(text)
 
 
 def parse_budgets(text: str) -> list[Budget | None]:

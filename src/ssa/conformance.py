@@ -44,7 +44,7 @@ def check_selector(
         AssertionError: What is wrong.
     """
     blocks, size = map(int, budget.split("x"))
-    fields = {
+    known: dict[str, Any] = {
         "selector": name,
         "selector_options": dict(options or {}),
         "num_selected_blocks": blocks,

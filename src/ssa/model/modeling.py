@@ -6,9 +6,10 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, C hi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils.generic import can_return_tuple
 
-from ssa.attention import AttentionCall, AttentionInputs, AttentionRecord
-from ssa.config import AttentionMode, Budget
+from ssa.attention import AttentionCall, AttentionInputs, AttentionRecord, Selector
+from ssa.budget import AttentionMode, Budget, Full, Reading, parse_reading
 from ssa.errors import UserError
 from ssa.files import follow_umask
 from ssa.model.alignment import carry, warn_of_counted_starts, warn_of_eval_mode, weight_in_loss
@@ -32,6 +33,9 @@ from ssa.model.inputs import document_positions, refuse_typos, shifted_targets
 from ssa.ops.cross_entropy import SLICE_ELEMENTS, linear_cross_entropy
 from ssa.ops.documents import cu_seqlens_from_positions
 from ssa.train.streams import TrainStep, follow_trainers
+
+Readings: TypeAlias = Reading | str | Sequence[Reading | str]
+"""A budget or full attention, for all layers or one a layer."""
 
 
 class SSAAttention(nn.Module):
@@ -164,7 +168,7 @@ class SSAModel(SSAPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         attention_mode: AttentionMode | None = None,
-        budget: Budget | str | None = None,
+        budget: Readings | None = None,
         stream: AttentionMode | None = None,
         cu_seqlens: Tensor | None = None,
         observer: Callable[[int, AttentionRecord], None] | None = None,
@@ -206,14 +210,15 @@ class SSAModel(SSAPreTrainedModel):
         if positions_BT is not None and cu_seqlens is None and x_BTC.is_cuda and not (past and queries == 1):
             # once, not in every layer
             cu_seqlens = cu_seqlens_from_positions(positions_BT, past + queries if past else None)
-        call = self._attention_call(attention_mode, budget, stream, positions_BT, padding_BT, cu_seqlens, observer)
+        call = self._attention_call(attention_mode, stream, positions_BT, padding_BT, cu_seqlens, observer)
+        calls = self._by_layer(call, attention_mode, budget)
         absolute_BT = positions_BT
         if absolute_BT is None:
             absolute_BT = torch.arange(past, past + x_BTC.shape[1], device=x_BTC.device)[None]
         rope = self.rotary_emb(x_BTC, absolute_BT)
         hidden_states: tuple[Tensor, ...] = ()
         alignments: list[Tensor] = []
-        for layer in self.layers:
+        for layer, call in zip(self.layers, calls, strict=True):
             if output_hidden_states:
                 hidden_states += (x_BTC,)
             x_BTC, alignment = layer(x_BTC, rope, call, cache=cache)
@@ -238,7 +243,7 @@ class SSAModel(SSAPreTrainedModel):
         )
 
     def _attention_call(
-        self, attention_mode: AttentionMode | None, budget: Budget | str | None, stream: AttentionMode | None,
+        self, attention_mode: AttentionMode | None, stream: AttentionMode | None,
         positions_BT: Tensor | None, padding_BT: Tensor | None, cu_seqlens: Tensor | None,
         observer: Callable[[int, AttentionRecord], None] | None,
     ) -> AttentionCall:  # fmt: skip
@@ -255,8 +260,34 @@ class SSAModel(SSAPreTrainedModel):
                 align = True
         else:
             mode = attention_mode or config.attention_mode
-        selection = config.selection(None if budget is None else Budget.parse(budget))
-        return AttentionCall(mode, selection, align, positions_BT, padding_BT, cu_seqlens, self.impl, observer)
+        return AttentionCall(mode, config.selection(), align, positions_BT, padding_BT, cu_seqlens, self.impl, observer)
+
+    def _by_layer(
+        self, call: AttentionCall, attention_mode: AttentionMode | None, budget: Readings | None
+    ) -> Sequence[AttentionCall]:
+        """What each layer is asked for."""
+        layers = len(self.layers)
+        if budget is None:
+            return [call] * layers
+        given = [budget] if isinstance(budget, (str, Budget, Full)) else list(budget)
+        if len(given) not in (1, layers):
+            raise UserError(f"budget names {len(given)} layers, and the model has {layers}: name one for all or one a layer")
+        calls = [self._read(call, parse_reading(reading), attention_mode, len(given) > 1) for reading in given]
+        return calls if len(given) > 1 else calls * layers
+
+    def _read(
+        self, call: AttentionCall, reading: Reading, attention_mode: AttentionMode | None, of_one_layer: bool
+    ) -> AttentionCall:
+        if not isinstance(reading, Full):
+            selection = self.config.selection(reading)
+            for selector in {type(m): m for m in self.modules() if isinstance(m, Selector)}.values():
+                selector.check(selection)
+            # where layers differ, one that names a budget reads it
+            mode: AttentionMode = "sparse" if of_one_layer and not call.align else call.mode
+            return replace(call, mode=mode, selection=selection)
+        if call.align or attention_mode == "sparse":
+            raise UserError("budget = 'full' contradicts training or attention_mode = 'sparse': name a budget of blocks")
+        return replace(call, mode="full")
 
 
 def _positions(
@@ -357,7 +388,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         attention_mode: AttentionMode | None = None,
-        budget: Budget | str | None = None,
+        budget: Readings | None = None,
         stream: AttentionMode | None = None,
         cu_seqlens: Tensor | None = None,
         observer: Callable[[int, AttentionRecord], None] | None = None,
@@ -379,7 +410,8 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             labels: int [B, T], `input_ids` with -100 where there is nothing to learn; shifted inside. Padding and the first token
                 of a document are never targets.
             attention_mode: "sparse" or "full"; the configuration's in inference, the method's stream in training by default.
-            budget: `Budget` or "kxs", blocks a query may read; the configuration's by default.
+            budget: `Budget` or "kxs", blocks a query may read; the configuration's by default. "full" or `ssa.budget.FULL` is full attention.
+                A list has one for each layer.
             stream: SSA in training: the stream that goes on, where the caller draws it (`ssa.train.streams`).
             cu_seqlens: int32 [documents + 1], where documents begin in the flattened batch, beside `position_ids`: spares a GPU one
                 wait (`ssa.ops.documents.cu_seqlens_from_positions`, on the CPU).
