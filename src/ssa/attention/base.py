@@ -8,7 +8,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,9 +16,6 @@ from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, decode_attention, dense_attention, gated_sum, select_blocks
 from ssa.ops.implementations import resolve
-
-if TYPE_CHECKING:
-    from ssa.model.cache import CacheRoom
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,8 @@ class BlockMeans(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    room: CacheRoom | None = None
-    """Where a few tokens are decoded: the whole cache, for `ssa.ops.decode_attention`."""
+    room: Any = None
+    """A `ssa.model.cache.CacheRoom` where a few tokens are decoded: the whole cache, for `ssa.ops.decode_attention`."""
 
 
 class MethodOutput(NamedTuple):

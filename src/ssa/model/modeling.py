@@ -29,10 +29,10 @@ from ssa.model.alignment import carry, warn_of_counted_starts, warn_of_eval_mode
 from ssa.model.cache import CACHE_FIELD, BlockCache, BlockCacheGeneration, CacheByEitherName, one_cache
 from ssa.model.configuration import SSAConfig
 from ssa.model.inputs import document_positions, refuse_typos, shifted_targets
+from ssa.model.streams import TrainStep, follow_trainers
 from ssa.ops.cross_entropy import SLICE_ELEMENTS, linear_cross_entropy
 from ssa.ops.decode import MAX_QUERIES
 from ssa.ops.documents import cu_seqlens_from_positions
-from ssa.train.streams import TrainStep, follow_trainers
 
 
 class SSAAttention(nn.Module):
@@ -393,7 +393,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
                 of a document are never targets.
             attention_mode: "sparse" or "full"; the configuration's in inference, the method's stream in training by default.
             budget: `Budget` or "kxs", blocks a query may read; the configuration's by default.
-            stream: SSA in training: the stream that goes on, where the caller draws it (`ssa.train.streams`).
+            stream: SSA in training: the stream that goes on, where the caller draws it (`ssa.model.streams`).
             cu_seqlens: int32 [documents + 1], where documents begin in the flattened batch, beside `position_ids`: spares a GPU one
                 wait (`ssa.ops.documents.cu_seqlens_from_positions`, on the CPU).
             observer: called as observer(layer, AttentionRecord) by every layer.
