@@ -13,7 +13,8 @@ SOURCES = Path(ssa.__file__).parent
 FLOORS = (
     ("ssa.errors",),
     ("ssa.arguments", "ssa.checked_json", "ssa.files", "ssa.ranks", "ssa.terminal"),
-    ("ssa.collectives", "ssa.config", "ssa.device"),
+    ("ssa.budget", "ssa.collectives", "ssa.device"),
+    ("ssa.config",),
     ("ssa.data",),
     ("ssa.runs",),
     ("ssa.ops",),
