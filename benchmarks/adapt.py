@@ -7,7 +7,7 @@
 One JSON for each run, and one for the model as it was ("before"). Started again, it keeps what is finished, measures what was only trained,
 and goes on from checkpoints. On several GPUs, start it once for each, with the same --out and --work: each process takes the next run of its
 --runs that no other has. A run that fails is tried again by those that are started afterwards. Other arguments change the recipe,
-`adapt.toml`. `adapt_report.py` makes what docs/results.md shows.
+the preset `adapt`. `adapt_report.py` makes what docs/results.md shows.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ssa.analysis.analyze import analyze
 from ssa.config import load_recipe, override
 from ssa.errors import UserError
 from ssa.eval.evaluate import evaluate
-from ssa.train.checkpoint import resolve_checkpoint
-from ssa.train.environment import git_state, versions
+from ssa.runs.checkpoints import resolve_checkpoint
+from ssa.runs.provenance import git_state, versions
 
 RUNS: dict[str, list[str]] = {
     "ssa": [],
@@ -50,7 +50,7 @@ def measure(run: Path, args: argparse.Namespace, context: int) -> dict[str, Any]
             figures[name] = evaluate(
                 run, data=source, budgets=BUDGETS, context=context, max_tokens=args.eval_tokens, out=run / name
             )  # fmt: skip
-    analysis = analyze([run], data=args.data, context=context, max_tokens=args.analysis_tokens, html=False, out=run / "measured")
+    analysis = analyze([run], data=args.data, context=context, max_tokens=args.analysis_tokens, out=run / "measured")
     figures["analysis"] = json.loads(analysis.files[0].read_text())
     return figures
 
@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("data", help="a directory prepared with the model's tokenizer")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="run directories; OUT/runs if left out")
-    parser.add_argument("--recipe", default=str(Path(__file__).with_suffix(".toml")))
+    parser.add_argument("--recipe", default="adapt")
     parser.add_argument("--runs", default=",".join(RUNS))
     parser.add_argument("--eval-tokens", type=int, default=300_000)
     parser.add_argument("--analysis-tokens", type=int, default=65_536)

@@ -31,10 +31,10 @@ from ssa.data.tokenizer import vocabulary_size
 from ssa.errors import UserError
 from ssa.files import write_atomically
 from ssa.model import SSAConfig, SSAForCausalLM
-from ssa.train.environment import git_state, versions
+from ssa.model.streams import draw_stream
+from ssa.runs.provenance import git_state, versions
 from ssa.train.optim import build_optimizer, learning_rate
 from ssa.train.parallel import gradient_norm
-from ssa.train.streams import draw_stream
 
 SEED = 1
 

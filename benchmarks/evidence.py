@@ -35,8 +35,8 @@ from ssa.errors import UserError
 from ssa.eval.documents import is_prepared
 from ssa.eval.evaluate import evaluate
 from ssa.files import sole_writer, write_atomically
-from ssa.train.checkpoint import checkpoint_path, find_checkpoints
-from ssa.train.run_directory import read_starts
+from ssa.runs.checkpoints import checkpoint_path, find_checkpoints
+from ssa.runs.home import read_starts
 from ssa.train.trainer import train
 
 RUNS: dict[str, list[str]] = {
@@ -180,7 +180,7 @@ def measure(run: Path, args: argparse.Namespace, recipe: Recipe) -> dict[str, An
         run, data=args.data, budgets="16x16,full", perplexity=False, needle_lengths=(1024, recipe.data.context), needle_cases=40,
         needle_depths=(0.1, 0.5, 0.9), out=run / "needle",
     )  # fmt: skip
-    analysis = analyze([run], data=args.data, max_tokens=65536, html=False, out=run / "measured")
+    analysis = analyze([run], data=args.data, max_tokens=65536, out=run / "measured")
     figures["analysis"] = json.loads(analysis.files[0].read_text())
     return figures
 

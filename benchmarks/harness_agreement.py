@@ -36,11 +36,12 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 
 import ssa
+from ssa.device import resolve_device
 from ssa.errors import UserError
 from ssa.eval.evaluate import evaluate
 from ssa.eval.harness import SSALM
 from ssa.eval.harness_tasks import write_tasks
-from ssa.infer.load import load_model, resolve_device
+from ssa.infer.load import load_model
 from ssa.model.convert import convert
 
 TASKS = "piqa,hellaswag,arc_easy,arc_challenge,wikitext"

@@ -19,7 +19,7 @@ from ssa.data.tokenizer import load_tokenizer, vocabulary_size
 from ssa.eval.evaluate import evaluate
 from ssa.files import write_atomically
 from ssa.model import SSAConfig, SSAForCausalLM
-from ssa.train.environment import git_state, versions
+from ssa.runs.provenance import git_state, versions
 
 LIMIT = 120.0  # seconds: the project's bar for one budget of the 60m model on an H200
 

@@ -26,7 +26,7 @@ from ssa.data.loader import PackedLoader
 from ssa.data.prefetch import Prefetcher
 from ssa.data.shards import TOKENIZER, TokenShards, read_index
 from ssa.data.sources import Reading, block_texts, expand_inputs, read_blocks
-from ssa.train.environment import versions
+from ssa.runs.provenance import versions
 
 LIBRARY_BYTES = 8_000_000
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from ssa.config import load_recipe
 from ssa.errors import UserError
 from ssa.files import write_atomically
-from ssa.train.environment import git_state, versions
+from ssa.runs.provenance import git_state, versions
 
 ENDINGS = ("whole", "control", "killed", "stopped")
 WAYS = ("ddp", "fsdp", "hsdp")

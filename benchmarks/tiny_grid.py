@@ -24,8 +24,8 @@ from ssa.config import Budget, TrainRecipe
 from ssa.data.loader import PackedLoader
 from ssa.data.shards import TokenShards
 from ssa.model import SSAConfig, SSAForCausalLM
+from ssa.model.streams import draw_stream
 from ssa.train.optim import learning_rate
-from ssa.train.streams import draw_stream
 
 BASE = {"context": 512, "k": 4, "bs": 16, "alpha": 10.0, "lr": 3e-3, "steps": 300, "batch": 8, "layers": 4, "full_ratio": 0.5}
 VARIANTS: list[dict[str, Any]] = [

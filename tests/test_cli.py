@@ -102,7 +102,7 @@ def test_mistakes_are_one_line_on_stderr(monkeypatch, capsys, command, says):
 def test_no_terminal_gets_to_see_a_box(encoding):
     """tyro draws another one where the output has no UTF-8."""
     for command, says in (
-        ("train", "ssa train needs CONFIG: A recipe file, or a preset: tiny, 33m, 60m, 300m, 1b, servable-1b"),
+        ("train", "ssa train needs CONFIG: A recipe file, or a preset: tiny, 33m, 60m, 300m, 1b, servable-1b, adapt"),
         ("train tiny --train.steps x", "--train.steps 'x' is not a whole number"),
     ):
         done = subprocess.run([sys.executable, "-m", "ssa", *command.split()], capture_output=True,

@@ -27,6 +27,12 @@ def test_presets_build_and_state_their_size(name):
     assert heading.startswith(f"# {name}: ") and f"Parameters: {model.num_parameters():,}." in heading
 
 
+def test_every_preset_is_known_here():
+    """`adapt` has no shape of its own."""
+    assert {path.stem for path in find_recipe("tiny").parent.glob("*.toml")} == {*PRESETS, "adapt"}
+    assert load_recipe("adapt").train.probe_every == 100
+
+
 def test_presets_follow_table_a1():
     for name, shape in {"300m": (1024, 4096, 16, 1), "1b": (2048, 8192, 32, 2)}.items():
         m = load_recipe(name).model

@@ -77,7 +77,7 @@ def run_demo(out: Path, steps: int | None = None, seed: int = 1, overwrite: bool
     for run in runs:
         evaluate(run, budgets=[*BUDGETS, "full"], max_tokens=EVALUATED_TOKENS)
     console.print("[bold]4/4 Looking[/bold] at what their attention keeps")
-    result = analyze(runs, max_tokens=ANALYSED_TOKENS, seed=seed, html=False, console=Console(quiet=True))
+    result = analyze(runs, max_tokens=ANALYSED_TOKENS, seed=seed, console=Console(quiet=True))
     save_summary_picture(result.runs, out / "analysis" / "summary.png")
     figures = demo_figures(result.runs, recipe)
     write_atomically(out / "demo.json", json.dumps(figures, indent=2) + "\n")
@@ -111,7 +111,7 @@ def demo_figures(runs: Sequence[RunResults], recipe: Recipe) -> dict[str, Any]:
 
     Losses are the evaluation's, everything else is the analysis's at the budget of the training.
     """
-    from ssa.train.environment import versions
+    from ssa.runs.provenance import versions
 
     methods = {}
     for run in runs:

@@ -9,16 +9,8 @@ from pathlib import Path
 from ssa.analysis.results import read_metrics
 from ssa.config import load_recipe
 from ssa.errors import UserError
-from ssa.eval.run_directory import run_home, run_recipe
-from ssa.train.checkpoint import (
-    LATEST,
-    METADATA,
-    newest_checkpoint,
-    numbered_checkpoints,
-    resolve_checkpoint,
-    verify_checkpoint,
-)
-from ssa.train.run_directory import RECIPE, find_data, find_mixture, read_starts
+from ssa.runs.checkpoints import LATEST, METADATA, newest_checkpoint, numbered_checkpoints, resolve_checkpoint, verify_checkpoint
+from ssa.runs.home import RECIPE, find_data, find_mixture, read_starts, run_home, run_recipe
 
 Check = tuple[str, Callable[[], str]]
 """What is looked at, and a function that says what was found or raises `UserError`."""

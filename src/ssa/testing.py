@@ -196,7 +196,7 @@ def save_checkpoint(
     run_dir: Path, step: int, model: Any, tokenizer: Any, optimizer: Any, extra: dict[str, Any], keep_last: int = 2
 ) -> Path:
     """A checkpoint as training on one rank writes it; returns its directory. See `ssa.train.saver.Saver`."""
-    from ssa.train.distributed import Ranks
+    from ssa.collectives import Ranks
     from ssa.train.saver import Saver
 
     saver = Saver(run_dir, Ranks(torch.device("cpu")), tokenizer, keep_last)

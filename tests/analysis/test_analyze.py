@@ -22,6 +22,7 @@ from ssa.config import Budget
 from ssa.data.tokenizer import byte_tokenizer, encode_documents
 from ssa.errors import UserError
 from ssa.ops import select_blocks
+from ssa.report.report import write_analysis_report
 from ssa.testing import LargestTensor, document_positions, random_qkv, tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so again. " * 12
@@ -115,7 +116,8 @@ def test_several_runs_end_in_files_a_table_and_a_report(make_run, text, tmp_path
         runs[1] / "analysis/analysis.json",
         tmp_path / "runs/analysis/comparison.json",
     ]
-    assert result.report == tmp_path / "runs/analysis/report.html" and "two" in result.report.read_text()
+    report = write_analysis_report(result)
+    assert report == tmp_path / "runs/analysis/report.html" and "two" in report.read_text()
     one = json.loads(result.files[0].read_text())
     assert (one["method"], one["budget"], one["dtype"], one["device"]) == ("full", "2x4", "float32", "cpu")
     assert one["measured"] == {
@@ -131,17 +133,14 @@ def test_several_runs_end_in_files_a_table_and_a_report(make_run, text, tmp_path
     assert json.loads(result.files[2].read_text())["runs"] == [run.analysis for run in result.runs]
     printed = console.file.getvalue()
     assert "one" in printed and "kept mass, sparse inference" in printed and "Theorem 1: 0 of" in printed
-    assert printed.rstrip().endswith(f"report: {result.report}")
-    again = analyze(runs, data=text, context=64, max_tokens=256, budget="2x4", device="cpu", console=quiet(), html=False)
-    assert [r.analysis for r in again.runs] == [r.analysis for r in result.runs] and again.report is None
+    again = analyze(runs, data=text, context=64, max_tokens=256, budget="2x4", device="cpu", console=quiet())
+    assert [r.analysis for r in again.runs] == [r.analysis for r in result.runs]
 
 
 def test_with_out_the_run_is_left_as_it_was(make_run, text, tmp_path):
     run = make_run("one")
     before = sorted(run.rglob("*"))
-    result = analyze(
-        [run], data=text, context=64, max_tokens=128, out=tmp_path / "here", html=False, device="cpu", console=quiet()
-    )
+    result = analyze([run], data=text, context=64, max_tokens=128, out=tmp_path / "here", device="cpu", console=quiet())
     assert result.files == [tmp_path / "here/analysis.json"] and sorted(run.rglob("*")) == before
     assert result.runs[0].analysis["budget"] == "3x4"  # the model's own
 
@@ -162,7 +161,7 @@ def test_what_cannot_be_analysed_is_one_line(make_run, text, tmp_path):
         ({"runs": [make_run("short", max_position_embeddings=32)], "data": text, "context": 64}, "32 positions"),
     ):
         with pytest.raises(UserError, match=message) as caught:
-            analyze(**arguments, html=False, device="cpu", console=quiet())
+            analyze(**arguments, device="cpu", console=quiet())
         assert "\n" not in str(caught.value)
 
 
@@ -172,7 +171,7 @@ def test_runs_with_different_tokenizers_do_not_compare(make_run, text):
     one, other = make_run("one"), make_run("other", vocab_size=300)
     train_bpe([TEXT], 270).save_pretrained(other)
     with pytest.raises(UserError, match="another tokenizer"):
-        analyze([one, other], data=text, html=False, device="cpu", console=quiet())
+        analyze([one, other], data=text, device="cpu", console=quiet())
 
 
 def test_figures_that_are_not_finite_leave_no_file(make_run, text):
@@ -182,7 +181,7 @@ def test_figures_that_are_not_finite_leave_no_file(make_run, text):
         model.lm_head.weight.fill_(float("nan"))
     model.save_pretrained(run)
     with pytest.raises(UserError, match="not finite"):
-        analyze([run], data=text, context=64, max_tokens=128, html=False, device="cpu", console=quiet())
+        analyze([run], data=text, context=64, max_tokens=128, device="cpu", console=quiet())
     assert not list(run.rglob("*.json.tmp*")) and not (run / "analysis" / "analysis.json").exists()
 
 
@@ -224,7 +223,7 @@ def test_whole_documents_begin_rows_and_short_ones_are_left_out(tmp_path):
 
 def test_one_long_row_is_read_by_default_even_beyond_the_usual_number_of_tokens(make_run, text, monkeypatch):
     monkeypatch.setattr("ssa.analysis.analyze.MAX_TOKENS", 40)
-    result = analyze([make_run("one")], data=text, context=64, html=False, device="cpu", console=quiet(), decode_steps=4)
+    result = analyze([make_run("one")], data=text, context=64, device="cpu", console=quiet(), decode_steps=4)
     assert result.runs[0].analysis["measured"]["tokens"] == 64
     assert result.runs[0].analysis["decode"]["steps"] == 4
     assert sum(result.runs[0].analysis["predictions"]["by_position"]["tokens"]) == 64
@@ -234,7 +233,7 @@ def test_one_long_row_is_read_by_default_even_beyond_the_usual_number_of_tokens(
 def test_rows_shorter_than_asked_are_told_in_a_line(make_run, text, asked, max_tokens, got, why):
     out = io.StringIO()
     result = analyze(
-        [make_run("one")], data=text, context=asked, max_tokens=max_tokens, html=False, device="cpu", decode_steps=0,
+        [make_run("one")], data=text, context=asked, max_tokens=max_tokens, device="cpu", decode_steps=0,
         console=Console(file=out, width=200),
     )  # fmt: skip
     assert result.runs[0].analysis["measured"]["context"] == got
@@ -265,9 +264,7 @@ def test_the_bar_comes_to_its_end_where_another_rank_reads_the_other_rows(make_r
     monkeypatch.setattr(measure, "exchange", lambda value: [value])  # as if the other one had found nothing
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    analyze(
-        [make_run("one")], data=text, context=64, max_tokens=64 * 5, decode_steps=0, device="cpu", html=False, console=quiet()
-    )
+    analyze([make_run("one")], data=text, context=64, max_tokens=64 * 5, decode_steps=0, device="cpu", console=quiet())
     assert totals == [2] and steps == [1, 1]
 
 

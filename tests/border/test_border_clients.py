@@ -11,8 +11,8 @@ from transformers import Trainer, TrainingArguments
 
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.eval.harness import SSALM
+from ssa.model.streams import StreamCallback
 from ssa.testing import tiny_model
-from ssa.train.streams import StreamCallback
 
 ROWS = [{"input_ids": row, "labels": row} for row in torch.arange(16 * 24).reshape(16, 24) * 37 % 256]
 

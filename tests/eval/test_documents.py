@@ -4,10 +4,10 @@ import json
 import numpy as np
 import pytest
 
-from ssa.data.shards import TokenShards
+from ssa.data.shards import TokenShards, is_prepared
 from ssa.data.tokenizer import byte_tokenizer, train_bpe
 from ssa.errors import UserError
-from ssa.eval.documents import document_texts, fingerprint, is_prepared, read_documents, read_texts
+from ssa.eval.documents import document_texts, fingerprint, read_documents, read_texts
 
 TEXT = "Zwölf Boxkämpfer  jagen\nViktor quer über den großen Sylter Deich. "
 

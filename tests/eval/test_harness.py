@@ -31,7 +31,7 @@ from sqlitedict import SqliteDict
 from ssa.eval import harness
 from ssa.eval.harness import SSALM
 from ssa.eval.harness_tasks import DEFINITIONS, write_tasks
-from ssa.eval.long.item_log import Shard
+from ssa.ranks import Shard
 
 RECORDS = {
     "piqa_val": [{"goal": f"Open {i}.", "choices": [f"Twist {i}", "Paint é it."], "label": i % 2} for i in range(8)],

@@ -6,8 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from ssa.config import Budget
 from ssa.data.tokenizer import train_bpe
+from ssa.device import resolve_device
 from ssa.errors import UserError
-from ssa.infer.load import attention_choice, load_model, resolve_device
+from ssa.infer.load import attention_choice, load_model
 from ssa.testing import tiny_model
 
 

@@ -3,9 +3,9 @@
 import torch
 from transformers import TrainerCallback
 
+from ssa.model.streams import draw_stream
 from ssa.testing import document_positions
 from ssa.train.loss import StepLoss, is_target
-from ssa.train.streams import draw_stream
 
 SSA_WEIGHT = 10.0
 

@@ -12,8 +12,8 @@ from ssa.data.tokenizer import byte_tokenizer
 from ssa.infer.load import load_model
 from ssa.model.card import STUB, write_card
 from ssa.model.convert import convert
+from ssa.runs.checkpoints import verify_checkpoint
 from ssa.testing import save_checkpoint, tiny_config, tiny_model
-from ssa.train.checkpoint import verify_checkpoint
 
 LOAD = """
 import sys

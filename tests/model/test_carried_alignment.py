@@ -8,8 +8,8 @@ from step_gradients import SSA_WEIGHT, alignment_gradients, assert_same_gradient
 from torch.nn.functional import cross_entropy
 
 from ssa.errors import UserError
+from ssa.model.streams import draw_stream
 from ssa.testing import document_positions, tiny_model
-from ssa.train.streams import draw_stream
 
 
 def documents(*lengths):

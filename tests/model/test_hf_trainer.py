@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, SequentialSampler
 
+from ssa.model.streams import StreamCallback, draw_stream
 from ssa.testing import tiny_model
-from ssa.train.streams import StreamCallback, draw_stream
 
 pytest.importorskip("accelerate", reason="accelerate, which transformers' Trainer needs, is not installed")
 from step_gradients import SSA_WEIGHT, TakeGradients, alignment_gradients, assert_same_gradients, step_gradients

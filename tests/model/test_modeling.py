@@ -10,9 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from ssa.errors import UserError
 from ssa.methods import methods
 from ssa.model import SSAConfig, SSAForCausalLM
+from ssa.model.streams import draw_stream
 from ssa.ops import cross_entropy
 from ssa.testing import LargestTensor, document_positions, tiny_config, tiny_model
-from ssa.train.streams import draw_stream
 
 
 def tokens(batch=2, length=40):

@@ -55,8 +55,8 @@ def main(jobs):
     from ssa.config import read_recipe
     from ssa.data.prefetch import Prefetcher
     from ssa.errors import UserError
-    from ssa.train import checkpoint_state, layers, saver, trainer
-    from ssa.train.distributed import SharedError
+    from ssa.ranks import SharedError
+    from ssa.train import checkpoint, layers, saver, trainer
     from ssa.train.loss import StepLoss
 
     torch.set_num_threads(1)
@@ -84,7 +84,7 @@ def main(jobs):
             return write(*arguments)
 
         Prefetcher.get, StepLoss.forward, saver.write_safetensors = watched, poisoned, full
-        checkpoint_state.FILE_BYTES = job.get("file_bytes", 1 << 30)
+        checkpoint.FILE_BYTES = job.get("file_bytes", 1 << 30)
         if "half_of" in job and rank == 0:
             shutil.copytree(job["half_of"], job["out"])
             shutil.rmtree(sorted((Path(job["out"]) / "checkpoints").iterdir())[-1])

@@ -11,23 +11,22 @@ import numpy as np
 import pytest
 import torch
 
+from ssa.collectives import Ranks
 from ssa.errors import UserError
-from ssa.testing import save_checkpoint, tiny_model
-from ssa.train import checkpoint as checkpoint_module
-from ssa.train import checkpoint_state
-from ssa.train import safetensors_file as module
-from ssa.train import saver as saver_module
-from ssa.train.checkpoint import (
+from ssa.model import safetensors_file as module
+from ssa.runs import checkpoints as checkpoint_module
+from ssa.runs.checkpoints import (
     find_checkpoints,
-    load_checkpoint,
     newest_checkpoint,
     open_checkpoint,
     read_metadata,
     resolve_checkpoint,
     verify_checkpoint,
 )
-from ssa.train.checkpoint_state import file_names, writer_of
-from ssa.train.distributed import Ranks
+from ssa.testing import save_checkpoint, tiny_model
+from ssa.train import checkpoint
+from ssa.train import saver as saver_module
+from ssa.train.checkpoint import file_names, load_checkpoint, writer_of
 from ssa.train.saver import Saver
 
 
@@ -133,8 +132,9 @@ KILLED = """
 import os, random, signal, sys, time, torch
 from pathlib import Path
 from ssa.testing import save_checkpoint, tiny_model
-from ssa.train.checkpoint import find_checkpoints, load_checkpoint
-from ssa.train.distributed import Ranks
+from ssa.runs.checkpoints import find_checkpoints
+from ssa.train.checkpoint import load_checkpoint
+from ssa.collectives import Ranks
 from ssa.train.saver import Saver
 
 torch.set_num_threads(1)
@@ -382,7 +382,7 @@ def test_a_background_failure_is_told_when_the_save_is_finished(tmp_path, monkey
 def test_files_of_a_large_state(monkeypatch):
     tensors = {name: torch.empty(size) for name, size in [("a", 100), ("b", 50), ("c", 60), ("d", 90), ("e", 1)]}
     assert set(file_names("model", tensors, 4).values()) == {"model.safetensors"}
-    monkeypatch.setattr(checkpoint_state, "FILE_BYTES", 400)
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 400)
     names = file_names("model", tensors, 2)
     assert names == {n: f"model-0000{1 if n in 'ab' else 2}-of-00002.safetensors" for n in "abcde"}
     assert [writer_of(names[n]) for n in "ae"] == [0, 1] and writer_of("model.safetensors") == 0

@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from ssa.train.checkpoint import find_checkpoints, verify_checkpoint
+from ssa.runs.checkpoints import find_checkpoints, verify_checkpoint
 from ssa.train.trainer import train
 
 STEPS = 10
@@ -242,9 +242,10 @@ def test_other_rows_a_step_are_refused(outs, make):
 
 
 def test_ranks_that_do_not_fit(monkeypatch):
+    from ssa.collectives import Ranks
     from ssa.config import TrainRecipe
     from ssa.errors import UserError
-    from ssa.train.distributed import Ranks, open_ranks
+    from ssa.train.distributed import open_ranks
     from ssa.train.parallel import resolve_parallel, shard_ranks
 
     with (

@@ -11,8 +11,7 @@ import pytest
 from ssa.cli import main
 from ssa.config import load_recipe
 from ssa.errors import UserError
-from ssa.eval.run_directory import run_data
-from ssa.train.run_directory import places, read_starts
+from ssa.runs.home import places, read_starts, run_data
 from ssa.train.trainer import train
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ssa.collectives import Ranks
 from ssa.config import TrainRecipe
 from ssa.errors import UserError
 from ssa.model import SSAForCausalLM
+from ssa.runs.checkpoints import find_checkpoints, resolve_checkpoint
 from ssa.train import trainer as module
-from ssa.train.checkpoint import find_checkpoints, resolve_checkpoint
-from ssa.train.distributed import Ranks
 from ssa.train.header import run_line, waiting_line
 from ssa.train.loss import StepLoss, alignment_share, is_target
 from ssa.train.trainer import train

@@ -1,21 +1,21 @@
-"""`analyze`: measure one or several runs on the same text, keep the figures, print them side by side, draw the report."""
+"""`analyze`: measure one or several runs on the same text, keep the figures, print them side by side."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssa.analysis.results import FORMAT, RunResults, losses, read_results
+from ssa.analysis.results import FORMAT, AnalysisResult, RunResults, losses, read_results
 from ssa.analysis.rows import Rows, packed_rows
 from ssa.config import Budget
+from ssa.device import local_device
 from ssa.errors import UserError
-from ssa.eval.long.item_log import Shard
-from ssa.eval.run_directory import run_context, run_data, run_home
 from ssa.files import check_directory, write_atomically
+from ssa.ranks import Shard
+from ssa.runs.home import run_context, run_data, run_home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,27 +24,16 @@ MAX_TOKENS = 16384
 DECODE_STEPS = 64
 
 
-@dataclass(frozen=True)
-class AnalysisResult:
-    """What `analyze` found and wrote."""
-
-    runs: list[RunResults]
-    files: list[Path]
-    """The JSON files."""
-    report: Path | None
-
-
 def analyze(
     runs: Sequence[Path | str], *, data: Path | str | None = None, split: str = "valid", budget: Budget | str | None = None,
     context: int | None = None, max_tokens: int | None = None, whole_documents: bool = False, decode_steps: int = DECODE_STEPS,
     seed: int = 0, device: str = "auto", dtype: str = "auto",
-    out: Path | str | None = None, html: bool = True, console: Console | None = None,
+    out: Path | str | None = None, console: Console | None = None,
 ) -> AnalysisResult:  # fmt: skip
     """Measure what the selected blocks of every run keep, under sparse and under full inference, on the same rows of text.
 
-    Writes RUN/analysis/analysis.json for each run; for several also their comparison, to `analysis/` beside the first run. The report
-    lies with the last-named. With `out`, everything goes there and the runs are left as they are. Prints one table and the report's path,
-    and a line where the rows are shorter than asked. Under torchrun the ranks share the rows; rank 0 alone writes, prints and returns something.
+    Writes RUN/analysis/analysis.json for each run; for several also their comparison, to `analysis/` beside the first run. With `out`,
+    everything goes there and the runs are left as they are. Prints one table, and a line where the rows are shorter than asked. Under torchrun the ranks share the rows; rank 0 alone writes, prints and returns something.
 
     Args:
         runs: Runs, checkpoints or model directories.
@@ -58,7 +47,6 @@ def analyze(
         seed: Draws the rows and the sampled points.
         device, dtype: As for `ssa.infer.load.load_model`.
         out: Directory for everything.
-        html: Draw the report.
         console: Where to print; standard output by default.
 
     Raises:
@@ -67,9 +55,9 @@ def analyze(
     from rich.console import Console
 
     from ssa.data.tokenizer import fingerprint, load_tokenizer
-    from ssa.train.checkpoint import open_checkpoint
+    from ssa.runs.checkpoints import open_checkpoint
 
-    rank, device = Shard.from_environment().rank, Shard.local_device(device)
+    rank, device = Shard.from_environment().rank, local_device(device)
     console = Console(quiet=True) if rank else Console() if console is None else console
     if not runs:
         raise UserError("nothing to analyse: name at least one run")
@@ -103,7 +91,7 @@ def analyze(
         if out is None:
             files.append(_write_json(run_home(run) / "analysis" / "analysis.json", analysis))
     if rank:
-        return AnalysisResult([], [], None)
+        return AnalysisResult([], [], [], None)
     directory = Path(out) if out is not None else run_home(runs[0]) / "analysis"
     if len(runs) > 1 and out is None:
         directory = run_home(runs[0]).resolve().parent / "analysis"
@@ -111,16 +99,7 @@ def analyze(
         content = {"format": FORMAT, "runs": [run.analysis for run in results]} if len(runs) > 1 else results[0].analysis
         files.append(_write_json(directory / ("comparison.json" if len(runs) > 1 else "analysis.json"), content))
     print_table(results, console)
-    report = None
-    if html:
-        from ssa.report.collect import collect_analyses
-        from ssa.report.report import render_report
-
-        report = directory / "report.html"
-        evidence = collect_analyses([(run_home(run), r.name, r.analysis) for run, r in zip(runs, results, strict=True)])
-        write_atomically(report, render_report(evidence))
-        console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
-    return AnalysisResult(results, files, report)
+    return AnalysisResult(results, files, [run_home(run) for run in runs], directory)
 
 
 def unique_names(runs: Sequence[Path | str]) -> list[str]:
@@ -184,8 +163,9 @@ def _measure_run(
     from rich.progress import Progress
 
     from ssa.analysis.measure import measure_model, own_rows
+    from ssa.device import device_name
     from ssa.infer.load import check_budgets, load_model
-    from ssa.train.environment import device_name, versions
+    from ssa.runs.provenance import versions
 
     model, _ = load_model(checkpoint, device=device, dtype=dtype)
     config = model.config

@@ -12,9 +12,9 @@ from torch import Tensor
 from ssa.analysis.decode import decode_overlap
 from ssa.analysis.divergence import DivergenceSums, token_divergence
 from ssa.analysis.meter import SparsityMeter, mean_figures, selection_of
+from ssa.collectives import gather, meet
 from ssa.config import Budget
-from ssa.eval.exchange import exchange, meet
-from ssa.eval.long.item_log import Shard
+from ssa.ranks import Shard
 
 if TYPE_CHECKING:
     from ssa.model import SSAForCausalLM
@@ -62,7 +62,7 @@ def measure_model(
         divergence.add(each, positions, budget.tokens)
         if progress is not None:
             progress(len(ids))
-    for rank, others in enumerate(exchange(({mode: meter.sums for mode, meter in meters.items()}, divergence))):
+    for rank, others in enumerate(gather(({mode: meter.sums for mode, meter in meters.items()}, divergence))):
         if rank != shard.rank:
             divergence.join(others[1])
             for mode, meter in meters.items():

@@ -129,6 +129,19 @@ SAME_TEXT = ("text_sha256", "context", "stride")
 """Settings of an evaluation that must be equal for its figures to compare with another's."""
 
 
+@dataclass(frozen=True)
+class AnalysisResult:
+    """What `analyze` found and wrote."""
+
+    runs: list[RunResults]
+    files: list[Path]
+    """The JSON files."""
+    homes: list[Path]
+    """The run directories."""
+    directory: Path | None
+    """Where what concerns all of them belongs."""
+
+
 def read_results(run: Path | str, analysis: dict[str, Any], name: str | None = None) -> RunResults:
     """`analysis` of `run` together with RUN/metrics.jsonl, RUN/eval/perplexity.json and RUN/eval/needle.json, where they are.
 

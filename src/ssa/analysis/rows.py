@@ -43,7 +43,7 @@ def packed_rows(
     """
     import torch
 
-    from ssa.eval.documents import is_prepared
+    from ssa.data.shards import is_prepared
 
     if context < 2:
         raise UserError(f"context = {context} must be at least 2 tokens")

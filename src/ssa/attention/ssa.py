@@ -1,6 +1,6 @@
 """SSA: both streams on the same q, k, v at every layer; one goes on, the other serves the alignment loss alone.
 
-Which stream goes on is drawn once per step (`ssa.train.streams`), never per layer: per layer the paper's runs end in NaN.
+Which stream goes on is drawn once per step (`ssa.model.streams`), never per layer: per layer the paper's runs end in NaN.
 """
 
 from __future__ import annotations

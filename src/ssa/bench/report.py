@@ -120,7 +120,7 @@ def environment(device: str) -> dict[str, Any]:
     """Hardware, versions and git state, for a report's header."""
     import torch
 
-    from ssa.train.environment import git_state, installed, versions
+    from ssa.runs.provenance import git_state, installed, versions
 
     hardware: dict[str, Any] = {"device": device}
     if device.startswith("cuda"):

@@ -24,13 +24,14 @@ from ssa.bench.report import Deadline, Report, environment
 from ssa.bench.rows import Layout, make_rows, vocabulary
 from ssa.bench.shapes import parse_list
 from ssa.bench.train_bars import train_bars
+from ssa.collectives import Ranks
 from ssa.config import Recipe
+from ssa.device import resolve_dtype
 from ssa.errors import UserError
-from ssa.infer.load import resolve_dtype
 from ssa.methods import method_named, methods
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.train.context_parallel import ContextParallel
-from ssa.train.distributed import Ranks, open_ranks
+from ssa.train.distributed import open_ranks
 from ssa.train.flops import run_peak_flops, training_flops
 from ssa.train.layers import prepare_layers
 from ssa.train.loss import StepLoss
@@ -133,7 +134,7 @@ def _measure_all(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks
     for group, how, fields in groups:
         what = f"{variant}, {layout} rows, {group.world} rank{'s' if group.world > 1 else ''}{how}"
         skip = report is not None and report.out_of_time(what)
-        if any(ranks.largest(int(skip))):
+        if any(ranks.all_max(int(skip))):
             continue
         row = None
         if group.world > 1 or ranks.main:
@@ -143,7 +144,7 @@ def _measure_all(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks
             report.add(row)
             print(described(row), flush=True)
         _release()
-        ranks.largest(0)  # the others wait here for rank 0
+        ranks.all_max(0)  # the others wait here for rank 0
 
 
 def _attempt(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ranks) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def measure(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ran
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     steps, seconds, last = _timed(step, plan.seconds, ranks)
-    last = ranks.sum(last.clone())  # of shares
+    last = ranks.all_sum(last.clone())  # of shares
     if not torch.isfinite(last):
         raise ArithmeticError(f"the loss is {last.item()} after {steps} steps")
     tokens = t.batch_size * recipe.data.context * ranks.data_world
@@ -300,7 +301,7 @@ def _timed(step: Callable[[int], Tensor], seconds: float, ranks: Ranks) -> tuple
     _synchronize(ranks.device)
     estimate = (time.perf_counter() - begin) / PAIR
     wanted = min(MAX_STEPS, max(MIN_STEPS, int(seconds / estimate)))
-    steps = ranks.largest(wanted // PAIR * PAIR)[0]
+    steps = ranks.all_max(wanted // PAIR * PAIR)[0]
     begin = time.perf_counter()
     for i in range(steps):
         last = step(i)

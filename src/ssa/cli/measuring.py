@@ -130,12 +130,14 @@ def analyze(
     if not runs:
         raise UserError("no run named; ssa analyze RUN [RUN ...]")
     from ssa.analysis.analyze import analyze as measure
+    from ssa.report.report import write_analysis_report
 
-    measure(
+    result = measure(
         list(runs), data=data or None, split=split, budget=budget or None, context=context or None, max_tokens=max_tokens or None,
-        whole_documents=whole_documents, decode_steps=decode_steps, seed=seed, device=device, dtype=dtype, out=out or None, html=html,
-        console=console(),
+        whole_documents=whole_documents, decode_steps=decode_steps, seed=seed, device=device, dtype=dtype, out=out or None, console=console(),
     )  # fmt: skip
+    if html and (page := write_analysis_report(result)):
+        say(f"report: {page}")
 
 
 def report(paths: tuple[PATH, ...], /, out: FILE = "report.html") -> None:
@@ -149,7 +151,7 @@ def report(paths: tuple[PATH, ...], /, out: FILE = "report.html") -> None:
     """
     if not paths:
         raise UserError("nothing named; ssa report RUN [RUN ...]")
-    from ssa.eval.long.item_log import Shard
+    from ssa.ranks import Shard
 
     if Shard.from_environment().rank:
         return

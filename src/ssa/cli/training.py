@@ -61,7 +61,7 @@ def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrit
     """Train a model; on several devices with torchrun --nproc-per-node N -m ssa train CONFIG.
 
     Args:
-        config: A recipe file, or a preset: tiny, 33m, 60m, 300m, 1b, servable-1b.
+        config: A recipe file, or a preset: tiny, 33m, 60m, 300m, 1b, servable-1b, adapt.
         out: Run directory; runs/CONFIG-METHOD if left out.
         resume: Go on from the run's newest checkpoint; the run directory may stand in CONFIG's place.
         overwrite: Delete the run that is there and start again.
@@ -78,7 +78,7 @@ def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrit
     _check_started(overrides, recipe)
     if warning := _covered(recipe):
         warn(warning)
-    from ssa.train.distributed import SharedError
+    from ssa.ranks import SharedError
     from ssa.train.trainer import train as train_model
 
     run = Path(out) if out else Path("runs") / f"{Path(config).stem}-{recipe.model.method}"

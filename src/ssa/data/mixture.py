@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -152,3 +153,17 @@ def generator(seed: int, *place: int | str) -> np.random.Generator:
     """Random numbers of a place, whatever was drawn before; any int is a seed, and no place is another's."""
     key = hashlib.blake2b("/".join(map(str, (seed, *place))).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+
+
+@dataclass(frozen=True)
+class Data:
+    """A prepared data directory, opened."""
+
+    path: Path
+    tokenizer: PreTrainedTokenizerFast
+    train: TokenShards | Mixture
+    valid: TokenShards
+    index: str
+    """SHA-256 of index.json, which holds the hash of every shard."""
+    fingerprint: str
+    """The same; with a mixture, SHA-256 of that and the mixture's fingerprint."""

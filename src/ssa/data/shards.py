@@ -45,6 +45,15 @@ class ShardInfo:
     sha256_docs: str
 
 
+def is_prepared(directory: Path | str) -> bool:
+    return (Path(directory) / INDEX).is_file()
+
+
+def is_begun(directory: Path) -> bool:
+    """Whether it is prepared, wholly or half."""
+    return is_prepared(directory) or (directory / PROGRESS).is_file()
+
+
 def tokens_path(out: Path, shard: str) -> Path:
     return out / f"{shard}.tokens.npy"
 

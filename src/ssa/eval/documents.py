@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ssa.data.lines import without_surrogates
+from ssa.data.shards import is_prepared
 from ssa.data.sources import Reading, block_texts, expand_inputs, read_blocks
 from ssa.errors import UserError
 from ssa.eval.perplexity import Document
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 class Text(NamedTuple):
     text: str
     num_words: int
-
-
-def is_prepared(data: str | Path) -> bool:
-    return (Path(data) / "index.json").is_file()
 
 
 def read_documents(

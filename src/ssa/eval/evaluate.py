@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssa.collectives import meet
 from ssa.config import Budget, parse_budgets
+from ssa.device import local_device
 from ssa.errors import UserError
-from ssa.eval.exchange import meet
-from ssa.eval.long.item_log import Shard
 from ssa.eval.long.rope import scaled
 from ssa.eval.needle import check_grid
 from ssa.eval.perplexity import WINDOW_TOKENS
-from ssa.eval.run_directory import run_context, run_data
 from ssa.eval.subject import Subject, evaluation_directory, load_subject
 from ssa.eval.table1 import COLUMNS, write_table1
 from ssa.eval.tasks import HARNESS, PAPER_SHOTS, TaskRequest, is_complete, run_tasks, runner_of
 from ssa.eval.text_passes import TextRequest, run_needles, run_perplexity
 from ssa.files import check_directory
+from ssa.runs.home import run_context, run_data
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +109,7 @@ def evaluate(
         meet()  # perplexity, which comes first, may take one rank much longer than another
     asked = None if budgets is None else _parsed(budgets)
     others = [evaluation_directory(other) for other in beside]
-    subject = load_subject(run, Shard.local_device(device), dtype)
+    subject = load_subject(run, local_device(device), dtype)
     if rope_factor is not None:
         subject = scaled(subject, rope_factor)
     chosen = list(dict.fromkeys([subject.model.config.budget, None] if asked is None else asked))

@@ -35,9 +35,10 @@ except ImportError as error:
     print(f'ssa: error: this is lm-evaluation-harness ({error}): pip install "sparse-sparse-attention[eval]"', file=sys.stderr)
     sys.exit(2)
 
+from ssa.collectives import gather, meet
 from ssa.config import AttentionMode, Budget
+from ssa.device import local_device
 from ssa.errors import UserError
-from ssa.eval.exchange import exchange, meet
 from ssa.eval.loglikelihood import (
     Request,
     Score,
@@ -48,10 +49,11 @@ from ssa.eval.loglikelihood import (
     prefix_token,
     rolling_requests,
 )
-from ssa.eval.long.item_log import ItemLog, Shard
+from ssa.eval.long.item_log import ItemLog
 from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
 from ssa.infer.load import attention_choice, check_budgets, load_model
 from ssa.infer.transcript import Transcript
+from ssa.ranks import Shard
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -112,7 +114,7 @@ class SSALM(TemplateLM):
             device = None
         if tokenizer is None:
             open_device = "auto" if device in (None, DEFAULT_DEVICE) else str(device)
-            self.model, self.tokenizer = load_model(pretrained, Shard.local_device(open_device), dtype)
+            self.model, self.tokenizer = load_model(pretrained, local_device(open_device), dtype)
         else:
             self.model, self.tokenizer = cast("SSAForCausalLM", pretrained), tokenizer
         check_budgets(self.model.config, [chosen])
@@ -137,7 +139,7 @@ class SSALM(TemplateLM):
             return
         own: dict[str, Any] = dict(cache.items())
         united: dict[str, Any] = {}
-        for of_rank in reversed(exchange(own)):  # where two differ, the lower rank's counts, for all
+        for of_rank in reversed(gather(own)):  # where two differ, the lower rank's counts, for all
             united |= of_rank
         cache.update({name: answer for name, answer in united.items() if name not in own or own[name] != answer})
         cache.commit()
@@ -233,7 +235,7 @@ class SSALM(TemplateLM):
         logged: dict[int, Score] = {}
         if self.log is not None and self.shard.rank == 0:  # a rank that reads later may find more, and would cut other batches
             logged = {name: Score(*record["score"]) for name, record in self.log.records().items()}
-        known = exchange(logged)[0]
+        known = gather(logged)[0]
         new = {name: request for name, request in zip(names, requests, strict=True) if name not in known}
         order = list(new)
         own: dict[int, Score] = {}
@@ -253,7 +255,7 @@ class SSALM(TemplateLM):
             UserError: One is nowhere: this rank was asked what no other was.
         """
         found = dict(known)
-        for of_rank in exchange(own):
+        for of_rank in gather(own):
             found |= of_rank
         if any(key not in found for key in wanted):
             raise UserError(

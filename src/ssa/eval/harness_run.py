@@ -9,15 +9,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from ssa.collectives import gather
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.choices import ONE_SEED_NOTE
-from ssa.eval.exchange import exchange
-from ssa.eval.long.item_log import Shard
 from ssa.eval.results import read_results
 from ssa.eval.scored import TASKS_FILE, base_setting, item_log, keep_entry, metric, new_entry
 from ssa.eval.subject import attention, budget_name, provenance
 from ssa.eval.tasks import TaskRequest, shots
+from ssa.ranks import Shard
 
 Outcome = dict[str, Any]
 """What `lm_eval.simple_evaluate` returns, or `PARTS` of it."""
@@ -75,7 +75,7 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
                         f"lm-evaluation-harness cannot load {name}: {' '.join(str(error).split())[:200]}; without network use --data-dir"
                     ) from error
                 # the other ranks get nothing from lm-eval, and must go on as rank 0 does
-                shared = exchange({} if outcome is None else {part: outcome[part] for part in PARTS})[0]
+                shared = gather({} if outcome is None else {part: outcome[part] for part in PARTS})[0]
                 outcomes[budget][seed] = _of_task(shared, name)
                 if not _num_fewshot(shared, name):
                     break  # nothing is drawn, further seeds would repeat the pass

@@ -19,7 +19,7 @@ import numpy as np
 from ssa.config import AttentionMode, Budget
 from ssa.data.tokenizer import encoded
 from ssa.errors import UserError
-from ssa.eval.long.item_log import ALONE, Shard
+from ssa.ranks import ALONE, Shard
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssa.config import Budget
-from ssa.eval.run_directory import run_home
 from ssa.files import sha256_of_file
+from ssa.runs.home import run_home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ class Subject:
 
 def evaluation_directory(run: Path | str) -> Path:
     """Where the results of `run`, a run, a checkpoint or a model directory, are kept."""
-    from ssa.train.checkpoint import resolve_checkpoint
+    from ssa.runs.checkpoints import resolve_checkpoint
 
     path = resolve_checkpoint(run)
     return (_run_of(path) or path) / "eval"
@@ -61,7 +61,7 @@ def _run_of(path: Path) -> Path | None:
 def load_subject(run: Path | str, device: str, dtype: str) -> Subject:
     """The model of `run`, a run, a checkpoint or a model directory; see `ssa.infer.load.load_model`."""
     from ssa.infer.load import load_model
-    from ssa.train.checkpoint import METADATA, read_metadata, resolve_checkpoint
+    from ssa.runs.checkpoints import METADATA, read_metadata, resolve_checkpoint
 
     path = resolve_checkpoint(run)
     model, tokenizer = load_model(path, device, dtype)
@@ -87,7 +87,8 @@ def description(subject: Subject) -> dict[str, Any]:
 
 def provenance(subject: Subject) -> dict[str, Any]:
     """Device, versions and time of a measurement."""
-    from ssa.train.environment import device_name, versions
+    from ssa.device import device_name
+    from ssa.runs.provenance import versions
 
     return {
         "device": device_name(subject.model.device),

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssa.config import Budget
-from ssa.eval.documents import document_texts, fingerprint, is_prepared, read_documents
-from ssa.eval.long.item_log import ItemLog, Shard
+from ssa.data.shards import is_prepared
+from ssa.eval.documents import document_texts, fingerprint, read_documents
+from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather, run_items
 from ssa.eval.needle import Haystack, NeedleBatches, score
 from ssa.eval.perplexity import Perplexity, WindowBatches, check_windows
 from ssa.eval.results import add_results, read_results, result_key
 from ssa.eval.subject import Subject, attention, budget_name, description, progress_bar, provenance
 from ssa.eval.tables import print_needles, print_perplexity
+from ssa.ranks import Shard
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from ssa.config import AttentionMode, Budget, released_rule_check
+from ssa.data.tokenizer import load_tokenizer, vocabulary_size
+from ssa.device import resolve_device, resolve_dtype
 from ssa.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerFast
-
-    from ssa.model import SSAForCausalLM
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from ssa.model import SSAForCausalLM
+from ssa.model.stored import load_pretrained, read_config
+from ssa.runs.checkpoints import open_checkpoint
 
 
 def load_model(
@@ -40,10 +39,6 @@ def load_model(
     mode, budget = attention_choice(mode, budget)
     the_device = resolve_device(device)
     the_dtype = resolve_dtype(dtype, the_device)
-
-    from ssa.data.tokenizer import load_tokenizer, vocabulary_size
-    from ssa.model.stored import load_pretrained, read_config
-    from ssa.train.checkpoint import open_checkpoint
 
     path = open_checkpoint(run)
     model = load_pretrained(path, read_config(path), the_dtype)
@@ -82,35 +77,3 @@ def check_budgets(config: Any, budgets: Sequence[Budget | None]) -> None:
         for budget in budgets:
             if budget is not None:
                 released_rule_check(budget.num_selected_blocks, budget.block_size)
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device that `device` names, else a `UserError`; "auto" never picks mps."""
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device {device!r} is unknown; use auto, cpu, cuda, cuda:N or mps") from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {device!r} does not exist: PyTorch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu"
-        )
-    if found.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"device {device!r} does not exist on this machine; use auto or cpu")
-    if found.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device {device!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
-    return found
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The precision that `dtype` names on `device`."""
-    import torch
-
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return getattr(torch, dtype)

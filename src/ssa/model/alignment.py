@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ssa.errors import UserError
-from ssa.train.streams import TrainStep
+from ssa.model.streams import TrainStep
 
 UNTOLD = "nobody has said how many passes make up a step, each of which has its part of the alignment's weight: set model.train_step.micro_batches"
 
@@ -31,7 +31,7 @@ def weight_in_loss(weight: float, step: TrainStep, count: Tensor, num_items: Ten
     if step.micro_batches is None and bool(count != num_items):
         raise UserError(
             f"num_items_in_batch = {int(num_items)} counts targets of several passes, this one has {int(count)}, and {UNTOLD} "
-            "(a transformers Trainer wants callbacks=[ssa.train.streams.StreamCallback()])"
+            "(a transformers Trainer wants callbacks=[ssa.model.streams.StreamCallback()])"
         )
     return weight / ((step.micro_batches or 1) * step.count_ranks)
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ssa.model.configuration import SSAConfig
+from typing import Any
 
 AUTO_MAP = {
     "AutoConfig": "modeling_ssa.SSAConfig",
@@ -33,11 +30,11 @@ CARD = "README.md"
 _MARK = "<!-- Written when the model was saved, and anew at the next save; without this line it stays as you leave it. -->"
 
 
-def write_card(directory: Path, config: SSAConfig, figures: Mapping[str, str] | None = None) -> None:
+def write_card(directory: Path, config: Any, figures: Mapping[str, str] | None = None) -> None:
     """Put README.md and modeling_ssa.py into `directory`. A README.md that is not of this function's making stays.
 
     Args:
-        config: The model's.
+        config: The model's, an `SSAConfig`.
         figures: What is known of its training, name -> value, as rows of the card's table.
     """
     (directory / "modeling_ssa.py").write_text(STUB, encoding="utf-8")
@@ -50,7 +47,7 @@ def is_foreign(card: Path) -> bool:
     return card.exists() and _MARK.encode() not in card.read_bytes()
 
 
-def _text(config: SSAConfig, figures: Mapping[str, str]) -> str:
+def _text(config: Any, figures: Mapping[str, str]) -> str:
     budget = config.budget
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}"
     rows = {

@@ -30,9 +30,9 @@ from ssa.model.alignment import carry, warn_of_counted_starts, warn_of_eval_mode
 from ssa.model.cache import CACHE_FIELD, BlockCache, BlockCacheGeneration, CacheByEitherName, one_cache
 from ssa.model.configuration import SSAConfig, build_attention
 from ssa.model.inputs import document_positions, refuse_typos, shifted_targets
+from ssa.model.streams import TrainStep, follow_trainers
 from ssa.ops.cross_entropy import SLICE_ELEMENTS, linear_cross_entropy
 from ssa.ops.documents import cu_seqlens_from_positions
-from ssa.train.streams import TrainStep, follow_trainers
 
 Readings: TypeAlias = Reading | str | Sequence[Reading | str]
 """A budget or full attention, for all layers or one a layer."""
@@ -412,7 +412,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             attention_mode: "sparse" or "full"; the configuration's in inference, the method's stream in training by default.
             budget: `Budget` or "kxs", blocks a query may read; the configuration's by default. "full" or `ssa.budget.FULL` is full attention.
                 A list has one for each layer.
-            stream: SSA in training: the stream that goes on, where the caller draws it (`ssa.train.streams`).
+            stream: SSA in training: the stream that goes on, where the caller draws it (`ssa.model.streams`).
             cu_seqlens: int32 [documents + 1], where documents begin in the flattened batch, beside `position_ids`: spares a GPU one
                 wait (`ssa.ops.documents.cu_seqlens_from_positions`, on the CPU).
             observer: called as observer(layer, AttentionRecord) by every layer.

@@ -18,7 +18,7 @@ import torch
 from ssa.checked_json import read_json
 from ssa.errors import UserError, one_line
 from ssa.model.weights import TensorInfo, Weights, open_weights, write_json
-from ssa.train.checkpoint import check_hashes, resolve_checkpoint
+from ssa.runs.checkpoints import check_hashes, resolve_checkpoint
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",

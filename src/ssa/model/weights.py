@@ -18,7 +18,7 @@ from torch import Tensor
 from ssa.checked_json import read_json
 from ssa.errors import UserError, one_line
 from ssa.files import is_plain_name, sync
-from ssa.train.safetensors_file import write_safetensors
+from ssa.model.safetensors_file import write_safetensors
 
 MAX_SHARD_BYTES = 2 * 1024**3
 """Largest file that is written, and about what writing holds in memory."""

@@ -17,8 +17,8 @@ from typing import Any, TypedDict
 from ssa.analysis.results import LARGEST, RunResults, perplexities, perplexity_setting, printable, read_metrics
 from ssa.checked_json import parse_json, read_bytes, typed
 from ssa.errors import UserError, one_line
-from ssa.eval.run_directory import run_home
-from ssa.train.checkpoint import numbered_checkpoints, read_complete, verify_checkpoint
+from ssa.runs.checkpoints import numbered_checkpoints, read_complete, verify_checkpoint
+from ssa.runs.home import run_home
 
 DEPTH = 5
 """Directories are searched so deep."""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ssa.analysis.results import losses
+from ssa.analysis.results import AnalysisResult, losses
 from ssa.files import write_atomically
 from ssa.report.attention import attention, theorem_notes
 from ssa.report.claims import claims
-from ssa.report.collect import Evidence, RunEvidence, check_something, collect, why_not
+from ssa.report.collect import Evidence, RunEvidence, check_something, collect, collect_analyses, why_not
 from ssa.report.efficiency import efficiency, is_timed
 from ssa.report.evaluation import evaluation
 from ssa.report.measurements import measurements
@@ -42,6 +42,14 @@ def write_report(paths: Sequence[Path | str], out: Path | str) -> Evidence:
     evidence = collect(paths)
     write_atomically(Path(out), render_report(evidence))
     return evidence
+
+
+def write_analysis_report(result: AnalysisResult) -> Path | None:
+    """Draw what `ssa.analysis.analyze.analyze` has just measured, beside its figures; None on a rank that has none."""
+    if result.directory is None:
+        return None
+    analyses = [(home, run.name, run.analysis) for home, run in zip(result.homes, result.runs, strict=True)]
+    return write_atomically(result.directory / "report.html", render_report(collect_analyses(analyses)))
 
 
 def render_report(evidence: Evidence) -> str:

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ssa.config import Recipe
+import torch
+
+from ssa.config import Recipe, load_recipe
+from ssa.data.mixture import Data, Mixture, open_mixture
+from ssa.data.prepare import prepare
+from ssa.data.shards import INDEX, TokenShards, is_begun
+from ssa.data.sources import expand_inputs
+from ssa.data.tokenizer import load_tokenizer, vocabulary_size
 from ssa.errors import UserError
 from ssa.files import sha256_of_file
-
-if TYPE_CHECKING:
-    from ssa.model import SSAConfig, SSAForCausalLM
-
-
-@dataclass(frozen=True)
-class Data:
-    """A prepared data directory, opened."""
-
-    path: Path
-    tokenizer: Any
-    train: Any
-    """`TokenShards` of the training split, or the `Mixture`."""
-    valid: Any
-    index: str
-    """SHA-256 of index.json, which holds the hash of every shard."""
-    fingerprint: str
-    """The same; with a mixture, SHA-256 of that and the mixture's fingerprint."""
+from ssa.model import SSAConfig, SSAForCausalLM
+from ssa.model.configuration import METHOD_FIELDS
+from ssa.model.stored import load_pretrained, read_config
+from ssa.runs.checkpoints import open_checkpoint
+from ssa.runs.home import RECIPE, find_data, find_mixture, read_starts
+from ssa.train.run_directory import is_own
+from ssa.train.sinks import check_sink
 
 
 def check_inputs(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> None:
@@ -39,13 +34,6 @@ def check_inputs(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> No
         UserError: `data.path`, `data.tokenizer`, `model.init_from` or the package of `train.track` is not there, or `overwrite` would
             delete what the recipe reads.
     """
-    from ssa.data.shards import INDEX
-    from ssa.data.sources import expand_inputs
-    from ssa.data.tokenizer import load_tokenizer
-    from ssa.train.checkpoint import open_checkpoint
-    from ssa.train.run_directory import is_own
-    from ssa.train.sinks import check_sink
-
     check_sink(recipe.train.track)
     if resume:
         return
@@ -63,16 +51,9 @@ def check_inputs(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> No
                 )
     if recipe.model.init_from:
         open_checkpoint(recipe.model.init_from)
-    if not _is_prepared(Path(recipe.data.path)) and (overwrite or not (out / "data" / INDEX).is_file()):
+    if not is_begun(Path(recipe.data.path)) and (overwrite or not (out / "data" / INDEX).is_file()):
         expand_inputs([recipe.data.path])
         load_tokenizer(recipe.data.tokenizer)
-
-
-def _is_prepared(path: Path) -> bool:
-    """Wholly or half."""
-    from ssa.data.shards import INDEX, PROGRESS
-
-    return any((path / name).is_file() for name in (INDEX, PROGRESS))
 
 
 def open_data(recipe: Recipe, out: Path, resume: bool = False) -> Data:
@@ -80,12 +61,6 @@ def open_data(recipe: Recipe, out: Path, resume: bool = False) -> Data:
 
     `resume`: `out` is a run that began before. Its data is looked for wherever it may lie now, unless the recipe names another place.
     """
-    from ssa.config import load_recipe
-    from ssa.data.mixture import Mixture, open_mixture
-    from ssa.data.prepare import prepare
-    from ssa.data.shards import INDEX, TokenShards
-    from ssa.train.run_directory import RECIPE, find_data, find_mixture, read_starts
-
     path, mixture = Path(recipe.data.path), recipe.data.mixture
     if resume and read_starts(out):
         mixture = find_mixture(out, mixture)
@@ -94,11 +69,11 @@ def open_data(recipe: Recipe, out: Path, resume: bool = False) -> Data:
                 path = find_data(out, recipe)
             except UserError as error:
                 raise UserError(f"{error}; restore it, or name its place with --data.path") from None
-        elif not _is_prepared(path):
+        elif not is_begun(path):
             raise UserError(
                 f"data.path = {recipe.data.path!r} holds no prepared data; a resumed run goes on with the data it began with"
             )
-    elif not _is_prepared(path):
+    elif not is_begun(path):
         path = out / "data"
         if not (path / INDEX).is_file():
             print(f"preparing {recipe.data.path} into {path}", flush=True)
@@ -115,9 +90,6 @@ def open_data(recipe: Recipe, out: Path, resume: bool = False) -> Data:
 
 def build_model(recipe: Recipe, tokenizer: Any) -> SSAForCausalLM:
     """A new model in float32 on the CPU (or the present default device), or the one in `model.init_from` with the recipe's method."""
-    from ssa.data.tokenizer import vocabulary_size
-    from ssa.model import SSAConfig, SSAForCausalLM
-
     if recipe.model.init_from:
         return _from_checkpoint(recipe, tokenizer)
     vocab_size = recipe.model.vocab_size or vocabulary_size(tokenizer)
@@ -127,11 +99,6 @@ def build_model(recipe: Recipe, tokenizer: Any) -> SSAForCausalLM:
 
 
 def _from_checkpoint(recipe: Recipe, tokenizer: Any) -> SSAForCausalLM:
-    import torch
-
-    from ssa.model.stored import load_pretrained, read_config
-    from ssa.train.checkpoint import open_checkpoint
-
     try:
         directory = open_checkpoint(recipe.model.init_from)
         config = with_method(read_config(directory), recipe)
@@ -146,8 +113,6 @@ def with_method(config: SSAConfig, recipe: Recipe) -> SSAConfig:
 
     `model.rope_factor` > 1 applies too: it is how the paper goes on to 32k tokens.
     """
-    from ssa.model.configuration import METHOD_FIELDS, SSAConfig
-
     wanted = SSAConfig.from_recipe(recipe.model, config.vocab_size)
     values = config.to_dict() | {
         name: getattr(wanted, name) for name in ("method", "attention_mode", *METHOD_FIELDS) if name != "attention_gate"
@@ -158,7 +123,5 @@ def with_method(config: SSAConfig, recipe: Recipe) -> SSAConfig:
 
 
 def _check_vocabulary(vocab_size: int, tokenizer: Any, name: str) -> None:
-    from ssa.data.tokenizer import vocabulary_size
-
     if vocab_size < vocabulary_size(tokenizer):
         raise UserError(f"{name} = {vocab_size} is smaller than the tokenizer's {vocabulary_size(tokenizer)} ids")

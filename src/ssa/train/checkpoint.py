@@ -1,66 +1,29 @@
-"""Checkpoints that are either complete or not there: RUN/checkpoints/step-00000300/.
+"""What a checkpoint holds, as whole tensors: gathered from the ranks that have parts of them, and cut again to any other number of ranks.
 
-Each is a transformers model directory (config.json, model.safetensors or numbered parts with an index, tokenizer files) plus
-`optimizer*.safetensors`, `rng.safetensors`, `trainer.json` and, written last, `checkpoint.json`: the size and SHA-256 of every other
-file, and its own. It is written beside its final name, synced, then renamed; nothing is pickled. RUN/latest links to the newest one, where
-the file system has links. A run directory has one writer at a time (`ssa.train.run_directory` locks it), whose ranks share the file system.
-`ssa.train.saver` writes them, `ssa.train.checkpoint_state` says what is in them.
-
-Whoever loads a model goes through `open_checkpoint`, which checks every hash.
+Every tensor lies whole in one file, whoever trained it how: files named and indexed as transformers does it, so that any checkpoint is a
+model directory, and resharding is reading. (PyTorch's own distributed format keeps its index as a pickle, which nothing here may open.)
+Large states are spread over the ranks, each of which collects, hashes and writes its own files.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
-import json
-import os
-import re
-import shutil
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
-from ssa.checked_json import parse_json, read_bytes, read_json
-from ssa.errors import UserError
-from ssa.files import is_plain_name, sha256_of_file
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-if TYPE_CHECKING:
-    from ssa.train.distributed import Ranks
+from ssa.checked_json import read_json
+from ssa.collectives import Ranks
+from ssa.errors import UserError, one_line
+from ssa.model.weights import readable
+from ssa.runs.checkpoints import verify_checkpoint
 
-FORMAT = 1
-METADATA = "checkpoint.json"
-LATEST = "latest"
-"""The link in a run directory to its newest checkpoint."""
-SAID_BYTES = 8 << 30
-"""So much is hashed without a word: more takes many seconds."""
-_NAME = re.compile(r"step-(\d{8,})")
-_SCRATCH = re.compile(r"\.step-\d{8,}\.tmp-\d+")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class StoredFile(TypedDict):
-    """What `checkpoint.json` says of a file."""
-
-    bytes: int
-    sha256: str
-
-
-class _Metadata(TypedDict):
-    format: int
-    step: int
-    versions: dict[str, str]
-    files: dict[str, StoredFile]
-
-
-class Metadata(_Metadata, total=False):
-    """`checkpoint.json`."""
-
-    sha256: str
-    """Of the file itself, as it is with "" here; checkpoints of old have none."""
+FILE_BYTES = 1 << 30
+"""A state is spread over more files, one a rank, as soon as they are larger than this."""
 
 
 class TrainerState(TypedDict):
@@ -69,15 +32,6 @@ class TrainerState(TypedDict):
     step: int
     extra: dict[str, Any]
     rng: dict[str, Any]
-
-
-def checkpoint_path(run_dir: Path | str, step: int) -> Path:
-    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
-
-
-def scratch_path(run_dir: Path | str, step: int, writer: int) -> Path:
-    """Where the checkpoint of `step` is written before it gets its name; `writer` is a process number."""
-    return Path(run_dir) / "checkpoints" / f".step-{step:08d}.tmp-{writer}"
 
 
 def load_checkpoint(path: Path | str, model: Any, optimizer: Any = None, ranks: Ranks | None = None) -> dict[str, Any]:
@@ -89,18 +43,12 @@ def load_checkpoint(path: Path | str, model: Any, optimizer: Any = None, ranks: 
     Raises:
         UserError: A file is damaged or missing (named), or the checkpoint does not fit the model.
     """
-    from ssa.train.checkpoint_state import StoredTensors, load_model, load_optimizer, set_rng_state
-
     path = Path(path)
     if ranks is None:
-        import torch
-
-        from ssa.train.distributed import Ranks
-
         ranks = Ranks(torch.device("cpu"))
-    with ranks.together(path):
+    with ranks.raise_on_all(path):
         verify_checkpoint(path, ranks.rank, ranks.world)
-    with ranks.together(path):
+    with ranks.raise_on_all(path):
         load_model(model, StoredTensors(path, "model"))
         if optimizer is not None:
             stored = StoredTensors(path, "optimizer")
@@ -114,229 +62,159 @@ def load_checkpoint(path: Path | str, model: Any, optimizer: Any = None, ranks: 
     return {**state["extra"], "step": state["step"]}
 
 
-def metadata_text(metadata: Metadata) -> str:
-    """The text of `checkpoint.json`, its own hash put in."""
-    empty = json.dumps({**metadata, "sha256": ""}, indent=2) + "\n"
-    return json.dumps({**metadata, "sha256": hashlib.sha256(empty.encode()).hexdigest()}, indent=2) + "\n"
+def model_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters under their names; tied ones once, under the first name, as transformers stores them."""
+    return dict(model.named_parameters())
 
 
-def read_metadata(path: Path) -> Metadata:
-    """The `checkpoint.json` of the checkpoint `path`.
+def optimizer_tensors(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    """ "exp_avg/NAME" -> tensor, for every state of every parameter."""
+    return {
+        f"{key}/{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
-    Raises:
-        UserError: It is missing, damaged, of another format, or names files that do not lie in the checkpoint.
+
+def file_names(stem: str, tensors: Mapping[str, torch.Tensor], world: int) -> dict[str, str]:
+    """The file of each tensor: "model.safetensors", or model-00001-of-00004.safetensors ..., in order and of about equal size.
+
+    The n-th file is the n-th rank's to write.
     """
-    file = path / METADATA
-    if not os.path.lexists(file):
-        raise UserError(f"checkpoint {path} is incomplete: {METADATA} is missing")
-    try:
-        text = read_bytes(file)
-        found = parse_json(text, str(file))
-        if found.get("format") != FORMAT:
-            raise UserError(f"{file} has format {found.get('format')!r}; this version reads format {FORMAT}")
-        metadata: Metadata = parse_json(text, str(file), Metadata)
-        if stray := sorted(metadata.keys() - Metadata.__annotations__.keys() - _Metadata.__annotations__.keys()):
-            raise UserError(f"{file} is damaged: {stray[0]!r} is no key of it")
-        own = metadata.get("sha256")
-        if own is not None and hashlib.sha256(text.replace(own.encode(), b"")).hexdigest() != own:
-            raise UserError(f"{file} is damaged: it does not match its own hash")
-        for name, stored in metadata["files"].items():
-            if not is_plain_name(name) or name == METADATA or not _DIGEST.fullmatch(stored["sha256"]):
-                raise UserError(f"{file} is damaged: {name!r} is no file of a checkpoint with its SHA-256")
-    except UserError as error:
-        raise UserError(f"checkpoint {path} is incomplete or damaged: {error}") from None
-    return metadata
+    sizes = {name: x.numel() * x.element_size() for name, x in tensors.items()}
+    total = sum(sizes.values())
+    count = max(1, min(world, len(sizes), -(-total // FILE_BYTES)))
+    if count == 1:
+        return dict.fromkeys(tensors, f"{stem}.safetensors")
+    names, before = {}, 0
+    for name, size in sizes.items():
+        number = min(count - 1, (before + size // 2) * count // total)
+        names[name] = f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors"
+        before += size
+    # a tensor larger than a share can leave a number unused; numbering must have no gaps
+    used = {file: i for i, file in enumerate(dict.fromkeys(names.values()))}
+    return {name: f"{stem}-{used[file] + 1:05d}-of-{len(used):05d}.safetensors" for name, file in names.items()}
 
 
-def read_complete(path: Path) -> Metadata:
-    """The metadata of a checkpoint all of whose files are there and have the recorded sizes, else a `UserError` that says what is wrong."""
-    metadata = read_metadata(path)
-    for name, stored in metadata["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"checkpoint is damaged: {file} is missing")
-        if (size := file.stat().st_size) != stored["bytes"]:
-            raise UserError(f"checkpoint is damaged: {file} has {size} bytes instead of {stored['bytes']}")
-    return metadata
+def writer_of(file: str) -> int:
+    """The rank that writes a file of `file_names`."""
+    parts = file.removesuffix(".safetensors").rsplit("-", 3)
+    return int(parts[1]) - 1 if len(parts) == 4 else 0
 
 
-def is_complete(path: Path) -> bool:
-    try:
-        read_complete(path)
-    except UserError:
-        return False
-    return True
+def collect(
+    tensors: Mapping[str, torch.Tensor], files: Mapping[str, str], ranks: Ranks, copy: bool
+) -> dict[str, dict[str, torch.Tensor]]:
+    """file -> name -> whole tensor on the CPU, for the files that this rank writes. All ranks must call it with the same tensors.
 
-
-def verify_checkpoint(path: Path | str, rank: int = 0, world: int = 1) -> Metadata:
-    """The metadata of a checkpoint whose files all have the recorded size and hash.
-
-    Several files are hashed at a time; files that this process has found whole are not read again while they stay as they are.
-    `world` ranks share the hashing: each looks at its part of the files.
-
-    Raises:
-        UserError: It names the file that is damaged or missing, and what to do.
+    `copy`: the results share no memory with `tensors`, and come from a GPU through page-locked memory, which is fast and kept for the next
+    time.
     """
-    path = Path(path)
-    try:
-        metadata = read_complete(path)
-        _check_content(path, metadata["files"], rank, world)
-    except UserError as error:
-        raise UserError(f"{error}; {_remedy(path)}") from None
-    return metadata
-
-
-def _check_content(path: Path, files: dict[str, StoredFile], rank: int, world: int) -> None:
-    mine = [path / name for i, name in enumerate(files) if i % world == rank]
-    states = [(str(file.absolute()), files[file.name]["sha256"], *_state(file)) for file in mine]
-    unread = [file for file, state in zip(mine, states, strict=True) if state not in _found_whole]
-    began = time.time_ns()
-    total = sum(files[file.name]["bytes"] for file in unread)
-    if total > SAID_BYTES:
-        _say(f"checking the hashes of {total / 1e9:.1f} GB in {path}")
-    with ThreadPoolExecutor(max(1, min(8, len(unread), os.cpu_count() or 1))) as pool:
-        for file, digest in zip(unread, pool.map(_digest, unread), strict=True):
-            if digest != files[file.name]["sha256"]:
-                raise UserError(f"checkpoint is damaged: {file} does not match its hash")
-    # A file written a moment ago could change once more without its time telling.
-    _found_whole.update(state for state in states if began - state[-1] > 2_000_000_000)
-
-
-def _digest(file: Path) -> str:
-    try:
-        return sha256_of_file(file)
-    except OSError as error:
-        raise UserError(f"checkpoint is damaged: {file} cannot be read: {error.strerror or error}") from None
-
-
-_found_whole: set[tuple[str, str, int, int, int]] = set()
-"""(path, SHA-256, inode, bytes, time of the last change) of files that were hashed."""
-
-
-def _state(file: Path) -> tuple[int, int, int]:
-    status = file.stat()
-    return status.st_ino, status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
-
-
-def _remedy(path: Path) -> str:
-    if path.parent.name == "checkpoints":
-        return f"restore it, or delete {path} to go on from the one before"
-    return f"copy it again; if the change is yours, delete {path / METADATA}, and nothing is compared any more"
-
-
-def find_checkpoints(run_dir: Path | str) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. Complete: metadata is there and every file has its size."""
-    return [path for path in numbered_checkpoints(Path(run_dir)) if is_complete(path)]
-
-
-def numbered_checkpoints(run_dir: Path) -> list[Path]:
-    """What is called a checkpoint, in the order of steps."""
-    parent = run_dir / "checkpoints"
-    if not parent.is_dir():
-        return []
-    found = [(int(m[1]), p) for p in parent.iterdir() if (m := _NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(found)]
-
-
-def newest_checkpoint(run_dir: Path | str) -> Path | None:
-    """The newest complete checkpoint of a run, None where none was written yet. That a newer one is passed over is said on stderr.
-
-    Raises:
-        UserError: There are checkpoints, and none is complete.
-    """
-    faults: list[str] = []
-    for path in reversed(numbered_checkpoints(Path(run_dir))):
-        try:
-            read_complete(path)
-        except UserError as error:
-            faults.append(str(error))
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for name, x in tensors.items():
+        x = x.detach()
+        if isinstance(x, DTensor):
+            x = x.full_tensor()
+        if writer_of(files[name]) != ranks.rank:
             continue
-        if faults:
-            _say(f"warning: {faults[0]}; taking the checkpoint before it, {path}")
-        return path
-    if faults:
-        raise UserError(f"run {run_dir} has no complete checkpoint: {faults[0]}")
-    return None
+        if x.is_cuda and copy:
+            x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        elif x.device.type != "cpu":
+            x = x.cpu()
+        elif copy:
+            x = x.clone()
+        result.setdefault(files[name], {})[name] = x
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
+    return result
 
 
-@functools.cache
-def _say(text: str) -> None:
-    """Once a process, and on one rank of several."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"ssa: {text}", file=sys.stderr, flush=True)
+class StoredTensors:
+    """The tensors of a checkpoint's files `stem`*.safetensors, read one at a time."""
+
+    def __init__(self, directory: Path, stem: str) -> None:
+        self.directory = directory
+        self._files = []
+        for file in sorted(directory.glob(f"{stem}*.safetensors")):
+            with readable(file):
+                self._files.append(safe_open(file, "pt"))
+        self._of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def __bool__(self) -> bool:
+        return bool(self._files)
+
+    def names(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._of[name].get_slice(name).get_shape())
+
+    def like(self, name: str, other: torch.Tensor) -> torch.Tensor:
+        """Tensor `name`, on the device of `other` and distributed as it is."""
+        whole = self._of[name].get_tensor(name)
+        if isinstance(other, DTensor):
+            # every rank cuts its own part from the file: nothing is sent
+            return distribute_tensor(whole.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+        return whole.to(other.device)
 
 
-def open_checkpoint(path: Path | str) -> Path:
-    """`resolve_checkpoint`, and every hash of it checked; a model directory without `checkpoint.json` has none.
+def load_model(model: Any, stored: StoredTensors) -> None:
+    """Put stored weights into the model's parameters.
 
     Raises:
-        UserError: Nothing usable is there, or a file is damaged.
+        UserError: A tensor is missing, unknown or of another shape; nothing has changed then.
     """
-    path = resolve_checkpoint(path)
-    check_hashes(path)
-    return path
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in stored.names():
+        if name not in parameters or tuple(parameters[name].shape) != stored.shape(name):
+            raise UserError(
+                f"checkpoint {stored.directory} does not fit the model: tensor {name!r} of shape {stored.shape(name)}"
+            )
+    held = {id(parameters[name]) for name in stored.names()}
+    if missing := [name for name, parameter in parameters.items() if id(parameter) not in held]:
+        raise UserError(f"checkpoint {stored.directory} does not fit the model: it has no tensor {missing[0]!r}")
+    with torch.no_grad():
+        for name in stored.names():
+            parameters[name].copy_(stored.like(name, parameters[name]))
 
 
-def check_hashes(directory: Path) -> None:
-    """`verify_checkpoint` where the directory records hashes."""
-    if os.path.lexists(directory / METADATA):
-        verify_checkpoint(directory)
+def load_optimizer(model: Any, optimizer: Any, stored: StoredTensors) -> None:
+    """Put stored state into the optimizer, distributed as its parameters are."""
+    parameters = dict(model.named_parameters())
+    fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    for key_and_name in stored.names():
+        key, _, name = key_and_name.partition("/")
+        if name not in parameters:
+            raise UserError(f"checkpoint {stored.directory} does not fit the model: optimizer state of {name!r}")
+        parameter = parameters[name]
+        shape = stored.shape(key_and_name)
+        if shape == tuple(parameter.shape):
+            value = stored.like(key_and_name, parameter)
+        else:  # a step count, which only fused optimizers keep on the device
+            value = stored.like(key_and_name, torch.empty(0, device=parameter.device if parameter in fused else "cpu"))
+        optimizer.state[parameter][key] = value
 
 
-def resolve_checkpoint(path: Path | str) -> Path:
-    """The model directory that `path` means: a run (its newest complete checkpoint), a checkpoint, or any transformers model directory.
-
-    Raises:
-        UserError: Nothing usable is there; the message says what is missing.
-    """
-    path = Path(path)
-    if path.name == LATEST and (path.parent / "checkpoints").is_dir():
-        path = path.parent
-    if not path.is_dir():
-        raise UserError(f"no model at {path}: it is not a directory; name a run, a checkpoint or a model directory")
-    if (path / "checkpoints").is_dir():
-        newest = newest_checkpoint(path)
-        if newest is None:
-            raise UserError(f"run {path} has no complete checkpoint yet")
-        return newest
-    if (_NAME.fullmatch(path.name) and path.parent.name == "checkpoints") or _SCRATCH.fullmatch(path.name):
-        try:
-            read_complete(path)
-        except UserError as error:
-            raise UserError(f"{error}; {_remedy(path)}; or name its run to get the newest complete one") from None
-        return path
-    if (path / "config.json").is_file():
-        if not any(path.glob("*.safetensors")):
-            raise UserError(f"model directory {path} has no *.safetensors weights; other formats are not read")
-        return path
-    raise UserError(f"no model at {path}: neither a run (checkpoints/) nor a model directory (config.json)")
+def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """PyTorch's and NumPy's generators. Python's is left out: lazily imported packages draw from it, and nothing here does."""
+    tensors = {"torch_cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["torch_cuda"] = torch.cuda.get_rng_state()
+    name, keys, *rest = np.random.get_state()
+    return tensors, {"numpy": [name, np.asarray(keys).tolist(), *rest]}
 
 
-def point_latest(run_dir: Path, checkpoint: Path) -> None:
-    """RUN/latest -> `checkpoint`, relative, so that it goes where the run goes; readers see the old link or the new one.
-
-    Where links cannot be made there is none; what else has that name is left alone.
-    """
-    link, scratch = run_dir / LATEST, run_dir / f".{LATEST}.tmp-{os.getpid()}"
-    if os.path.lexists(link) and not link.is_symlink():
-        return
+def set_rng_state(tensors: StoredTensors, values: dict[str, Any]) -> None:
+    """Put back what `rng_state` gave. Raises `UserError` for what is no state of these generators."""
+    cpu = torch.empty(0)
     try:
-        scratch.unlink(missing_ok=True)
-        scratch.symlink_to(checkpoint.relative_to(run_dir), target_is_directory=True)
-        os.replace(scratch, link)
-    except (OSError, NotImplementedError):
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint; the metadata goes first, so that a kill half-way leaves an incomplete one, not a broken one."""
-    with contextlib.suppress(OSError):
-        (path / METADATA).unlink()
-        shutil.rmtree(path)
-
-
-def remove_scratch(parent: Path) -> None:
-    for path in parent.iterdir():
-        if _SCRATCH.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+        torch.set_rng_state(tensors.like("torch_cpu", cpu))
+        if "torch_cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors.like("torch_cuda", cpu))
+        name, keys, *rest = values["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"checkpoint {tensors.directory} holds no state of the random generators: {one_line(error)}") from None

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ssa.collectives import Ranks
     from ssa.model import SSAForCausalLM
     from ssa.train.build import Data
-    from ssa.train.distributed import Ranks
 
 
 def run_line(recipe: Recipe, out: Path, ranks: Ranks, device: str, dtype: torch.dtype) -> str:

@@ -19,8 +19,8 @@ from ssa.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from ssa.collectives import Ranks
     from ssa.config import TrainRecipe
-    from ssa.train.distributed import Ranks
     from ssa.train.loss import StepLoss
 
 BYTES_A_PARAMETER = 16

@@ -1,11 +1,10 @@
 """The run directory: who may write to it, what it may be resumed with, and what it records.
 
 RUN/recipe.json        the resolved recipe            RUN/environment.json   versions, device, git state, data, place, one entry a start
-RUN/metrics.jsonl      see `ssa.train.metrics`        RUN/checkpoints/       see `ssa.train.checkpoint`
+RUN/metrics.jsonl      see `ssa.train.metrics`        RUN/checkpoints/       see `ssa.runs.checkpoints`
 RUN/data/              shards, if `data.path` was not prepared before
 
-A path in the recipe is relative to where training was started. Each start records that directory and the run's own, so that the run's data is
-found from anywhere, and where both were moved together; it is the run's data if the hash of its index is the recorded one.
+How a run is found and read again, wherever it lies, is in `ssa.runs`.
 """
 
 from __future__ import annotations
@@ -16,17 +15,19 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
-from ssa.checked_json import read_json, typed
+import torch
+
+from ssa.checked_json import typed
+from ssa.collectives import Ranks
 from ssa.config import Recipe, load_recipe
-from ssa.data.shards import INDEX
+from ssa.data.mixture import Data
+from ssa.device import device_name
 from ssa.errors import UserError
-from ssa.files import LOCK, sha256_of_file, sole_writer, write_atomically
-
-if TYPE_CHECKING:
-    from ssa.train.build import Data
-    from ssa.train.distributed import Ranks
+from ssa.files import LOCK, sole_writer, write_atomically
+from ssa.runs.home import ENVIRONMENT, RECIPE, read_starts
+from ssa.runs.provenance import git_state, versions
 
 RESUMABLE = frozenset({
     "steps", "log_every", "eval_every", "save_every", "keep_last", "async_save", "probe_every", "track", "verify_data",
@@ -48,31 +49,6 @@ _OWN = (
     "eval",
     "analysis",
 )
-RECIPE, ENVIRONMENT = "recipe.json", "environment.json"
-
-
-class DataRecord(TypedDict, total=False):
-    """What a start records of the run's data."""
-
-    path: str
-    fingerprint: str
-    """See `ssa.train.build.Data`."""
-    index: str
-    """SHA-256 of the index in `path`; starts of old have none."""
-
-
-class Start(TypedDict, total=False):
-    """An entry of environment.json, as far as it is read again."""
-
-    directory: str
-    """Where training was started, absolute."""
-    run: str
-    """The run directory, absolute."""
-    data: DataRecord
-
-
-class _Environment(TypedDict):
-    starts: list[Start]
 
 
 class Progress(TypedDict, total=False):
@@ -147,71 +123,6 @@ def check_resumable(old: Recipe, new: Recipe) -> None:
                 )
 
 
-def read_starts(run: Path) -> list[Start]:
-    """The starts in RUN/environment.json, oldest first; none where there is no such file.
-
-    Raises:
-        UserError: It is damaged.
-    """
-    path = run / ENVIRONMENT
-    if not os.path.lexists(path):
-        return []
-    try:
-        return read_json(path, _Environment)["starts"]
-    except UserError as error:
-        raise UserError(f"{error}; restore it, or move it away to go on without it") from None
-
-
-def places(run: Path, name: str) -> list[Path]:
-    """Where `name`, a path in the recipe of `run`, may lie: from here, from where training was started, or moved together with the run."""
-    found, here = [Path(name)], os.path.abspath(run)
-    for start in reversed(read_starts(run)):
-        if "directory" not in start or "run" not in start:
-            continue
-        then = os.path.normpath(os.path.join(start["directory"], name))
-        found.append(Path(then))
-        with contextlib.suppress(ValueError):  # on Windows the two may lie on two drives
-            found.append(Path(os.path.normpath(os.path.join(here, os.path.relpath(then, start["run"])))))
-    return list(dict.fromkeys(found))
-
-
-def find_data(run: Path, recipe: Recipe | None) -> Path:
-    """The prepared data that `run` was trained on: where `recipe.data.path` may lie, or what training prepared inside the run.
-
-    Raises:
-        UserError: It is not there any more, or what is there is other data; the message names the places.
-    """
-    data = next((start["data"] for start in reversed(read_starts(run)) if "data" in start), DataRecord())
-    index = data.get("index", None if recipe is None or recipe.data.mixture else data.get("fingerprint"))
-    tried = [*([] if recipe is None else places(run, recipe.data.path)), run / "data"]
-    if recipe is not None and index is not None:  # for runs that did not record where: somewhere above it training was started
-        tried += [parent / recipe.data.path for parent in Path(os.path.abspath(run)).parents]
-    prepared = [place for place in tried if (place / INDEX).is_file()]
-    for place in prepared:
-        if index in (None, sha256_of_file(place / INDEX)):
-            return place
-    if prepared:
-        raise UserError(f"the data in {prepared[0].absolute()} is not what {run} was trained on")
-    if recipe is None:
-        raise UserError(f"{run} has no data of its own, and no {RECIPE} that names it")
-    named = dict.fromkeys(str(place.absolute()) for place in tried[:4])
-    raise UserError(f"the data that {run} was trained on is not there any more (tried {', '.join(named)})")
-
-
-def find_mixture(run: Path, mixture: dict[str, float]) -> dict[str, float]:
-    """The recipe's mixture with its directories where they lie now."""
-
-    def found(name: str) -> str:
-        directory, colon, split = name.rpartition(":")
-        for path, rest in ((name, ""), (directory, f":{split}")) if colon else ((name, ""),):
-            for place in places(run, path):
-                if (place / INDEX).is_file():
-                    return f"{place}{rest}"
-        return name
-
-    return {found(name): weight for name, weight in mixture.items()}
-
-
 def rows_per_step(recipe: Recipe, ranks: Ranks) -> int:
     """Rows that an optimizer step reads on all ranks together."""
     return recipe.train.batch_size * recipe.train.accumulation * ranks.data_world
@@ -252,3 +163,30 @@ def record_start(out: Path, recipe: Recipe, environment: dict[str, Any]) -> None
     place = {"directory": os.getcwd(), "run": os.path.abspath(out)}
     write_atomically(out / ENVIRONMENT, json.dumps({"starts": [*starts, environment | place]}, indent=2) + "\n")
     write_atomically(out / RECIPE, recipe.to_json())
+
+
+def start_record(
+    recipe: Recipe, data: Data, ranks: Ranks, parallel: str, dtype: torch.dtype, num_parameters: int
+) -> dict[str, Any]:
+    """What one start of a run is recorded with, ready for JSON.
+
+    Args:
+        parallel: How the ranks really share the model, see `ssa.train.parallel.resolve_parallel`.
+        dtype: That of autocast.
+    """
+    return {
+        "versions": versions(),
+        "device": device_name(ranks.device),
+        "ranks": ranks.world,
+        "parallel": parallel,
+        "context_parallel": ranks.context_ranks,
+        "tokens_per_step": rows_per_step(recipe, ranks) * recipe.data.context,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "seed": recipe.train.seed,
+        "parameters": num_parameters,
+        "git": git_state(),
+        "data": {
+            "path": str(data.path), "fingerprint": data.fingerprint, "index": data.index, "train_tokens": data.train.num_tokens,
+        },
+    }  # fmt: skip

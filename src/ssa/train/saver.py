@@ -14,13 +14,17 @@ import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ssa.checked_json import read_json
+from ssa.collectives import Ranks
 from ssa.errors import UserError
 from ssa.files import sha256_of_file, sync
 from ssa.model.card import write_card
-from ssa.train.checkpoint import (
+from ssa.model.safetensors_file import write_safetensors
+from ssa.runs.checkpoints import (
     FORMAT,
     METADATA,
     Metadata,
@@ -34,14 +38,8 @@ from ssa.train.checkpoint import (
     remove_scratch,
     scratch_path,
 )
-from ssa.train.checkpoint_state import collect, file_names, model_tensors, optimizer_tensors, rng_state
-from ssa.train.environment import versions
-from ssa.train.safetensors_file import write_safetensors
-
-if TYPE_CHECKING:
-    import torch
-
-    from ssa.train.distributed import Ranks
+from ssa.runs.provenance import versions
+from ssa.train.checkpoint import collect, file_names, model_tensors, optimizer_tensors, rng_state
 
 
 class Saver:
@@ -90,7 +88,7 @@ class Saver:
         self.pending, self._error = step, None
         self._scratch = scratch_path(self.run_dir, step, self.ranks.number(os.getpid()))
         try:
-            with self.ranks.together():
+            with self.ranks.raise_on_all():
                 if self.ranks.main:
                     self._make_scratch()
         except UserError:
@@ -126,10 +124,10 @@ class Saver:
             self._thread.join()
             self._thread = None
         try:
-            with self.ranks.together():
+            with self.ranks.raise_on_all():
                 if self._error is not None:
                     raise self._failure(self._error)
-            with self.ranks.together():
+            with self.ranks.raise_on_all():
                 if self.ranks.main:
                     self._commit()
         except UserError:

@@ -27,7 +27,7 @@ from ssa.terminal import say
 if TYPE_CHECKING:
     import torch
 
-    from ssa.train.distributed import Ranks
+    from ssa.collectives import Ranks
     from ssa.train.interrupt import StopRequest
 
 
@@ -60,14 +60,15 @@ def train(recipe: Recipe, out: Path | str, resume: bool = False, overwrite: bool
         UserError: Bad input, a directory that is not free, a full disk, or a loss that is not finite (the weights have not moved then).
             With several ranks it is a `SharedError` on all of them.
     """
+    from ssa.ranks import disk_error
     from ssa.train.build import check_inputs
-    from ssa.train.distributed import disk_error, open_ranks
+    from ssa.train.distributed import open_ranks
     from ssa.train.run_directory import open_run
 
     out = Path(out)
     try:
         with open_ranks(recipe.train) as ranks, contextlib.ExitStack() as stack:
-            with ranks.together(out):
+            with ranks.raise_on_all(out):
                 if ranks.main:
                     check_inputs(recipe, out, resume, overwrite)
                     stack.enter_context(open_run(out, recipe, resume, overwrite))
@@ -85,12 +86,12 @@ class _Run:
         import torch
 
         from ssa.data.loader import PackedLoader
-        from ssa.infer.load import resolve_dtype
+        from ssa.device import device_name, resolve_dtype
         from ssa.model import SSAForCausalLM
         from ssa.model.stored import check_weights, read_config
+        from ssa.runs.checkpoints import newest_checkpoint, verify_checkpoint
         from ssa.train.build import build_model, open_data
-        from ssa.train.checkpoint import load_checkpoint, newest_checkpoint, verify_checkpoint
-        from ssa.train.environment import device_name, start_record
+        from ssa.train.checkpoint import load_checkpoint
         from ssa.train.flops import flops_record, run_peak_flops
         from ssa.train.guard import Guard
         from ssa.train.header import model_line, run_line, waiting_line
@@ -100,7 +101,7 @@ class _Run:
         from ssa.train.optim import build_optimizer
         from ssa.train.parallel import distribute, resolve_parallel
         from ssa.train.probe import probe_batch
-        from ssa.train.run_directory import check_progress, record_start
+        from ssa.train.run_directory import check_progress, record_start, start_record
         from ssa.train.saver import Saver
 
         t = recipe.train
@@ -110,19 +111,19 @@ class _Run:
         self.metrics: Metrics | None = None
         self._say(run_line(recipe, out, ranks, device_name(self.device), dtype))
         for turn in (True, False):  # rank 0 may have text to prepare, which the others then find
-            with ranks.together(out):
+            with ranks.raise_on_all(out):
                 if ranks.main is turn:
                     self.data = open_data(recipe, out, resume)
-        with ranks.together(out):
+        with ranks.raise_on_all(out):
             if t.verify_data and ranks.main:
                 self._say(f"verifying the hash of every shard in {self.data.path}")
                 self.data.train.verify()
                 self.data.valid.verify()
-        with ranks.together(out):
+        with ranks.raise_on_all(out):
             found = newest_checkpoint(out) if resume else None
             if found is not None:
                 verify_checkpoint(found, ranks.rank, ranks.world)
-        with ranks.together(out):
+        with ranks.raise_on_all(out):
             # One loader batch is one step: the same rows whatever the split over ranks and micro-batches.
             rows = t.batch_size * t.accumulation
             self.loader = PackedLoader(self.data.train, recipe.data.context, rows, t.seed, ranks.data_rank, ranks.data_world)
@@ -151,7 +152,7 @@ class _Run:
         self.start_step = 0
         if found is not None:
             extra = load_checkpoint(found, self.model, self.optimizer, ranks)
-            with ranks.together():
+            with ranks.raise_on_all():
                 check_progress(extra, recipe, self.data, ranks, found)
             self.start_step = extra["step"]
             if "guard" in extra:
@@ -166,7 +167,7 @@ class _Run:
             self.optimizer.found_inf = self.found_inf  # type: ignore[union-attr]
         self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []
         aligned = self.model.config.aligns
-        with ranks.together(out):
+        with ranks.raise_on_all(out):
             if ranks.main:
                 environment = start_record(recipe, self.data, ranks, self.parallel, dtype, self.num_parameters)
                 peak = run_peak_flops(self.device, dtype, ranks.world)
@@ -190,7 +191,7 @@ class _Run:
 
     def go(self) -> TrainResult:
         from ssa.data.prefetch import Prefetcher
-        from ssa.train.distributed import SharedError
+        from ssa.ranks import SharedError
         from ssa.train.interrupt import StopRequest
 
         ahead = Prefetcher(self.loader.batch, self.start_step, self.recipe.train.steps, device=self.device)
@@ -212,7 +213,7 @@ class _Run:
             self._step(step)
             stop.worth_saving = True
             done = step + 1
-            number, writing = self.ranks.largest(stop.number, int(saver.writing))
+            number, writing = self.ranks.all_max(stop.number, int(saver.writing))
             name = signal.Signals(number).name if number else None
             if saver.pending is not None and not writing:
                 saver.finish()
@@ -242,10 +243,10 @@ class _Run:
         """One optimizer step over `accumulation` micro-batches; on CUDA nothing here waits for the device."""
         import torch
 
+        from ssa.model.streams import draw_stream
         from ssa.train.loss import alignment_share, is_target
         from ssa.train.optim import learning_rate
         from ssa.train.parallel import micro_batch
-        from ssa.train.streams import draw_stream
 
         t, m = self.recipe.train, self.recipe.model
         stream = draw_stream(t.seed, step, m.full_ratio) if method_named(m.method).draws_stream else None
@@ -255,7 +256,7 @@ class _Run:
         if self.context is not None:
             batch = self.context.part(batch)
         own = (batch["targets"] != -100) if "targets" in batch else is_target(batch)
-        targets = self.ranks.sum(own.sum().to(self.device, non_blocking=True))
+        targets = self.ranks.all_sum(own.sum().to(self.device, non_blocking=True))
         lr = learning_rate(step, t)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -265,7 +266,7 @@ class _Run:
             rows = {name: x[i * t.batch_size : (i + 1) * t.batch_size] for name, x in batch.items()}
             with micro_batch(self.module, i == t.accumulation - 1, t.reduce_every_micro_batch):
                 sums += self._backward(rows, stream, targets)
-        self.ranks.sum(sums)
+        self.ranks.all_sum(sums)
         norm = self._gradient_norm(t.clip).float()
         loss = sums[0] + self.loss.alignment_share * m.alignment_weight * (sums[1] + sums[2])
         verdict = self.guard.judge(loss, norm)
@@ -320,7 +321,7 @@ class _Run:
         rows = torch.stack([values for _, values in self._pending]).tolist()
         pending, self._pending = self._pending, []
         halted = False
-        with self.ranks.together(self.out):
+        with self.ranks.raise_on_all(self.out):
             for (known, _), (*values, skipped, stopped) in zip(pending, rows, strict=True):
                 halted = halted or bool(stopped)
                 if self.metrics is None:
@@ -360,7 +361,7 @@ class _Run:
             losses = validation_losses(
                 self.loss, self.data.valid, self.recipe.data.context, self.recipe.train.batch_size, self.autocast
             )
-        with self.ranks.together(self.out):
+        with self.ranks.raise_on_all(self.out):
             if self.metrics is not None:
                 self.metrics.valid(done, losses)
         return losses
@@ -371,7 +372,7 @@ class _Run:
         assert self.probed is not None
         with self._measuring():
             figures = probe(self.loss, self.probed, self.model.config.budget, self.autocast)
-        with self.ranks.together(self.out):
+        with self.ranks.raise_on_all(self.out):
             if self.metrics is not None:
                 self.metrics.probe(done, figures)
 

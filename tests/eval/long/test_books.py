@@ -5,9 +5,10 @@ import torch
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.long.books import BookWindows, target_nll
-from ssa.eval.long.item_log import ItemLog, Shard
+from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather
 from ssa.eval.perplexity import Document
+from ssa.ranks import Shard
 from ssa.testing import LargestTensor, tiny_model
 
 

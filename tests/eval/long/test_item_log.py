@@ -2,9 +2,11 @@ import contextlib
 
 import pytest
 
+from ssa.device import local_device
 from ssa.errors import UserError
-from ssa.eval.long.item_log import ItemLog, Shard
+from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import Mean, gather, run_items
+from ssa.ranks import Shard
 
 
 def one_by_one(pending):
@@ -100,16 +102,16 @@ def test_a_failing_batch_maker_is_not_swallowed(tmp_path):
 def test_shards_from_the_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert Shard.from_environment() == Shard(0, 1) and Shard.local_device("auto") == "auto"
+    assert Shard.from_environment() == Shard(0, 1) and local_device("auto") == "auto"
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(UserError, match="RANK = 3 is not below WORLD_SIZE = 1"):
         Shard.from_environment()
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert Shard.from_environment() == Shard(3, 4)
-    assert Shard.local_device("cpu") == "cpu" and Shard.local_device("cuda:5") == "cuda:5"
+    assert local_device("cpu") == "cpu" and local_device("cuda:5") == "cuda:5"
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert Shard.local_device("auto") == Shard.local_device("cuda") == "cuda:1"
+    assert local_device("auto") == local_device("cuda") == "cuda:1"
     monkeypatch.setenv("RANK", "one")
     with pytest.raises(UserError, match="RANK = 'one'"):
         Shard.from_environment()

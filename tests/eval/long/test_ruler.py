@@ -12,12 +12,13 @@ from ssa.data.tokenizer import byte_tokenizer, train_bpe
 from ssa.errors import UserError
 from ssa.eval import long
 from ssa.eval.long.fill import largest
-from ssa.eval.long.item_log import ItemLog, Shard
+from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather, generate_items
 from ssa.eval.long.ruler import TASKS, RulerTask, string_match_all
 from ssa.eval.long.ruler_needles import NOISE
 from ssa.eval.long.words import words
 from ssa.eval.needle import Haystack
+from ssa.ranks import Shard
 
 PROSE = "".join(f"Sentence {i} of a long story says very little. " for i in range(900))
 

@@ -19,10 +19,11 @@ import numpy as np
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.documents import fingerprint
-from ssa.eval.long.item_log import ItemLog, Shard
+from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import run_items
 from ssa.eval.perplexity import Document
 from ssa.eval.subject import attention
+from ssa.ranks import Shard
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ssa.data.tokenizer import encode_documents
 from ssa.errors import UserError
+from ssa.eval.needle import Haystack
 from ssa.infer.engine import first_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+Made = tuple[np.ndarray, list[str], dict[str, Any]]
+"""A prompt of `Maker.room` tokens, the answers, and what to record about it."""
+
+
+@dataclass
+class Maker:
+    """What a RULER task's generator works with."""
+
+    tokenizer: PreTrainedTokenizerFast
+    haystack: Haystack | None
+    length: int
+    """Prompt and answer."""
+    room: int
+    """Prompt."""
+    rng: np.random.Generator
+    guess: int
+    """How many units of haystack the case before took; set by the generator. Speeds up, changes nothing."""
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:

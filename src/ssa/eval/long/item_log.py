@@ -9,51 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 from ssa.checked_json import parse_json
 from ssa.errors import UserError
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Rank `rank` of `world` takes items rank, rank + world, ..."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def from_environment(cls) -> Shard:
-        """RANK and WORLD_SIZE, as torchrun sets them; one rank where they are not set."""
-        found = []
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
-            text = os.environ.get(name, default)
-            if not text.isdecimal():
-                raise UserError(f"{name} = {text!r} in the environment is not a number; unset it or use torchrun")
-            found.append(int(text))
-        rank, world = found
-        if rank >= world:
-            raise UserError(f"RANK = {rank} is not below WORLD_SIZE = {world}")
-        return cls(rank, world)
-
-    @staticmethod
-    def local_device(device: str) -> str:
-        """The device of this process where `device` leaves it open: under torchrun, the GPU of its number on this machine."""
-        import torch
-
-        local = os.environ.get("LOCAL_RANK", "")
-        if device not in ("auto", "cuda") or not local.isdecimal() or not torch.cuda.is_available():
-            return device
-        return f"cuda:{local}"
-
-    def share(self, count: int) -> range:
-        return range(self.rank, count, self.world)
-
-
-ALONE = Shard()
-"""The one rank where there are no others."""
 
 
 class _Record(TypedDict):

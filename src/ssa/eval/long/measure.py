@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.long.generation import write
-from ssa.eval.long.item_log import ItemLog, Shard
+from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.items import GenerationTask, Item
+from ssa.ranks import Shard
 
 if TYPE_CHECKING:
     import torch

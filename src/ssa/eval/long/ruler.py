@@ -16,7 +16,7 @@ import numpy as np
 
 from ssa.errors import UserError
 from ssa.eval.long import ruler_lists, ruler_needles
-from ssa.eval.long.fill import encode
+from ssa.eval.long.fill import Made, Maker, encode
 from ssa.eval.long.items import Item
 from ssa.eval.long.words import words
 from ssa.eval.needle import Haystack
@@ -29,28 +29,12 @@ if TYPE_CHECKING:
 class Kind:
     """One RULER task."""
 
-    make: Callable[[Maker], tuple[np.ndarray, list[str], dict[str, Any]]]
-    """A prompt of `Maker.room` tokens, the answers, and what to record about it."""
+    make: Callable[[Maker], Made]
     tokens_to_generate: int
     """RULER's; more where a tokenizer needs more for the longest answer."""
     longest_answer: str
     needs_text: bool = False
     """Whether its haystack is prose, from a text."""
-
-
-@dataclass
-class Maker:
-    """What a task's generator works with."""
-
-    tokenizer: PreTrainedTokenizerFast
-    haystack: Haystack | None
-    length: int
-    """Prompt and answer."""
-    room: int
-    """Prompt."""
-    rng: np.random.Generator
-    guess: int
-    """How many units of haystack the case before took; set by the generator. Speeds up, changes nothing."""
 
 
 _NUMBERS, _UUID = ", 9999999" * 4, " 3f2504e0-4f89-41d3-9a0c-0305e82cf301"

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ssa.errors import UserError
-from ssa.eval.long.fill import encode, exact_prompt, largest
+from ssa.eval.long.fill import Made, Maker, encode, exact_prompt, largest
 from ssa.eval.long.ruler_needles import NOISE
 from ssa.eval.long.words import words
 from ssa.infer.engine import first_ids
-
-if TYPE_CHECKING:
-    from ssa.eval.long.ruler import Maker
-
-Made = tuple[np.ndarray, list[str], dict[str, Any]]
 
 NUM_HOPS = 4
 EXAMPLE_TOKENS = 500

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ssa.errors import UserError
-from ssa.eval.long.fill import encode, exact_prompt, largest
+from ssa.eval.long.fill import Made, Maker, encode, exact_prompt, largest
 from ssa.eval.long.words import random_key
 from ssa.infer.engine import first_ids
-
-if TYPE_CHECKING:
-    from ssa.eval.long.ruler import Maker
-
-Made = tuple[np.ndarray, list[str], dict[str, Any]]
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."

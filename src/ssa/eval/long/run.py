@@ -12,11 +12,12 @@ from ssa.errors import UserError
 from ssa.eval.documents import document_texts, read_documents
 from ssa.eval.long import longbench, longeval, ruler
 from ssa.eval.long.books import BookWindows, perplexity_or_none
-from ssa.eval.long.item_log import ItemLog, Shard
+from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.items import GenerationTask
 from ssa.eval.long.measure import Mean, batch_tokens, generate_items
 from ssa.eval.long.suite import Suite, check_length, local_folder, markdown, run_suite, title
 from ssa.eval.needle import Haystack
+from ssa.ranks import Shard
 
 if TYPE_CHECKING:
     from ssa.eval.tasks import TaskRequest

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ssa.config import Budget
 from ssa.errors import UserError
-from ssa.eval.long.item_log import ItemLog, Shard
+from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather
 from ssa.eval.results import add_results, read_results, result_key
 from ssa.eval.subject import budget_name, description, progress_bar, provenance
 from ssa.files import write_atomically
+from ssa.ranks import Shard
 
 if TYPE_CHECKING:
     from ssa.eval.subject import Subject

@@ -6,8 +6,8 @@ from importlib import metadata
 import pytest
 import torch
 
-from ssa.train import environment
-from ssa.train.environment import driver_version, versions
+from ssa.runs import provenance
+from ssa.runs.provenance import driver_version, versions
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def with_gpu(monkeypatch, library):
 
 def test_without_a_gpu_nothing_of_one_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(environment, "driver_version", lambda: pytest.fail("asked for a driver"))
+    monkeypatch.setattr(provenance, "driver_version", lambda: pytest.fail("asked for a driver"))
     assert versions().keys() - {"triton"} == {"ssa", "python", "torch", "transformers", "numpy"}
 
 

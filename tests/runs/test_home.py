@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from ssa.errors import UserError
-from ssa.eval.run_directory import DEFAULT_CONTEXT, run_context, run_data, run_home
+from ssa.runs.home import DEFAULT_CONTEXT, run_context, run_data, run_home
 
 
 def prepared(path):

@@ -5,8 +5,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ssa.train import safetensors_file
-from ssa.train.safetensors_file import write_safetensors
+from ssa.model import safetensors_file
+from ssa.model.safetensors_file import write_safetensors
 
 
 @pytest.mark.parametrize("piece", [7, 1 << 24])

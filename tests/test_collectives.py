@@ -4,18 +4,18 @@ import socket
 
 import pytest
 
+from ssa.collectives import gather
 from ssa.errors import UserError
-from ssa.eval.exchange import exchange
 
 RANK = """
 import os
 from ssa.errors import UserError
-from ssa.eval.exchange import exchange
+from ssa.collectives import gather
 rank = int(os.environ["RANK"])
-print(exchange({"of": rank}), exchange(rank * 10))
+print(gather({"of": rank}), gather(rank * 10))
 if not rank:
     try:
-        exchange("anybody there?")
+        gather("anybody there?")
     except UserError as error:
         print(error)
 """
@@ -32,16 +32,16 @@ import contextlib, os, sys, time
 from datetime import timedelta
 from pathlib import Path
 from ssa.errors import UserError
-from ssa.eval import exchange
+from ssa import collectives
 comes, here, over = sys.argv[1], Path(sys.argv[2]) / "here", Path(sys.argv[2]) / "over"
 def wait(path):
     while not path.exists():
         time.sleep(0.01)
 if os.environ["RANK"] == "0":
     wait(here)
-    exchange.MEETING = timedelta(seconds=2)
+    collectives.MEETING = timedelta(seconds=2)
     try:
-        exchange.meet()
+        collectives.meet()
     except UserError as error:
         print(error)
     over.touch()
@@ -74,13 +74,13 @@ def test_a_port_that_is_taken_is_named_as_such(monkeypatch):
         }.items():
             monkeypatch.setenv(name, str(value))
         with pytest.raises(UserError, match=r"rank 0 of 2 cannot meet the others \(.*address already in use"):
-            exchange("nobody")
+            gather("nobody")
 
 
 def test_one_rank_and_ranks_that_cannot_meet(monkeypatch):
-    assert exchange("alone") == ["alone"]
+    assert gather("alone") == ["alone"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match=r"MASTER_ADDR.*; use torchrun, or unset it"):
-        exchange("nobody")
+        gather("nobody")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssa.errors import UserError
-from ssa.train.streams import StreamCallback, TrainStep, draw_stream
+from ssa.model.streams import StreamCallback, TrainStep, draw_stream
 
 
 @given(st.integers(0, 2**70), st.integers(0, 2**40))

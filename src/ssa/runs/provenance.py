@@ -1,4 +1,4 @@
-"""What a run ran on: versions, device, git state. Kept in every run directory and checkpoint."""
+"""What a run ran on: versions and git state. Kept in every run directory and checkpoint."""
 
 from __future__ import annotations
 
@@ -10,24 +10,17 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import numpy
+import torch
+import transformers
 
-    from ssa.config import Recipe
-    from ssa.train.build import Data
-    from ssa.train.distributed import Ranks
+import ssa
 
 
 def versions() -> dict[str, str]:
     """Versions of the project and of what decides its numbers; those of Triton, CUDA, cuDNN and the driver only where there are such."""
-    import numpy
-    import torch
-    import transformers
-
-    import ssa
-
     found: dict[str, object] = {
         "ssa": ssa.__version__,
         "python": platform.python_version(),
@@ -69,44 +62,6 @@ def driver_version() -> str | None:
 
 _NVML_NO_GPUS, _NVML_NO_ATTACH = 1, 2
 """The library need not look at the GPUs, which takes time, to know its version."""
-
-
-def start_record(
-    recipe: Recipe, data: Data, ranks: Ranks, parallel: str, dtype: torch.dtype, num_parameters: int
-) -> dict[str, Any]:
-    """What one start of a run is recorded with, ready for JSON.
-
-    Args:
-        parallel: How the ranks really share the model, see `ssa.train.parallel.resolve_parallel`.
-        dtype: That of autocast.
-    """
-    import torch
-
-    from ssa.train.run_directory import rows_per_step
-
-    return {
-        "versions": versions(),
-        "device": device_name(ranks.device),
-        "ranks": ranks.world,
-        "parallel": parallel,
-        "context_parallel": ranks.context_ranks,
-        "tokens_per_step": rows_per_step(recipe, ranks) * recipe.data.context,
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "seed": recipe.train.seed,
-        "parameters": num_parameters,
-        "git": git_state(),
-        "data": {
-            "path": str(data.path), "fingerprint": data.fingerprint, "index": data.index, "train_tokens": data.train.num_tokens,
-        },
-    }  # fmt: skip
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the type of another device."""
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def git_state() -> dict[str, Any] | None:
