@@ -44,6 +44,14 @@ def test_a_run_in_order(run, capsys):
     assert examined(capsys, run / "latest")[1][1:] == lines[1:]
 
 
+def test_names_are_shown_to_a_terminal_not_obeyed_by_it(run, capsys):
+    named = run.rename(run.parent / "r\x1b[2Jun")
+    (named / "recipe.json").write_text('{"model": {"method": "\\u001b[2Jssa"}}')
+    status, lines = examined(capsys, named)
+    assert status == 1 and lines[0].endswith("r\\x1b[2Jun") and any("\\x1b[2Jssa" in line for line in lines)
+    assert not any("\x1b" in line for line in lines)
+
+
 def flip(path):
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

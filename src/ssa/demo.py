@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssa import terminal
 from ssa.config import Recipe, load_recipe
 from ssa.demo_claims import judge_claims
 from ssa.errors import UserError
@@ -38,8 +39,6 @@ def run_demo(out: Path, steps: int | None = None, seed: int = 1, overwrite: bool
     Raises:
         UserError: `out` holds runs of another recipe, or matplotlib is missing.
     """
-    from rich.console import Console
-
     from ssa.analysis.analyze import analyze
     from ssa.analysis.plots import require_matplotlib, save_summary_picture
     from ssa.data.prepare import prepare
@@ -49,7 +48,7 @@ def run_demo(out: Path, steps: int | None = None, seed: int = 1, overwrite: bool
     from ssa.train.trainer import train
 
     require_matplotlib()
-    console = Console(highlight=False)
+    console = terminal.console(highlight=False)
     began = time.monotonic()
     recipe = demo_recipe(out, steps, seed)
     data = out / "data"
@@ -77,7 +76,7 @@ def run_demo(out: Path, steps: int | None = None, seed: int = 1, overwrite: bool
     for run in runs:
         evaluate(run, budgets=[*BUDGETS, "full"], max_tokens=EVALUATED_TOKENS)
     console.print("[bold]4/4 Looking[/bold] at what their attention keeps")
-    result = analyze(runs, max_tokens=ANALYSED_TOKENS, seed=seed, console=Console(quiet=True))
+    result = analyze(runs, max_tokens=ANALYSED_TOKENS, seed=seed, console=terminal.console(quiet=True))
     save_summary_picture(result.runs, out / "analysis" / "summary.png")
     figures = demo_figures(result.runs, recipe)
     write_atomically(out / "demo.json", json.dumps(figures, indent=2) + "\n")

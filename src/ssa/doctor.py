@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from ssa import terminal
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,9 +26,7 @@ PROJECT = "sparse-sparse-attention"
 
 def examine() -> int:
     """Print the report; 0 if everything in it works, 1 if not. A release that is not tested is named, with the cure, and is no failure."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = terminal.console(highlight=False, markup=False, soft_wrap=True)
     healthy = True
     for title, section in (
         ("versions", _versions),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ssa import terminal
 from ssa.analysis.results import read_metrics
 from ssa.config import load_recipe
 from ssa.errors import UserError
@@ -22,9 +23,7 @@ def examine_run(run: Path | str) -> int:
     Raises:
         UserError: There is no such directory.
     """
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = terminal.console(highlight=False, markup=False, soft_wrap=True)
     path, healthy = Path(run), True
     if not path.is_dir():
         raise UserError(f"{run} is not a directory: name a run, a checkpoint or a model directory")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from ssa.errors import UserError
+from ssa.terminal import tell
 
 LOCK = ".lock"
 """The file by which `sole_writer` holds a directory."""
@@ -158,8 +159,5 @@ def _locked(file: IO[str], wait: bool = False) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        print(
-            f"ssa: warning: {file.name} cannot be locked ({error.strerror}): let one process at a time write there",
-            file=sys.stderr,
-        )
+        tell(f"ssa: warning: {file.name} cannot be locked ({error.strerror}): let one process at a time write there")
     return True

@@ -71,10 +71,12 @@ def test_a_run_learns_and_leaves_what_it_promises(recipe, tmp_path, capsys):
 def test_a_run_says_what_it_is_before_it_works_and_reports_its_first_step(recipe, tmp_path, capsys, monkeypatch):
     from ssa.train import build
 
-    (tmp_path / "text.txt").write_text("select, attend and align " * 200)
-    (tmp_path / "valid.txt").write_text("another document " * 20)
+    texts = tmp_path / "te\x1b[2Jxts"  # a name that clears a terminal is shown to it
+    texts.mkdir()
+    (texts / "text.txt").write_text("select, attend and align " * 200)
+    (texts / "valid.txt").write_text("another document " * 20)
     r = recipe(steps=6, accumulation=2, method="moba")
-    r = dataclasses.replace(r, data=dataclasses.replace(r.data, path=str(tmp_path / "*.txt")))
+    r = dataclasses.replace(r, data=dataclasses.replace(r.data, path=str(texts / "*.txt")))
     prepare, said_before = build.open_data, []
     monkeypatch.setattr(build, "open_data", lambda *a: said_before.append(capsys.readouterr().out) or prepare(*a))
     train(r, tmp_path / "run")
@@ -84,8 +86,10 @@ def test_a_run_says_what_it_is_before_it_works_and_reports_its_first_step(recipe
     count = sum(
         p.numel() for p in SSAForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step-00000006").parameters()
     )
-    assert said[0].startswith("preparing ") and said[model].startswith(
-        f"model: {count:,} parameters, 2 layers of 32, 2 query and 1 key"
+    assert (
+        said[0].startswith("preparing ")
+        and "/te\\x1b[2Jxts/*.txt into" in said[0]
+        and said[model].startswith(f"model: {count:,} parameters, 2 layers of 32, 2 query and 1 key")
     )
     steps = [line for line in said[model:] if line.startswith("step ") and "loss" in line and "validation" not in line]
     assert [line.split()[1] for line in steps] == ["1/6", "4/6", "6/6"]

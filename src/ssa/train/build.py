@@ -21,6 +21,7 @@ from ssa.model.configuration import METHOD_FIELDS
 from ssa.model.stored import load_pretrained, read_config
 from ssa.runs.checkpoints import open_checkpoint
 from ssa.runs.home import RECIPE, find_data, find_mixture, read_starts
+from ssa.terminal import say
 from ssa.train.run_directory import is_own
 from ssa.train.sinks import check_sink
 
@@ -76,8 +77,8 @@ def open_data(recipe: Recipe, out: Path, resume: bool = False) -> Data:
     elif not is_begun(path):
         path = out / "data"
         if not (path / INDEX).is_file():
-            print(f"preparing {recipe.data.path} into {path}", flush=True)
-            print(prepare([recipe.data.path], path, tokenizer=recipe.data.tokenizer), flush=True)
+            say(f"preparing {recipe.data.path} into {path}")
+            say(prepare([recipe.data.path], path, tokenizer=recipe.data.tokenizer))
     train: TokenShards | Mixture
     index = fingerprint = sha256_of_file(path / INDEX)
     if mixture:

@@ -264,7 +264,7 @@ class Display:
         else:
             eta = round((now - self._since[0]) / (line["step"] - self._since[1]) * (self.total_steps - line["step"]))
             text += f"  eta {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}"
-        print(f"step {line['step']}/{self.total_steps}  {text}", flush=True)
+        say(f"step {line['step']}/{self.total_steps}  {text}")
 
     def say(self, text: str) -> None:
         if self._bar is not None:
