@@ -213,3 +213,19 @@ def test_where_prompts_come_from(tmp_path):
     file.write_bytes(b"\xff")
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts([], file, Terminal())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_end_generation_in_one_line(saved, tokenizer, value, temperature, capsys):
+    from ssa.cli import main
+
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(value)
+    directory = saved()
+    model.save_pretrained(directory)
+    words = ["generate", str(directory), "--prompt", "a", "--max-new-tokens", "3", "--temperature", str(temperature)]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("ssa: error: the model's logits are nan or infinite") and "Traceback" not in said

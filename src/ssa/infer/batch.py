@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ssa.config import AttentionMode, Budget
+from ssa.errors import UserError
 from ssa.infer.transcript import Transcript
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def generate_batch(
 
     Returns:
         When the first tokens were there, by `time.perf_counter`.
+
+    Raises:
+        UserError: The model's logits are NaN or infinite.
     """
     width = max(map(len, prompts))
     input_BT = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
@@ -65,6 +69,7 @@ def generate_batch(
         model.generate(
             input_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
+            logits_processor=LogitsProcessorList([_Finite()]),
             stopping_criteria=StoppingCriteriaList([follower]),
             attention_mode=attention_mode,
             budget=None if budget is None else str(budget),
@@ -90,6 +95,18 @@ def end_ids_of(model: Any, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]
 def pad_id_of(tokenizer: PreTrainedTokenizerFast, end_ids: frozenset[int]) -> int:
     """The tokenizer's, else an end token, else 0."""
     return next((i for i in (tokenizer.pad_token_id, *sorted(end_ids)) if i is not None), 0)
+
+
+class _Finite(LogitsProcessor):
+    """Ends generation where every choice would be arbitrary; sampling would fail, on a GPU in a way that ends the process."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not scores.amax(-1).isfinite().all():
+            raise UserError(
+                "the model's logits are nan or infinite, so no token can be chosen: its weights hold such values, or overflow in "
+                "this precision; take another checkpoint, or dtype float32"
+            )
+        return scores
 
 
 class _Follower(StoppingCriteria):
