@@ -323,6 +323,14 @@ def test_the_command_says_what_is_missing(arguments, says):
         harness.with_defaults(arguments)
 
 
+def test_an_unknown_task_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["harness"])
+    assert harness.main(["--model_args", "pretrained=RUN", "--tasks", "nosuchtask,nor\x1b[2Jthat"]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "ssa: " in line)
+    assert line.startswith("ssa: error: Tasks not found: ") and "nosuchtask" in line and "ls tasks lists them" in line
+    assert "\x1b" not in line
+
+
 def test_model_arguments_that_are_missing_or_unknown_are_named():
     with pytest.raises(UserError, match="needs --model_args pretrained=RUN"):
         SSALM()

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 try:
+    from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -38,7 +39,7 @@ except ImportError as error:
 from ssa.collectives import gather, meet
 from ssa.config import AttentionMode, Budget
 from ssa.device import local_device
-from ssa.errors import UserError
+from ssa.errors import UserError, one_line
 from ssa.eval.loglikelihood import (
     Request,
     Score,
@@ -54,6 +55,7 @@ from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
 from ssa.infer.load import attention_choice, check_budgets, load_model
 from ssa.infer.transcript import Transcript
 from ssa.ranks import Shard
+from ssa.terminal import tell
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -345,12 +347,21 @@ def with_defaults(arguments: Sequence[str]) -> list[str]:
     return ["run", *([] if given.model else ["--model", "ssa"]), *options]
 
 
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
-
+def main(arguments: Sequence[str]) -> int:
+    """lm-eval's command with these arguments; returns the exit status, 2 for bad input."""
     try:
-        sys.argv[1:] = with_defaults(sys.argv[1:])
-        cli_evaluate()
+        sys.argv[1:] = with_defaults(arguments)
+        try:
+            cli_evaluate()
+        except ValueError as error:
+            if not str(error).startswith("Tasks not found"):
+                raise
+            raise UserError(f"{one_line(error)}; python -m ssa.eval.harness ls tasks lists them") from None
     except UserError as error:
-        print(f"ssa: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        tell(f"ssa: error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

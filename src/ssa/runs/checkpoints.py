@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ssa.checked_json import parse_json, read_bytes, read_json
 from ssa.errors import UserError
+from ssa.terminal import tell
 from ssa.files import is_plain_name, sha256_of_file
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def newest_checkpoint(run_dir: Path | str) -> Path | None:
 def _say(text: str) -> None:
     """Once a process, and on one rank of several."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"ssa: {text}", file=sys.stderr, flush=True)
+        tell(f"ssa: {text}")
 
 
 def open_checkpoint(path: Path | str) -> Path:

@@ -7,33 +7,14 @@ Large states are spread over the ranks, each of which collects, hashes and write
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 from collections.abc import Iterator, Mapping
-=======
-import contextlib
-import functools
-import hashlib
-import json
-import os
-import re
-import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
->>>>>>> 6c53e4c (Terminal: doctor, demo, training and warnings say things through ssa.terminal)
 from pathlib import Path
 from typing import Any, TypedDict
 
-<<<<<<< HEAD
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
-=======
-from ssa.checked_json import parse_json, read_bytes, read_json
-from ssa.errors import UserError
-from ssa.files import is_plain_name, sha256_of_file
-from ssa.terminal import tell
->>>>>>> 6c53e4c (Terminal: doctor, demo, training and warnings say things through ssa.terminal)
 
 from ssa.checked_json import read_json
 from ssa.collectives import Ranks
@@ -148,7 +129,6 @@ def collect(
     return result
 
 
-<<<<<<< HEAD
 class StoredTensors:
     """The tensors of a checkpoint's files `stem`*.safetensors, read one at a time."""
 
@@ -179,13 +159,6 @@ class StoredTensors:
             # every rank cuts its own part from the file: nothing is sent
             return distribute_tensor(whole.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
         return whole.to(other.device)
-=======
-@functools.cache
-def _say(text: str) -> None:
-    """Once a process, and on one rank of several."""
-    if os.environ.get("RANK", "0") == "0":
-        tell(f"ssa: {text}")
->>>>>>> 6c53e4c (Terminal: doctor, demo, training and warnings say things through ssa.terminal)
 
 
 def load_model(model: Any, stored: StoredTensors) -> None:
