@@ -1,4 +1,5 @@
 import io
+import json
 
 import pytest
 import torch
@@ -184,6 +185,17 @@ def test_a_prompt_that_the_tokenizer_cannot_encode_is_one_line(saved):
     generate(path, ["a a"], max_new_tokens=1)
     with pytest.raises(UserError, match=r"the tokenizer cannot encode the text: .*\[UNK\]"):
         generate(path, ["a word"], max_new_tokens=1)
+
+
+def test_a_tokenizer_that_panics_is_one_line(saved):
+    """Its own regular expression asks for more backtracking than the library is willing to do."""
+    path = saved()
+    described = json.loads((path / "tokenizer.json").read_text())
+    slow = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [slow, described["pre_tokenizer"]]}
+    (path / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"the tokenizer cannot encode the text: .*retry-limit"):
+        generate(path, ["a" * 40 + "!"], max_new_tokens=1)
 
 
 class Terminal(io.StringIO):

@@ -126,11 +126,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @contextmanager
 def _library_errors() -> Iterator[None]:
-    """The tokenizers library raises bare exceptions, e.g. where a vocabulary has no token for an unknown word."""
+    """The tokenizers library raises bare exceptions, e.g. where a vocabulary has no token for an unknown word, and panics, which are none."""
     try:
         yield
-    except Exception as error:
-        if type(error) is not Exception:
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"the tokenizer cannot encode the text: {one_line(error)}") from error
 
