@@ -41,6 +41,19 @@ for method, tied in (("ssa", True), ("ssa", False), ("nsa", True)):
         texts = [m.generate(x, attention_mode=mode, max_new_tokens=6, do_sample=False) for m in (part, whole)]
         assert torch.equal(*texts)
     torch.testing.assert_close(part.token_nll(x), whole.token_nll(x), rtol=1e-4, atol=1e-4)
+    labels = x.clone()
+    labels[0, :7] = -100
+    losses = [m(x, labels=labels).loss for m in (part, whole)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    if method != "ssa":
+        for m, loss in zip((part, whole), losses, strict=True):
+            loss.backward()
+        there = dict(whole.named_parameters())
+        for name, parameter in part.named_parameters():
+            found = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            torch.testing.assert_close(
+                found, there[name].grad, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
     if method == "ssa":
         with pytest.raises(UserError, match="alignment is a mean over all heads"):
             part.train()(x, labels=x)
