@@ -79,6 +79,13 @@ if device := os.environ.get("SSA_TEST_DEVICE"):  # e.g. cuda: runs tests/ops, te
     torch.set_default_device(device)
 
 
+@pytest.fixture
+def on_the_cpu():
+    """For tests of other libraries that make their generators and batches on the CPU, whatever device others run on."""
+    with torch.device("cpu"):
+        yield
+
+
 def varlen_reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
     """What PyTorch's kernel does on a GPU, document by document; in every one the last query reads the last key."""
     assert q.ndim == k.ndim == 3 and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q.shape == cu_seq_k.shape

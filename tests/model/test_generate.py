@@ -5,6 +5,8 @@ import torch
 
 from ssa.testing import tiny_model
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 
 

@@ -16,6 +16,8 @@ pytest.importorskip("accelerate", reason="accelerate, which transformers' Traine
 from step_gradients import SSA_WEIGHT, TakeGradients, alignment_gradients, assert_same_gradients, step_gradients
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 TARGETS = (3, 9, 47, 47)
 
 

@@ -6,6 +6,8 @@ import torch
 from ssa.model import SSAForCausalLM
 from ssa.testing import tiny_model
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 
 def tokens(batch=2, length=12):
     return torch.randint(0, 256, (batch, length))

@@ -14,6 +14,8 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from step_gradients import assert_same_gradients, step_gradients, take_gradients
 from test_hf_trainer import Uneven, gradients_of_trainer, mean_of_all, padded
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 
 def adapted(seed=3, **options):
     model = tiny_model(stream_seed=1)
