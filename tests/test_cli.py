@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from email.message import Message
@@ -486,3 +487,25 @@ def test_other_ranks_leave_errors_to_the_first_and_stay_until_it_has_spoken(monk
         assert main(["train", "tiny", "--train.steps", "0"]) == 2
         error = capsys.readouterr().err
         assert (said in error if said else not error) and waits == waited
+
+
+TWICE = """
+import atexit, os, signal, sys
+from ssa import cli
+
+def again():
+    os.kill(os.getpid(), signal.SIGINT)
+    print("cleaned up")
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt
+
+atexit.register(again)  # stands for what torch does when the interpreter leaves
+cli.call_verb = interrupted
+sys.exit(cli.main(["doctor"]))
+"""
+
+
+def test_interrupted_twice_there_is_no_traceback():
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == "" and "cleaned up" not in done.stdout

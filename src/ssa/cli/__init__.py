@@ -7,6 +7,7 @@ recipe fields, `--train.steps 300`, and gets them there for `ssa.config.load_rec
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import inspect
 import os
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         with named_output():
             return _dispatch(arguments)
     except KeyboardInterrupt:
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C, while others clean up, is no traceback
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader (head, less) is gone
         return 128 + signal.SIGPIPE
