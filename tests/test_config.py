@@ -85,7 +85,7 @@ def test_json_round_trip():
         ("[train]\nwarmup = 1.5", r"train.warmup = 1.5 is a share of the steps, which lies in 0..1"),
         ("[train]\nalignment_warmup = -0.1", r"train.alignment_warmup = -0.1 is a share of the steps, which lies in 0..1"),
         ("[train]\nseed = 9223372036854775808", "train.seed"),
-        ("[model]\nmethod = 'sas'", "model.method = 'sas' is not 'full' or 'moba'"),
+        ("[model]\nmethod = 'sas'", "model.method = 'sas' is not one of full, moba, nsa, ssa"),
         ("[model]\nnum_attention_heads = 4\nnum_key_value_heads = 3", "must be a multiple of model.num_key_value_heads"),
         ("[model]\nhead_dim = 31", "must be even"),
         ("[model]\nselection_rule = 'released'\nnum_selected_blocks = 3", "power of two"),

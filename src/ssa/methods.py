@@ -183,18 +183,35 @@ def _named(known: Mapping[str, Any], name: str, what: str) -> Any:
     return known[name]
 
 
-def look_of(method: str) -> tuple[tuple[str, str], Marker]:
-    """Colours (on light and on dark ground) and marker of a method's runs; those of nobody's where it is not registered here."""
-    known = methods().get(method)
+def full_name(method: str, selector: str = "means") -> str:
+    """What records, tables and benchmarks call a method over a selector: "moba", "moba+eviction"."""
+    return method if selector == "means" else f"{method}+{selector}"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """ "moba+eviction", "moba" or an alias -> (method, selector)."""
+    method, _, selector = name.partition("+")
+    return resolve_alias(method, selector or None)
+
+
+def look_of(name: str) -> tuple[tuple[str, str], Marker]:
+    """Colours (on light and on dark ground) and marker of the runs of a `full_name`; nobody's where the method is not registered here."""
+    known = methods().get(name.partition("+")[0])
     return (known.colours, known.marker) if known else (OTHER_COLOURS, "down")
 
 
-def label(method: str, selector: str = "means") -> str:
-    """How tables call a model; of a method that nobody registered here, its name."""
-    known = methods().get(method)
-    over = selectors().get(selector)
-    name = known.label if known else method
-    return name if selector == "means" else f"{name} ({over.label if over else selector})"
+def full_notes(name: str) -> list[str]:
+    """What a reader of full attention's figures of a `full_name` has to know."""
+    known = methods().get(name.partition("+")[0])
+    return known.full_notes if known else []
+
+
+def label(name: str) -> str:
+    """How the paper's tables call a `full_name`; what nobody registered here goes by its name."""
+    method, _, selector = name.partition("+")
+    known, over = methods().get(method), selectors().get(selector)
+    shown = known.label if known else method
+    return f"{shown} ({over.label if over else selector})" if selector else shown
 
 
 def checked_options(entry: Method | SelectorKind, given: Mapping[str, Any] | None, what: str) -> dict[str, OptionValue]:

@@ -183,7 +183,7 @@ def _measure_run(
             progress=lambda done: bar.advance(task, done),
         )  # fmt: skip
     return {
-        "format": FORMAT, "run": name, "method": config.method, "step": int(step[1]) if step else None, "budget": str(budget),
+        "format": FORMAT, "run": name, "method": config.attention_name, "step": int(step[1]) if step else None, "budget": str(budget),
         "block_size": budget.block_size, "receptive_field": budget.tokens,
         "selection": f"{config.selection_scope} / {config.selection_scoring} / {config.selection_rule}",
         "measured": rows.about, "device": device_name(model.device), "dtype": str(model.dtype).removeprefix("torch."),

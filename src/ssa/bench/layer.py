@@ -29,7 +29,7 @@ def layer_step(method: str, mode: AttentionMode, shape: Shape, inputs: tuple[Ten
     """Forward and backward of one attention layer of `method`, its gate included; SSA with alignment."""
     attention = method_named(method).load()()
     selector = MeansSelector(HeadShape(*shape.dense))
-    call = AttentionCall(mode, shape.selection, align=method == "ssa", impl="auto")
+    call = AttentionCall(mode, shape.selection, align=method_named(method).draws_stream, impl="auto")
 
     def losses(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor | None]:
         out, _, _, alignment = attention(selector, AttentionInputs(q, k, v, gates), call)

@@ -28,7 +28,7 @@ from ssa.collectives import Ranks
 from ssa.config import Recipe
 from ssa.device import resolve_dtype
 from ssa.errors import UserError
-from ssa.methods import method_named, methods
+from ssa.methods import method_named, methods, selector_named, split_name
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.train.context_parallel import ContextParallel
 from ssa.train.distributed import open_ranks
@@ -38,10 +38,8 @@ from ssa.train.loss import StepLoss
 from ssa.train.optim import build_optimizer
 from ssa.train.parallel import distribute, gradient_norm, resolve_parallel
 
-METHODS = tuple(methods())
 LLAMAS = ("llama", "llama-bf16")
 """llama: float32 weights under autocast, as ours; llama-bf16: weights and optimizer in bfloat16."""
-VARIANTS = (*METHODS, *LLAMAS)
 SHARINGS: dict[str, dict[str, Any]] = {
     "ddp": {"parallel": "ddp"},
     "fsdp": {"parallel": "fsdp", "reshard_after_forward": True},
@@ -78,11 +76,19 @@ def plan(variants: str, rows: str, seconds: float, data: str, sharing: str = "")
     names, layouts = parse_list(variants, "--variants"), parse_list(rows, "--rows")
     sharings = parse_list(sharing, "--sharing") if sharing else []
     for flag, given, known in (
-        ("--variants", names, VARIANTS), ("--rows", layouts, get_args(Layout)), ("--sharing", sharings, tuple(SHARINGS)),
+        ("--rows", layouts, get_args(Layout)), ("--sharing", sharings, tuple(SHARINGS)),
     ):  # fmt: skip
         for name in given:
             if name not in known:
                 raise UserError(f"{flag} {name!r} is not one of {', '.join(known)}")
+    for name in names:
+        if name not in LLAMAS:
+            try:
+                method, selector = split_name(name)
+                method_named(method), selector_named(selector)
+            except UserError:
+                known = ", ".join([*methods(), *LLAMAS])
+                raise UserError(f"--variants {name!r} is not one of {known}, or METHOD+SELECTOR") from None
     if not seconds > 0:
         raise UserError(f"--seconds {seconds} must be positive")
     return Plan(
@@ -174,8 +180,8 @@ def measure(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ran
             plan.data, vocab_size, recipe.data.context, t.batch_size, layout, t.seed, ranks.data_rank, ranks.data_world
         )
     ]
-    method = "full" if variant in LLAMAS else variant
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, method=method))
+    method, selector = split_name("full" if variant in LLAMAS else variant)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, method=method, selector=selector))
     dtype = resolve_dtype(t.dtype, device)
     with torch.device(device):
         model, loss = _model(recipe, variant, layout, vocab_size, ranks)

@@ -11,6 +11,7 @@ from ssa.cli.metavars import DIRECTORY, INPUT, NAME, RECIPE, TOKENIZER
 from ssa.config import Recipe, check_seed, load_recipe
 from ssa.data.lines import MAX_LINE_BYTES
 from ssa.errors import UserError
+from ssa.methods import method_named
 from ssa.terminal import lasting_output, say, warn
 
 PATIENCE = 5.0
@@ -129,7 +130,7 @@ def _check_started(overrides: list[str], recipe: Recipe) -> None:
 def _covered(recipe: Recipe) -> str:
     """Where the budget holds the whole context, selection selects nothing."""
     m, context = recipe.model, recipe.data.context
-    if m.method == "full" or m.num_selected_blocks * m.block_size < context:
+    if method_named(m.method).streams == "full" or m.num_selected_blocks * m.block_size < context:
         return ""
     return (
         f"{m.num_selected_blocks} blocks of {m.block_size} keys hold the whole context of {context}: nothing is left out, sparse attention is full "

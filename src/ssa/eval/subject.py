@@ -80,7 +80,7 @@ def description(subject: Subject) -> dict[str, Any]:
     """The "model" of a result."""
     config = subject.model.config
     return {
-        "path": str(subject.path), "step": subject.step, "method": config.method, "own_budget": str(config.budget),
+        "path": str(subject.path), "step": subject.step, "method": config.attention_name, "own_budget": str(config.budget),
         "own_mode": config.attention_mode, "parameters": subject.model.num_parameters(),
     }  # fmt: skip
 

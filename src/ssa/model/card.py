@@ -51,7 +51,7 @@ def _text(config: Any, figures: Mapping[str, str]) -> str:
     budget = config.budget
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}"
     rows = {
-        "method": f"`{config.method}`, trained with {config.attends.trained_with}",
+        "method": f"`{config.attention_name}`, trained with {config.attends.trained_with}",
         "budget": f"`{budget}`: sparse attention reads {budget.num_selected_blocks} blocks of {budget.block_size} keys for each token",
         "reads, unless told otherwise": "everything" if config.attention_mode == "full" else "the budget",
         "shape": f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {heads}, vocabulary {config.vocab_size:,}",

@@ -13,7 +13,7 @@ from ssa.attention import AttentionMethod, HeadShape, Selector
 from ssa.budget import Budget, Selection, released_rule_check
 from ssa.config import SIZE_LIMITS, ModelRecipe
 from ssa.errors import UserError
-from ssa.methods import Method, checked_options, method_named, resolve_alias, selector_named
+from ssa.methods import Method, checked_options, full_name, method_named, resolve_alias, selector_named
 from ssa.model.card import AUTO_MAP, write_card
 
 _CHOICES = {
@@ -130,6 +130,11 @@ class SSAConfig(LlamaConfig):
     def attends(self) -> Method:
         """What is known of its method."""
         return method_named(self.method)
+
+    @property
+    def attention_name(self) -> str:
+        """Its method, and its selector where that is not the usual one."""
+        return full_name(self.method, self.selector)
 
     @property
     def aligns(self) -> bool:

@@ -118,6 +118,8 @@ def convert(
 def _configuration(layout: Layout, to: Target) -> tuple[dict[str, Any], list[str]]:
     """(config.json of the result, notes)."""
     config = layout.config
+    if to != "ssa" and config.selector != "means":
+        raise UserError(f"the selector {config.selector} cannot be exported: {to} knows none but block means; convert to ssa")
     if to == "llama":
         return llama_json(config), [] if config.attends.streams == "full" else [
             "a Llama attends to everything: only full mode is kept"

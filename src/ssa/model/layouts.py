@@ -141,9 +141,10 @@ def _read_released(raw: Mapping[str, Any], fields: dict[str, Any], choices: Choi
         notes.append(f"method nsa, because window_size = {window}")
     if method is None:
         raise UserError(f"{origin} does not say which method it was trained with; add --method ssa, moba, full or nsa")
-    if method != "nsa" and window:
+    windowed = bool(method_named(method).branches)
+    if not windowed and window:
         notes.append(f"window_size = {window} ignored: method {method} has no window branch")
-    if method == "nsa" and not window:
+    if windowed and not window:
         raise UserError(f"method nsa needs a sliding window, but {origin} has window_size = {window!r}; use ssa, moba or full")
     # block_size and block_counts: 64 and 16 where absent, their class's defaults
     budget = Budget(
@@ -163,9 +164,9 @@ def _read_released(raw: Mapping[str, Any], fields: dict[str, Any], choices: Choi
     fields |= {
         "method": method, "selection_rule": rule, "block_size": budget.block_size, "num_selected_blocks": budget.num_selected_blocks,
     }  # fmt: skip
-    if method == "nsa":
+    if windowed:
         fields["window_size"] = window
-    if method in ("ssa", "moba") and raw.get("inference_mode") is not None:
+    if not windowed and method_named(method).streams != "full" and raw.get("inference_mode") is not None:
         fields["attention_mode"] = raw["inference_mode"]
     return Layout(RELEASED, make_config(fields), "three", False, tuple(notes))
 
@@ -196,7 +197,7 @@ def released_json(config: SSAConfig) -> tuple[dict[str, Any], list[str]]:
         "model_type": RELEASED,
         "block_size": config.block_size,
         "block_counts": config.num_selected_blocks,
-        "window_size": config.window_size if config.method == "nsa" else 0,
+        "window_size": config.window_size if config.attends.branches else 0,
         "inference_mode": config.attention_mode,
         "method": config.method,
         "selection_rule": config.selection_rule,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ssa.analysis.results import RunResults, losses
 from ssa.analysis.table import table_rows
-from ssa.methods import look_of, methods
+from ssa.methods import full_notes, look_of
 from ssa.report.page import Cell, Section, figure, table
 from ssa.report.svg import Series, heat_map, line_chart, scatter, tokens
 
@@ -30,7 +30,7 @@ def attention(named: Named) -> list[Section]:
     )
     if any(run.analysis["measured"] != measured for run in results):
         intro = "The runs were analysed on different texts or lengths: their figures do not compare. " + intro
-    for note in sorted({note for run in results if run.method in methods() for note in methods()[run.method].full_notes}):
+    for note in sorted({note for run in results for note in full_notes(run.method)}):
         intro += f" {note}."
     if not any(run.beyond for run in results):
         intro = (

@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 from ssa.analysis.results import LARGEST, RunResults, perplexities, perplexity_setting, printable, read_metrics
 from ssa.checked_json import parse_json, read_bytes, typed
 from ssa.errors import UserError, one_line
+from ssa.methods import full_name
 from ssa.runs.checkpoints import numbered_checkpoints, read_complete, verify_checkpoint
 from ssa.runs.home import run_home
 
@@ -92,7 +93,7 @@ class RunEvidence:
         if self.analysis is not None:
             return str(self.analysis["method"])
         if self.recipe is not None:
-            return str(self.recipe["model"]["method"])
+            return full_name(str(self.recipe["model"]["method"]), str(self.recipe["model"].get("selector", "means")))
         for entries in self.evaluations.values():
             for entry in entries:
                 if isinstance(found := entry.get("model", {}).get("method"), str):

@@ -157,7 +157,8 @@ def colours(names: Sequence[str]) -> list[str]:
     result = []
     for method in names:
         again = seen[method] = seen.get(method, -1) + 1
-        colour = f"var(--{method})" if method in methods() else "var(--other)"
+        base = method.partition("+")[0]
+        colour = f"var(--{base})" if base in methods() else "var(--other)"
         result.append(colour if not again else f"color-mix(in srgb,{colour} {max(35, 100 - 25 * again)}%,var(--other))")
     return result
 
