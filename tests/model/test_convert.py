@@ -394,7 +394,7 @@ def test_only_a_constant_gate_folds(tmp_path, llama):
 
 def test_nsa_stays_nsa(tmp_path):
     convert(save_released(tmp_path / "released", window_size=8), tmp_path / "nsa")
-    for arguments, message in (({"to": "llama"}, "three gated branches"), ({"gate": False}, "three gated branches"), ({"method": "ssa"}, "nsa cannot become ssa")):  # fmt: skip
+    for arguments, message in (({"to": "llama"}, "sums gated branches"), ({"gate": False}, "sums gated branches"), ({"method": "ssa"}, "nsa cannot become ssa")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             convert(tmp_path / "nsa", tmp_path / "out", **arguments)
 
