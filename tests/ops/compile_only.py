@@ -24,7 +24,9 @@ from ssa.budget import Selection
 from ssa.ops import (
     block_sparse_attention,
     compressed_attention,
+    decode_attend,
     decode_attention,
+    decode_select,
     gated_alignment,
     gated_sum,
     implementations,
@@ -83,6 +85,10 @@ def sparse(heads, kv_heads, size, count, block, tokens=512, dtype=torch.bfloat16
     index, _ = select_blocks(q, k, Selection(count, block, scope=scope), **options)
     (per_key,) = tensors((1, tokens, kv_heads), dtype=torch.float32) if bias else (None,)
     out, lse = block_sparse_attention(q, k, v, torch.zeros_like(index), block_size=block, bias=per_key, **options)
+    if packed:
+        with torch.no_grad():
+            at_hand = torch.zeros_like(index)
+            block_sparse_attention(q, k, v, at_hand, block_size=block, bias=per_key, slots=at_hand, **options)
     inputs = [q, k, v, *([per_key] if bias else [])]
     torch.autograd.grad(out.float().sum() + lse.sum(), inputs)
 
@@ -91,9 +97,10 @@ def decode(heads, kv_heads, size, count, block, columns, queries=1, dtype=torch.
     q, k, v, means = tensors(
         (2, queries, heads, size), *[(2, columns, kv_heads, size)] * 2, (2, columns // block, kv_heads, size), dtype=dtype
     )
-    decode_attention(
-        q, k, v, means, torch.tensor([columns, 7]), Selection(count, block), starts=torch.tensor([0, 3]), impl="triton"
-    )
+    lengths, selection = torch.tensor([columns, 7]), Selection(count, block)
+    decode_attention(q, k, v, means, lengths, selection, starts=torch.tensor([0, 3]), impl="triton")
+    index = torch.zeros_like(decode_select(q, means, lengths, selection, impl="triton"))
+    decode_attend(q, k, v, index, lengths, block_size=block, slots=index, impl="triton")
 
 
 def nsa(heads, kv_heads, size, block, tokens=512):

@@ -9,7 +9,7 @@ import torch
 
 from ssa.budget import Selection
 from ssa.errors import UserError
-from ssa.ops import block_means, block_sparse_attention, decode_attention, select_blocks
+from ssa.ops import block_means, block_sparse_attention, decode_attend, decode_attention, decode_select, select_blocks
 from ssa.testing import assert_near_exact, poisoned_empty
 
 on_gpu = os.environ.get("SSA_TEST_DEVICE", "cpu").startswith("cuda")
@@ -55,6 +55,44 @@ def row_alone(cache, b, options):
     return out, lse, index
 
 
+def in_two(cache, options, impl):
+    """(out, lse, block_indices), chosen first and attended to then."""
+    selection, scale = options["selection"], options.get("scale")
+    index = decode_select(cache["q"], cache["block_means"], cache["lengths"], selection, scale=scale, impl=impl)
+    rest = {name: x for name, x in cache.items() if name != "block_means"}
+    return *decode_attend(**rest, block_indices=index, block_size=selection.block_size, scale=scale, impl=impl), index
+
+
+def paged(cache, index, block_size, shift=0):
+    """What `decode_attend` takes where nothing but the chosen blocks is at hand, shuffled, and NaN between them. `shift`: by so many blocks the
+    slots are wrong."""
+    (rows, selectors, queries, count), kv_heads = index.shape, cache["k"].shape[2]
+    sharing = selectors // kv_heads
+    places = [torch.randperm(sharing * queries * count + 2) for _ in range(rows * kv_heads)]
+    slots = torch.stack([p[:-2] for p in places]).view(index.shape)
+    pages = sharing * queries * count + 2
+    place = torch.arange(block_size)
+    token = index[..., None] * block_size + place
+    there = (index[..., None] >= 0) & (token < cache["lengths"].view(-1, 1, 1, 1, 1))
+    start = cache["starts"].view(-1, 1, 1, 1, 1) if "starts" in cache else 0
+    b, r = there.nonzero()[:, 0], there.nonzero()[:, 1] // sharing
+    moved = {}
+    for name in ("k", "v", "bias"):
+        x = cache[name]
+        if x is not None:
+            x = x.new_full((rows, pages * block_size, *x.shape[2:]), float("nan"))
+            x[b, (slots[..., None] * block_size + place)[there], r] = cache[name][b, (start + token)[there], r]
+        moved[name] = x
+    slots = ((slots + shift) % pages).masked_fill(index < 0, -1).to(torch.int32)
+    return moved | {
+        "q": cache["q"],
+        "lengths": cache["lengths"],
+        "block_indices": index,
+        "slots": slots,
+        "block_size": block_size,
+    }
+
+
 # what the cache is like, what the call asks
 CASES = {
     "ragged": (dict(lengths=[60, 37, 4, 1], columns=60), dict(num_selected_blocks=4)),
@@ -80,6 +118,7 @@ CASES = {
         dict(num_selected_blocks=7),
     ),
     "half precision": (dict(lengths=[80, 31], columns=80, dtype=torch.float16), dict(num_selected_blocks=6)),
+    "eight queries": (dict(lengths=[70, 6], columns=70, queries=8, kv_heads=1), dict(num_selected_blocks=5)),
     "an empty row": (dict(lengths=[0, 31], columns=40, queries=2), dict(num_selected_blocks=3)),
 }
 
@@ -95,7 +134,14 @@ def case(name):
 def test_the_reference_equals_every_row_alone(name):
     cache, options = case(name)
     out, lse, index = decode_attention(**cache, **options, impl="reference")
+    for a, b in zip((out, lse, index), in_two(cache, options, "reference"), strict=True):
+        assert torch.equal(a, b)
     queries, tolerance = cache["q"].shape[1], 1e-5 if out.dtype == torch.float32 else 1e-3
+    from_pages = decode_attend(
+        **paged(cache, index, options["selection"].block_size), scale=options.get("scale"), impl="reference"
+    )
+    for a, b in zip(from_pages, (out, lse), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     for b, length in enumerate(cache["lengths"].tolist()):
         missing = max(0, queries - length)
         assert (out[b, :missing] == 0).all() and (lse[b, :missing] == float("-inf")).all() and (index[b, :, :missing] == -1).all()
@@ -110,7 +156,13 @@ def check_kernels(cache, options):
     expected_out, expected_lse, expected = decode_attention(**cache, **options, impl="reference")
     with poisoned_empty():
         out, lse, index = decode_attention(**cache, **options, impl="triton")
+        twice = in_two(cache, options, "triton")
+        from_pages = decode_attend(
+            **paged(cache, index, options["selection"].block_size), scale=options.get("scale"), impl="triton"
+        )
     assert index.dtype == torch.int32 and index.shape == expected.shape
+    assert all(torch.equal(a, b) for a, b in zip((out, lse, index), twice, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((out, lse), from_pages, strict=True))
     same = (index == expected).all(-1).all(1)  # near-ties flip
     assert same.double().mean() > (0.98 if on_gpu else 0.999)
     torch.testing.assert_close(lse[same], expected_lse[same], rtol=1e-4, atol=1e-4)
@@ -150,6 +202,27 @@ def test_a_bias_may_mask_every_key_of_a_block_and_of_a_row(monkeypatch, part_key
     out, lse, _ = decode_attention(**cache, **options, impl="triton")
     masked = value == float("-inf")
     assert (out[0] == 0).all() == masked and (lse[0] == float("-inf")).all() == masked and torch.isfinite(lse[1]).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_a_slot_beside_the_right_one_is_seen(impl):
+    cache, options = case("heads choose by logits")
+    out, _, index = decode_attention(**cache, **options, impl=impl)
+    for shift, same in ((0, True), (1, False)):
+        pages = {n: x.nan_to_num(1.0) if n in ("k", "v") else x for n, x in paged(cache, index, 3, shift).items()}
+        assert torch.allclose(decode_attend(**pages, impl=impl)[0], out, rtol=1e-4, atol=1e-5) == same
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_a_budget_beyond_the_rows_chooses_all_their_blocks(impl):
+    cache = a_cache([150, 33], columns=152, block_size=4)
+    _, _, fused = decode_attention(**cache, selection=Selection(100, 4), impl=impl)
+    index = decode_select(cache["q"], cache["block_means"], cache["lengths"], Selection(100, 4), impl=impl)
+    both = min(fused.shape[3], index.shape[3])
+    assert (
+        torch.equal(index[..., :both], fused[..., :both]) and (index[..., both:] == -1).all() and (fused[..., both:] == -1).all()
+    )
+    assert (index[0] >= 0).sum(-1).tolist() == [[38]] * 2
 
 
 @needs_triton
@@ -224,20 +297,36 @@ def test_any_strides():
 
 @needs_triton
 def test_the_operator_is_a_good_citizen_of_pytorch():
+    from ssa.ops.triton.decode import decode_attend_op, decode_select_op
     from ssa.ops.triton.decode import decode_attention_op as operator
 
     cache = a_cache([30, 9], [0, 20], columns=30, biased=True)
     arguments = [cache[n] for n in ("q", "k", "v", "block_means", "lengths", "starts", "bias")]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, (*arguments, 4, 3, "head", "softmax", "exact", 0.25), test_utils=checks)
+    q, k, v, means, lengths, starts, bias = arguments
+    torch.library.opcheck(decode_select_op, (q, means, lengths, 4, 3, "head", "softmax", "exact", 0.25), test_utils=checks)
+    index = torch.tensor([0, 1], dtype=torch.int32).expand(2, 4, 1, 2).contiguous()
+    torch.library.opcheck(decode_attend_op, (q, k, v, index, lengths, starts, bias, None, 4, 0.25), test_utils=checks)
+    k, v = k.nan_to_num(), v.nan_to_num()
+    torch.library.opcheck(decode_attend_op, (q, k, v, index, lengths, None, None, index, 4, 0.25), test_utils=checks)
 
 
 @needs_triton
 def test_it_compiles_into_one_graph():
     cache, options = a_cache([30, 9], columns=30, queries=2), {"selection": Selection(3, 4), "impl": "triton"}
-    compiled = torch.compile(lambda **x: decode_attention(**x, **options), fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(**cache), decode_attention(**cache, **options), strict=True):
-        assert torch.equal(a, b)
+    selection = options["selection"]
+
+    def again(**x):
+        out, lse, index = in_two(x, {"selection": selection}, "triton")
+        slots = torch.arange(3, dtype=torch.int32).expand(index.shape)
+        pages = decode_attend(x["q"], x["k"], x["v"], index, x["lengths"], block_size=4, slots=slots, impl="triton")
+        return out, lse, index, *pages
+
+    for call in (lambda **x: decode_attention(**x, **options), again):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        for a, b in zip(compiled(**cache), call(**cache), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(not on_gpu, reason="CUDA graphs need a GPU")
@@ -245,15 +334,24 @@ def test_a_captured_graph_serves_other_lengths():
     cache = a_cache([1000, 500], columns=1200, dtype=torch.bfloat16, size=64, block_size=16)
     options = {"selection": Selection(8, 16), "impl": "triton"}
     lengths = cache["lengths"].clone()
-    decode_attention(**cache, **options)
+
+    def step():
+        fused = decode_attention(**cache, **options)
+        at_their_numbers = {name: cache[name] for name in ("q", "k", "v", "lengths")} | {
+            "block_indices": fused[2],
+            "slots": fused[2],
+        }
+        return *fused, *in_two(cache, options, "triton"), *decode_attend(**at_their_numbers, block_size=16, impl="triton")
+
+    step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = decode_attention(**cache, **options)
+        captured = step()
     for shorter in (0, 3, 130, 499):
         cache["lengths"].copy_(lengths - shorter)
         graph.replay()
-        for a, b in zip(captured, decode_attention(**cache, **options), strict=True):
-            assert torch.equal(a, b)
+        for a, b, c in zip(captured, step(), captured[:3] * 3, strict=False):
+            assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_autocast_does_not_reach_in():
@@ -289,3 +387,62 @@ def test_errors(change, match):
         pytest.skip("lengths are not looked at on a GPU")
     with pytest.raises(UserError, match=match):
         decode_attention(**(cache | {"selection": Selection(3, 4)} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"q": torch.zeros(2, 9, 4, 16)}, "9 queries"),
+        ({"q": torch.zeros(2, 1, 3, 16)}, "do not fit"),
+        ({"block_means": torch.zeros(2, 7, 2, 8)}, "do not fit"),
+        ({"block_means": torch.zeros(2, 7, 2, 16, dtype=torch.float64)}, "differ in dtype"),
+        ({"lengths": torch.tensor([3, 32])}, "within its 31 columns"),
+        ({"lengths": torch.tensor([3.0, 4.0])}, "not int32 or int64"),
+        ({"scale": 0.0}, "scale = 0"),
+        ({"impl": "cuda"}, "impl = 'cuda'"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_choice(change, match):
+    if on_gpu and "within" in match:
+        pytest.skip("lengths are not looked at on a GPU")
+    cache = a_cache([30, 9], columns=30)
+    fits = {name: cache[name] for name in ("q", "lengths")} | {
+        "block_means": cache["block_means"][:, :7],
+        "selection": Selection(3, 4),
+    }
+    decode_select(**fits)
+    with pytest.raises(UserError, match=match):
+        decode_select(**(fits | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"q": torch.zeros(2, 9, 4, 16), "block_indices": torch.zeros(2, 2, 9, 3, dtype=torch.int32)}, "9 queries"),
+        ({"v": torch.zeros(2, 30, 2, 8)}, "do not fit"),
+        ({"block_indices": torch.zeros(2, 2, 2, 3, dtype=torch.int32)}, "block_indices"),
+        ({"block_indices": torch.zeros(2, 3, 1, 3, dtype=torch.int32)}, "chooses for 3 heads"),
+        ({"block_indices": torch.zeros(2, 2, 1, 3)}, "must be int32"),
+        ({"block_size": 0}, "block_size = 0"),
+        ({"lengths": torch.tensor([3, 31])}, "within its 30 columns"),
+        ({"lengths": torch.tensor([3, -1])}, "negative"),
+        ({"bias": torch.zeros(2, 29, 2)}, "bias"),
+        ({"q": torch.zeros(2, 1, 4, 16, dtype=torch.float64)}, "differ in dtype"),
+        ({"slots": torch.zeros(2, 2, 1, 2, dtype=torch.int32)}, "slots"),
+        ({"slots": torch.zeros(2, 2, 1, 3)}, "slots"),
+        ({"slots": torch.full((2, 2, 1, 3), 8, dtype=torch.int32)}, "slots leave k"),
+        ({"slots": torch.zeros(2, 2, 1, 3, dtype=torch.int32), "starts": torch.tensor([0, 0])}, "leave out starts"),
+        ({"slots": torch.zeros(2, 2, 1, 3, dtype=torch.int32), "block_size": 31}, "whole blocks"),
+        ({"scale": -1.0}, "scale = -1"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_attention(change, match):
+    if on_gpu and ("within" in match or "negative" in match or "leave k" in match):
+        pytest.skip("lengths and slots are not looked at on a GPU")
+    cache = a_cache([30, 9], columns=30)
+    index = torch.tensor([0, 1, -1], dtype=torch.int32).expand(2, 2, 1, 3)
+    fits = {name: cache[name] for name in ("q", "k", "v", "lengths")} | {"block_indices": index, "block_size": 4}
+    decode_attend(**fits)
+    with pytest.raises(UserError, match=match) as error:
+        decode_attend(**(fits | change))
+    assert "\n" not in str(error.value)

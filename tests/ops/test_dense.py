@@ -6,7 +6,7 @@ import torch
 from ssa.errors import UserError
 from ssa.ops import dense, dense_attention
 from ssa.ops.documents import cu_seqlens_from_positions
-from ssa.testing import attention_oracle, document_positions, random_qkv
+from ssa.testing import assert_near_exact, attention_oracle, document_positions, random_qkv, readable_keys
 
 LAYOUTS = {
     "plain": (40, 40, None),
@@ -103,3 +103,104 @@ def test_bounds_that_do_not_fit_are_one_line():
         dense_attention(*random_qkv(1, 3, 4, 2, 1, 4), cu_seqlens=bounds)
     with pytest.raises(UserError, match="one dimension is for T = S"):
         dense_attention(*random_qkv(1, 3, 4, 2, 1, 4), cu_seqlens=bounds[0], positions=torch.arange(3)[None])
+
+
+def near_keys(q, k, positions, window):
+    """bool [B, H, T, S]"""
+    queries, keys = q.shape[1], k.shape[1]
+    column = torch.arange(keys)
+    near = column > column[keys - queries :, None] - (keys if window is None else window)
+    return readable_keys(q, k, positions, None, 1).expand(-1, q.shape[2], -1, -1) & near
+
+
+def masked_oracle(q, k, v, bias, positions, window):
+    """The weights are 0 where all keys of a query are masked."""
+    seen = near_keys(q, k, positions, window)
+    group = q.shape[2] // k.shape[2]
+    k, v, bias = (x.repeat_interleave(group, 2) for x in (k, v, bias))
+    logits = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5 + bias.permute(0, 2, 1)[:, :, None].to(q.dtype)
+    logits = logits.masked_fill(~seen, float("-inf"))
+    none = logits.detach().amax(-1, keepdim=True) == float("-inf")
+    weights = logits.masked_fill(none, 0.0).softmax(-1).masked_fill(none, 0.0)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
+
+
+@pytest.mark.parametrize("by_varlen", [False, True])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("layout", [*LAYOUTS, *PARTS])
+def test_a_bias_per_key(request, layout, window, by_varlen):
+    if by_varlen:
+        request.getfixturevalue("varlen_calls")
+    queries, keys, positions = LAYOUTS.get(layout) or (13, 40, PARTS[layout])
+    q, k, v = random_qkv(2, queries, keys, 4, 2, 12)
+    bias = torch.randn(2, keys, 2)
+    bias[0, -6:, 1] = bias[1, 3:9] = bias[0, 0] = float("-inf")
+    bias.requires_grad_()
+    expected = masked_oracle(q, k, v, bias, positions, window)
+    if window is None:
+        oracle, lse, _ = attention_oracle(q, k, v, positions=positions, bias=bias)
+        torch.testing.assert_close(expected, oracle)
+        if layout in ("plain", "packed"):
+            assert (lse == float("-inf")).any()  # some query reads masked keys alone
+    out = dense_attention(q, k, v, positions=positions, window=window, bias=bias)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    weight = torch.randn_like(out)
+    grads = [torch.autograd.grad((x * weight).sum(), (q, k, v, bias)) for x in (out, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert (grads[0][3][bias == float("-inf")] == 0).all()
+
+
+@pytest.mark.parametrize("size", [16, 20, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_keeps_its_digits(dtype, size):
+    low = random_qkv(2, 30, 37, 4, 2, size, dtype=dtype)
+    bias = torch.randn(2, 37, 2) + (0.0 if dtype == torch.float32 else 30.0)  # of 30 bfloat16 keeps eighths
+    bias[1, 5:30, 0] = float("-inf")
+    bias.requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in low]
+    weight = torch.randn(low[0].shape).to(dtype)
+    results = []
+    for inputs, attend in (
+        (low, lambda *xs: dense_attention(*xs, bias=bias)),
+        (low, lambda *xs: attention_oracle(*xs, bias=bias)[0]),
+        (exact, lambda *xs: attention_oracle(*xs, bias=bias)[0]),
+    ):
+        out = attend(*inputs)
+        results.append([out, *torch.autograd.grad((out * weight.to(out.dtype)).sum(), (*inputs, bias))])
+    for name, actual, eager, gold in zip(("out", "dq", "dk", "dv", "dbias"), *results, strict=True):
+        actual, eager = actual.to(dtype), eager.to(dtype)
+        assert_near_exact(actual, eager, gold.double(), 2 if name == "out" else 3, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_may_be_large(dtype):
+    """A row is shifted by 1e4 either way, and one key stands out."""
+    q, k, v = random_qkv(2, 20, 20, 2, 1, 16, dtype=dtype)
+    bias = torch.randn(2, 20, 1)
+    expected = dense_attention(q, k, v, bias=bias)
+    shifted = bias + torch.tensor([1e4 - 10, 10 - 1e4]).view(2, 1, 1)
+    out = dense_attention(q, k, v, bias=shifted)
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    bias[:, 3], bias[:, 4:] = 1e4, -1e4
+    bias[:, 5] = float("-inf")
+    out = dense_attention(q, k, v, bias=bias.requires_grad_())
+    torch.testing.assert_close(out[:, 3:], v[:, 3:4].expand(-1, 17, 2, -1), rtol=1e-3, atol=1e-3)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.sum(), (q, k, v, bias)))
+
+
+def test_a_bias_beside_cu_seqlens_and_under_autocast():
+    q, k, v = random_qkv(1, 40, 40, 4, 2, 16, dtype=torch.float32)
+    bias = torch.randn(1, 40, 2) + 30.0
+    bias[0, 10:14] = float("-inf")
+    positions = document_positions([1, 9, 30])
+    out = dense_attention(q, k, v, positions=positions, bias=bias)
+    assert (out[0, 10:14] == 0).all() and (out[0, 14:].abs().amax(-1) > 0).all()
+    cu_seqlens = torch.tensor([0, 1, 10, 40, 40], dtype=torch.int32)
+    assert torch.equal(dense_attention(q, k, v, cu_seqlens=cu_seqlens, bias=bias), out)
+    with torch.autocast(q.device.type, torch.bfloat16):
+        cast = dense_attention(q, k, v, positions=positions, bias=bias)
+    half = [x.to(torch.bfloat16) for x in (q, k, v)]
+    assert torch.equal(cast, dense_attention(*half, positions=positions, bias=bias))
+    with pytest.raises(UserError, match="bias"):
+        dense_attention(q, k, v, bias=bias[:, :39])

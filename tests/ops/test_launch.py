@@ -161,5 +161,12 @@ def test_plans_fix_what_binaries_depend_on(monkeypatch):
                 out, _ = modules["span"].span_attention(q, k, v, low, low + 1, 0.25)
                 torch.autograd.grad(out.sum(), (q, k, v))
                 lengths = torch.tensor([tokens])
-                modules["decode"].decode_attention(q.detach()[:, :1], k.detach(), v.detach(), k.detach()[:, ::block].contiguous(), lengths, None, None, block, 2, "group", "softmax", "exact", 0.25)  # fmt: skip
+                one, means = q.detach()[:, :1], k.detach()[:, ::block].contiguous()
+                modules["decode"].decode_attention(one, k.detach(), v.detach(), means, lengths, None, None, block, 2, "group", "softmax", "exact", 0.25)  # fmt: skip
+                modules["decode"].decode_select(one, means, lengths, block, 2, "group", "softmax", "exact", 0.25)
+                for slots in (None, index[:, :, :1]):
+                    modules["decode"].decode_attend(
+                        one, k.detach(), v.detach(), index[:, :, :1], lengths, None, None, slots, block, 0.25
+                    )
+                modules["block_sparse"].block_sparse_attention(q.detach(), k.detach(), v.detach(), index, torch.arange(tokens)[None], None, index, block, 0.25)  # fmt: skip
     assert len(set(map(id, calls))) >= 12

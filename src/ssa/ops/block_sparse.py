@@ -52,27 +52,19 @@ def block_sparse_attention(
     Raises:
         UserError: shapes that do not fit, slots outside k, or gradients asked of the kernels with slots.
     """
-    batch, queries, heads, size = q.shape
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[2]:
-        raise UserError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: [B, T, H, D] and [B, S, K, D] with H a multiple of K"
-        )
-    if block_indices.ndim != 4 or block_indices.shape[0] != batch or block_indices.shape[2] != queries:
-        raise UserError(f"block_indices {tuple(block_indices.shape)} is not [B, K, T, M] with B = {batch}, T = {queries}")
-    if block_indices.shape[1] not in (k.shape[2], heads):
-        raise UserError(
-            f"block_indices chooses for {block_indices.shape[1]} heads; there are {k.shape[2]} kv heads and {heads} query heads"
-        )
-    if bias is not None and bias.shape != k.shape[:3]:
-        raise UserError(f"bias {tuple(bias.shape)} is not [B, S, K] = {list(k.shape[:3])}")
-    if block_size < 1:
-        raise UserError(f"block_size = {block_size} must be at least 1")
+    check_keys(q, k, v, bias)
+    check_blocks(q, k, block_indices, block_size)
     if slots is None:
         positions = resolve_positions(q, k, positions, cu_seqlens)
         block_size = block_within_rows(block_size, k.shape[1])
     else:
-        positions = _check_slots(block_indices, slots, positions, cu_seqlens, block_size, k.shape[1])
-    scale = size**-0.5 if scale is None else float(scale)
+        if positions is None or cu_seqlens is not None:
+            raise UserError("slots need positions [B, T] of the queries in their documents: where keys lie no longer says it")
+        if positions.shape != q.shape[:2]:
+            raise UserError(f"positions has shape {tuple(positions.shape)}, not [B, T] = {list(q.shape[:2])}")
+        positions = positions.to(torch.int64)
+        check_slots(block_indices, slots, positions, block_size, k.shape[1])
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     # modules of one implementation are imported when it runs: without triton the reference still does
     if resolve(impl, q) == "triton":
         if slots is not None and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
@@ -88,26 +80,41 @@ def block_sparse_attention(
         return by_reference(q, k, v, block_indices, positions, bias, slots, block_size, scale)
 
 
-def _check_slots(
-    block_indices: Tensor, slots: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, block_size: int, columns: int
-) -> Tensor:
-    """The positions, int64 [B, T]."""
-    batch, _, queries, _ = block_indices.shape
+def check_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    """Raises `UserError` where shapes do not fit."""
+    batch, _, heads, size = q.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[2]:
+        raise UserError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: [B, T, H, D] and [B, S, K, D] with H a multiple of K"
+        )
+    if bias is not None and bias.shape != k.shape[:3]:
+        raise UserError(f"bias {tuple(bias.shape)} is not [B, S, K] = {list(k.shape[:3])}")
+
+
+def check_blocks(q: Tensor, k: Tensor, block_indices: Tensor, block_size: int) -> None:
+    """Raises `UserError` where shapes do not fit."""
+    batch, queries, heads, _ = q.shape
+    if block_indices.ndim != 4 or block_indices.shape[0] != batch or block_indices.shape[2] != queries:
+        raise UserError(f"block_indices {tuple(block_indices.shape)} is not [B, K, T, M] with B = {batch}, T = {queries}")
+    if block_indices.shape[1] not in (k.shape[2], heads):
+        raise UserError(
+            f"block_indices chooses for {block_indices.shape[1]} heads; there are {k.shape[2]} kv heads and {heads} query heads"
+        )
+    if block_size < 1:
+        raise UserError(f"block_size = {block_size} must be at least 1")
+
+
+def check_slots(block_indices: Tensor, slots: Tensor, positions_BT: Tensor, block_size: int, columns: int) -> None:
+    """Raises `UserError` where slots are none, or leave the `columns` of k."""
     if slots.shape != block_indices.shape or slots.dtype != torch.int32:
         raise UserError(
             f"slots {tuple(slots.shape)} of {slots.dtype} is not int32 like block_indices {tuple(block_indices.shape)}"
         )
-    if positions is None or cu_seqlens is not None:
-        raise UserError("slots need positions [B, T] of the queries in their documents: where keys lie no longer says it")
-    if positions.shape != (batch, queries):
-        raise UserError(f"positions has shape {tuple(positions.shape)}, not [B, T] = [{batch}, {queries}]")
     if block_size > columns:
         raise UserError(f"block_size = {block_size} is more than the {columns} columns of k: with slots k holds whole blocks")
-    positions = positions.to(torch.int64)
     # on a GPU looking at them would stall every layer, and a compiled graph cannot look
     if not slots.is_cuda and not torch.compiler.is_compiling():
-        read = (positions[:, None, :, None] + 1 - block_indices * block_size).clamp(max=block_size)
+        read = (positions_BT[:, None, :, None] + 1 - block_indices * block_size).clamp(max=block_size)
         read = torch.where(block_indices < 0, 0, read)
         if bool(((read > 0) & ((slots < 0) | (slots.to(torch.int64) * block_size + read > columns))).any()):
             raise UserError(f"slots leave k: the keys of every chosen block must lie within its {columns} columns")
-    return positions

@@ -1,4 +1,4 @@
-"""Decoding: select and attend in one operation, for the last few tokens of cached rows.
+"""Decoding: select and attend for the last few tokens of cached rows, in one operation or in two.
 
 Legend: B batch, T queries, S cache columns, H query heads, K kv heads, D head size, N blocks, M selected blocks.
 """
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssa.budget import Selection
 from ssa.errors import UserError
+from ssa.ops.block_sparse import check_blocks, check_keys, check_slots
 from ssa.ops.documents import block_within_rows
 from ssa.ops.implementations import resolve
 from ssa.ops.select import within_rows
@@ -30,7 +31,8 @@ def decode_attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`select_blocks` and `block_sparse_attention` for the last T tokens of each row of a cache, in three or four launches.
+    """`decode_select` and `decode_attend` of its choice in one: selection and attention for the last T tokens of each row of a cache, in three
+    or four launches.
 
     Row b holds the tokens of one sequence in the columns starts[b] ... starts[b] + lengths[b] - 1, its own T queries' tokens
     included; query t is its token lengths[b] - T + t. Other columns are never read. Rows differ in length, and nothing about
@@ -53,38 +55,20 @@ def decode_attention(
     Raises:
         UserError: shapes or dtypes that do not fit.
     """
-    batch, queries, heads, size = q.shape
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[2]:
+    check_keys(q, k, v, bias)
+    batch, columns, block_size = q.shape[0], k.shape[1], selection.block_size
+    if block_means.shape[:1] + block_means.shape[2:] != k.shape[:1] + k.shape[2:] or block_means.shape[1] < columns // block_size:
         raise UserError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: [B, T, H, D] and [B, S, K, D] with H a multiple of K"
+            f"block_means {tuple(block_means.shape)} is not [B, N, K, D] with a mean for each of {columns // block_size} blocks"
         )
-    if not 1 <= queries <= min(MAX_QUERIES, k.shape[1]):
-        raise UserError(
-            f"{queries} queries over {k.shape[1]} columns: decode_attention takes 1 to {MAX_QUERIES}, no more than columns; for more use select_blocks and block_sparse_attention"
-        )
-    block_size = selection.block_size
-    if (
-        block_means.shape[:1] + block_means.shape[2:] != k.shape[:1] + k.shape[2:]
-        or block_means.shape[1] < k.shape[1] // block_size
-    ):
-        raise UserError(
-            f"block_means {tuple(block_means.shape)} is not [B, N, K, D] with a mean for each of {k.shape[1] // block_size} blocks"
-        )
-    if not q.dtype == k.dtype == v.dtype == block_means.dtype:
-        raise UserError(
-            f"q {q.dtype}, k {k.dtype}, v {v.dtype} and block_means {block_means.dtype} differ in dtype; cast them to one"
-        )
-    if bias is not None and bias.shape != k.shape[:3]:
-        raise UserError(f"bias {tuple(bias.shape)} is not [B, S, K] = {list(k.shape[:3])}")
-    if scale is not None and not scale > 0:
-        raise UserError(f"scale = {scale} must be positive")
-    _check_rows(lengths, starts, batch, k.shape[1])
+    _check_call(q, {"k": k, "v": v, "block_means": block_means}, columns, scale)
+    _check_rows(lengths, starts, batch, columns)
     impl = resolve(impl, q)
-    block_size = block_within_rows(block_size, k.shape[1])
+    block_size = block_within_rows(block_size, columns)
     arguments = (
         q, k, v, block_means, lengths, starts, bias, block_size,
-        within_rows(selection.num_selected_blocks, block_size, k.shape[1], impl), selection.scope, selection.scoring, selection.rule,
-        size**-0.5 if scale is None else float(scale),
+        within_rows(selection.num_selected_blocks, block_size, columns, impl), selection.scope, selection.scoring, selection.rule,
+        _scale(q, scale),
     )  # fmt: skip
     with torch.no_grad():
         # modules of one implementation are imported when it runs: without triton the reference still does; and by statements,
@@ -99,11 +83,135 @@ def decode_attention(
             return by_reference(*arguments)
 
 
-def _check_rows(lengths: Tensor, starts: Tensor | None, batch: int, columns: int) -> None:
+def decode_select(
+    q: Tensor, block_means: Tensor, lengths: Tensor, selection: Selection, *, scale: float | None = None, impl: str = "auto"
+) -> Tensor:
+    """What `decode_attention` chooses: between this and `decode_attend` a cache may bring the blocks.
+
+    Nothing about lengths is asked of the device. Carries no gradient.
+
+    Args:
+        q: [B, T, H, D] after RoPE, 1 <= T <= 8: the last T of the `lengths` tokens of each row.
+        block_means: [B, N, K, D] of q's dtype, N at least the number of blocks that any row has completed; others are never read.
+        lengths: int32 or int64 [B].
+        selection, scale: as for `select_blocks`.
+        impl: "auto", "reference" or "triton".
+
+    Returns:
+        block_indices int32 [B, K, T, M] ([B, H, T, M] for head scope), ascending, right-padded with -1; -1 alone where a row has no such
+        query. M as for `select_blocks` on rows of N blocks and one that is not complete.
+
+    Raises:
+        UserError: shapes or dtypes that do not fit.
+    """
+    batch, _, heads, size = q.shape
+    if block_means.ndim != 4 or block_means.shape[::3] != (batch, size) or heads % block_means.shape[2]:
+        raise UserError(
+            f"q {tuple(q.shape)} and block_means {tuple(block_means.shape)} do not fit: [B, T, H, D] and [B, N, K, D] with H a multiple of K"
+        )
+    columns = (block_means.shape[1] + 1) * selection.block_size - 1  # as many keys as there are means for
+    _check_call(q, {"block_means": block_means}, None, scale)
+    _check_rows(lengths, None, batch, columns)
+    impl = resolve(impl, q)
+    arguments = (
+        q, block_means, lengths, selection.block_size, within_rows(selection.num_selected_blocks, selection.block_size, columns, impl),
+        selection.scope, selection.scoring, selection.rule, _scale(q, scale),
+    )  # fmt: skip
+    with torch.no_grad():
+        if impl == "triton":
+            from ssa.ops.triton.decode import decode_select as by_triton
+
+            return by_triton(*arguments)
+        from ssa.ops.reference.decode import decode_select as by_reference
+
+        with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
+            return by_reference(*arguments)
+
+
+def decode_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    lengths: Tensor,
+    *,
+    block_size: int,
+    starts: Tensor | None = None,
+    slots: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last T tokens of each row to the blocks chosen for them, wherever these lie: the second half of `decode_attention`.
+
+    Nothing about lengths, choices or slots is asked of the device. Carries no gradient.
+
+    Args:
+        q, k, v, lengths, starts, bias, scale: as for `decode_attention`.
+        block_indices: int32 [B, K, T, M] or [B, H, T, M], left-packed and right-padded with -1, as `decode_select` gives them.
+        slots: int32, shaped like block_indices: the keys of a chosen block are the columns slot * block_size ... of k and v (and bias), which
+            may be fewer than the tokens of a row, as in `block_sparse_attention`. Then there are no starts.
+        impl: "auto", "reference" or "triton".
+
+    Returns:
+        out [B, T, H, D] in q's dtype; lse fp32 [B, T, H] (fp64 for fp64). A query that reads nothing: 0 and -inf.
+
+    Raises:
+        UserError: shapes or dtypes that do not fit, starts beside slots, or slots outside k.
+    """
+    check_keys(q, k, v, bias)
+    check_blocks(q, k, block_indices, block_size)
+    if block_indices.dtype != torch.int32:
+        raise UserError(f"block_indices of {block_indices.dtype} must be int32")
+    batch, queries = q.shape[:2]
+    columns = k.shape[1]
+    _check_call(q, {"k": k, "v": v}, columns if slots is None else None, scale)
+    _check_rows(lengths, starts, batch, columns if slots is None else None)
+    if slots is None:
+        block_size = block_within_rows(block_size, columns)
+    else:
+        if starts is not None:
+            raise UserError("slots and starts both given: slots say where keys lie, leave out starts")
+        positions = lengths.to(torch.int64)[:, None] + torch.arange(-queries, 0, device=lengths.device)
+        check_slots(block_indices, slots, positions, block_size, columns)
+    arguments = (q, k, v, block_indices, lengths, starts, bias, slots, block_size, _scale(q, scale))
+    with torch.no_grad():
+        if resolve(impl, q) == "triton":
+            from ssa.ops.triton.decode import decode_attend as by_triton
+
+            return by_triton(*arguments)
+        from ssa.ops.reference.decode import decode_attend as by_reference
+
+        with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
+            return by_reference(*arguments)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
+
+
+def _check_call(q: Tensor, others: dict[str, Tensor], columns: int | None, scale: float | None) -> None:
+    """`columns`: those that hold all tokens of a row; None = none need to."""
+    queries = q.shape[1]
+    if not 1 <= queries <= (MAX_QUERIES if columns is None else min(MAX_QUERIES, columns)):
+        over = "" if columns is None else f" over {columns} columns"
+        raise UserError(
+            f"{queries} queries{over}: decode_attention takes 1 to {MAX_QUERIES}, no more than columns; for more use select_blocks and block_sparse_attention"
+        )
+    if any(x.dtype != q.dtype for x in others.values()):
+        *most, last = [f"{name} {x.dtype}" for name, x in {"q": q, **others}.items()]
+        raise UserError(f"{', '.join(most)} and {last} differ in dtype; cast them to one")
+    if scale is not None and not scale > 0:
+        raise UserError(f"scale = {scale} must be positive")
+
+
+def _check_rows(lengths: Tensor, starts: Tensor | None, batch: int, columns: int | None) -> None:
     for name, x in (("lengths", lengths), ("starts", starts)):
         if x is not None and (x.shape != (batch,) or x.dtype not in (torch.int32, torch.int64)):
             raise UserError(f"{name} {tuple(x.shape)} of {x.dtype} is not int32 or int64 [B] with B = {batch}")
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU looking at them would stall every layer
         ends = lengths if starts is None else lengths + starts
-        if bool((lengths < 0).any() | (ends > columns).any()) or (starts is not None and bool((starts < 0).any())):
+        if bool((lengths < 0).any()):
+            raise UserError("lengths hold a negative number")
+        if (columns is not None and bool((ends > columns).any())) or (starts is not None and bool((starts < 0).any())):
             raise UserError(f"lengths (and starts) leave the cache: a row must lie within its {columns} columns")

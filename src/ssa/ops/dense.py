@@ -7,6 +7,7 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from ssa.ops.documents import cu_seqlens_from_positions, document_starts, query_
 # older PyTorch groups heads without being told
 VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 MASK_ELEMENTS = 1 << 24  # booleans of an explicit mask held at once
+BIAS_LIMIT = 1e4
+MASKED = -4e4  # far below every bias; near enough that no kernel's rounding of it overflows 2^x, and half precision holds it
 DOCUMENTS_PER_ROW = 4  # up to so many on average, a causal call for each document beats one call with a mask
 
 
@@ -31,9 +34,10 @@ def dense_attention(
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     window: int | None = None,
+    bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """h_full(t) = softmax(q(t) . k(j) * scale) v(j) over the keys j <= t of the query's document.
+    """h_full(t) = softmax(q(t) . k(j) * scale + bias(j)) v(j) over the keys j <= t of the query's document. Differentiable in q, k, v, bias.
 
     Args:
         q: [B, T, H, D]. k, v: [B, S, K, D], H a multiple of K, T <= S; the queries are the last T tokens.
@@ -42,13 +46,17 @@ def dense_attention(
             Beside `positions` it spares a GPU the search for the documents (`ssa.ops.documents.cu_seqlens_from_positions`); there
             it may be int32 [2, documents + 1], of the queries and of the keys, as it must be where T < S.
         window: read only the last `window` keys, own included (NSA's sliding window).
+        bias: fp32 [B, S, K] logit bias per key, added after scaling; -inf masks a key. It rides in 8 more columns of k or up to 15, so that any
+            kernel of PyTorch's adds it, to fp32's precision in half precision, too; its gradient has the precision of k's. Finite values
+            count as within +-1e4 in every type; in fp32 a sum of 1e4 is exact to 1e-3. On a GPU heads of more than 248 leave no room
+            for it in the flash kernels.
         scale: logit scale, 1/sqrt(D) by default.
 
     Returns:
-        out [B, T, H, D] in q's dtype.
+        out [B, T, H, D] in q's dtype; with a bias, 0 for a query whose keys are all masked.
 
     Raises:
-        UserError: a window of less than one key, more queries than keys, or documents that do not fit the rows.
+        UserError: a window of less than one key, a bias of another shape, more queries than keys, or documents that do not fit the rows.
     """
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
     if window is not None and window < 1:
@@ -60,6 +68,8 @@ def dense_attention(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)} for T = {queries} queries over S = {keys} keys: one dimension is for T = S, "
             "two go beside positions (cu_seqlens_from_positions(positions, S))"
         )
+    if bias is not None:
+        return _with_bias(q, k, v, bias, positions, cu_seqlens, window, q.shape[3] ** -0.5 if scale is None else float(scale))
     packed = positions is not None or cu_seqlens is not None
     if (packed if queries == keys else 1 < queries < keys) and _has_varlen(q):
         return _variable_length(q, k, v, _bounds(positions, cu_seqlens, q, keys), window, scale)
@@ -100,6 +110,54 @@ def dense_attention(
             )
         )
     return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)).transpose(1, 2)
+
+
+def _with_bias(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, window: int | None, scale: float
+) -> Tensor:  # fmt: skip
+    """The bias over `scale` in more columns of k, where q has a constant."""
+    if bias.shape != k.shape[:3]:
+        raise UserError(f"bias {tuple(bias.shape)} is not [B, S, K] = {list(k.shape[:3])}")
+    kind, size = q.device.type, q.shape[3]
+    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:  # attention would cast the columns one by one
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    parts = {torch.float64: 1, torch.float32: 2}.get(q.dtype, 3)
+    extra = parts + -(size + parts) % 8  # kernels want heads of a multiple of 8
+    constant = 2.0 ** round(-math.log2(scale))  # so that the columns are about as large as the bias, which half precision holds
+    masked = bias == float("-inf")
+    rest = torch.where(masked, MASKED, bias.clamp(-BIAS_LIMIT, BIAS_LIMIT))
+    rest = rest.to(torch.float32 if parts == 3 else torch.float64) / (scale * constant)
+    columns = []
+    for _ in range(parts):  # the first carries the gradient, the others what it rounds away
+        columns.append(rest.to(k.dtype))
+        rest = (rest - columns[-1]).detach()
+    kx = torch.cat([k, torch.stack(columns, -1), k.new_zeros(*k.shape[:3], extra - parts)], -1)
+    ones = torch.tensor([constant] * parts + [0.0] * (extra - parts), dtype=q.dtype, device=q.device)
+    qx = torch.cat([q, ones.expand(*q.shape[:3], extra)], -1)
+    vx = torch.nn.functional.pad(v, (0, extra))
+    out = dense_attention(qx, kx, vx, positions=positions, cu_seqlens=cu_seqlens, window=window, scale=scale)[..., :size]
+    none_BTK = _reads_only(masked, q, k, positions, cu_seqlens, window)
+    return out.masked_fill(none_BTK.repeat_interleave(q.shape[2] // k.shape[2], 2)[..., None], 0.0)
+
+
+def _reads_only(
+    masked_BSK: Tensor, q: Tensor, k: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, window: int | None
+) -> Tensor:
+    """Whether all keys that a query sees are masked, bool [B, T, K]."""
+    batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    column_T = torch.arange(keys - queries, keys, device=q.device)
+    if positions is None and cu_seqlens is not None:  # T = S
+        row_B = torch.arange(batch, device=q.device)[:, None] * queries
+        bounds = cu_seqlens.to(q.device, torch.int64)
+        document_BT = torch.searchsorted(bounds, row_B + column_T, right=True) - 1
+        low_BT = bounds[document_BT] - row_B
+    else:
+        low_BT = document_starts(query_positions(q, k, positions), keys)
+    if window is not None:
+        low_BT = torch.maximum(low_BT, column_T - (window - 1))
+    readable_BSK = torch.nn.functional.pad((~masked_BSK).to(torch.int32), (0, 0, 1, 0)).cumsum(1)
+    before_BTK = readable_BSK.gather(1, low_BT.clamp(min=0)[..., None].expand(-1, -1, k.shape[2]))
+    return readable_BSK[:, keys - queries + 1 :] == before_BTK
 
 
 def _has_varlen(q: Tensor) -> bool:

@@ -17,10 +17,48 @@ def decode_attention(
     bias_BSK: Tensor | None, block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `ssa.ops.decode_attention`."""
-    batch, queries = q_BTHD.shape[:2]
-    columns = k_BSKD.shape[1]
-    device = q_BTHD.device
-    lengths_B = lengths_B.to(torch.int64)
+    indices = decode_select(q_BTHD, block_means_BNKD, lengths_B, block_size, num_selected, scope, scoring, rule, scale)
+    return *decode_attend(q_BTHD, k_BSKD, v_BSKD, indices, lengths_B, starts_B, bias_BSK, None, block_size, scale), indices
+
+
+def decode_select(
+    q_BTHD: Tensor, block_means_BNKD: Tensor, lengths_B: Tensor, block_size: int, num_selected: int, scope: str, scoring: str, rule: str,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """See `ssa.ops.decode_select`."""
+    positions_BT, before_BT = _positions(lengths_B, q_BTHD)
+    first_block_BT = torch.zeros_like(positions_BT)
+    indices, _ = select_blocks(
+        q_BTHD, block_means_BNKD, first_block_BT, positions_BT, 0, block_size, num_selected, scope, scoring, rule, scale
+    )
+    return indices.masked_fill(before_BT[:, None, :, None], -1)
+
+
+def decode_attend(
+    q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, indices_BRTM: Tensor, lengths_B: Tensor, starts_B: Tensor | None,
+    bias_BSK: Tensor | None, slots_BRTM: Tensor | None, block_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `ssa.ops.decode_attend`."""
+    positions_BT, before_BT = _positions(lengths_B, q_BTHD)
+    indices = indices_BRTM.masked_fill(before_BT[:, None, :, None], -1)
+    if slots_BRTM is None:
+        k_BSKD, v_BSKD, bias_BSK = _moved(k_BSKD, v_BSKD, bias_BSK, lengths_B.to(torch.int64), starts_B)
+    return block_sparse_attention(q_BTHD, k_BSKD, v_BSKD, indices, positions_BT, bias_BSK, slots_BRTM, block_size, scale)
+
+
+def _positions(lengths_B: Tensor, q_BTHD: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the queries in their rows, and True where the row is shorter than T: no query stands here."""
+    queries = q_BTHD.shape[1]
+    positions_BT = lengths_B.to(torch.int64)[:, None] - queries + torch.arange(queries, device=q_BTHD.device)
+    return positions_BT.clamp(min=0), positions_BT < 0
+
+
+def _moved(
+    k_BSKD: Tensor, v_BSKD: Tensor, bias_BSK: Tensor | None, lengths_B: Tensor, starts_B: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Each row moved until it ends with the last column; 0 before it."""
+    batch, columns = k_BSKD.shape[:2]
+    device = k_BSKD.device
     starts_B = torch.zeros_like(lengths_B) if starts_B is None else starts_B.to(torch.int64)
     from_BS = (starts_B + lengths_B - columns)[:, None] + torch.arange(columns, device=device)
     inside_BS = from_BS >= starts_B[:, None]
@@ -30,15 +68,4 @@ def decode_attention(
         y = x[rows, from_BS.clamp(min=0)]
         return torch.where(inside_BS.view(batch, columns, *(1,) * (x.ndim - 2)), y, 0)
 
-    k, v = moved(k_BSKD), moved(v_BSKD)
-    bias = None if bias_BSK is None else moved(bias_BSK)
-    positions_BT = lengths_B[:, None] - queries + torch.arange(queries, device=device)
-    before_BT = positions_BT < 0  # the row is shorter than T: no query stands here
-    positions_BT = positions_BT.clamp(min=0)
-    first_block_BT = torch.zeros_like(positions_BT)
-    indices, _ = select_blocks(
-        q_BTHD, block_means_BNKD, first_block_BT, positions_BT, columns, block_size, num_selected, scope, scoring, rule, scale
-    )
-    indices = indices.masked_fill(before_BT[:, None, :, None], -1)
-    out, lse = block_sparse_attention(q_BTHD, k, v, indices, positions_BT, bias, None, block_size, scale)
-    return out, lse, indices
+    return moved(k_BSKD), moved(v_BSKD), None if bias_BSK is None else moved(bias_BSK)

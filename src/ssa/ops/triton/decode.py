@@ -8,6 +8,9 @@
    them, which are the best of all, and attention over these and the own block. Budgets of more than PART_KEYS keys are cut into
    parts, and `_combine_kernel` adds them up.
 
+`decode_select` is the first and the choice of the second, `decode_attend` its attention alone, by the same code: together they give what
+both give in one.
+
 Lengths are read on the device and programs past a row's end return at once, so a CUDA graph captured at one length serves all.
 Nothing is added atomically: results are bitwise reproducible, and a row's do not depend on the rows beside it.
 
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton.largest import NOTHING, ordered, take_largest
-from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, plan_of, power_of_two
+from ssa.ops.triton.launch import Plan, ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.online_softmax import LOWEST, load_lse, softmax_end, softmax_step, store_lse
 from ssa.ops.triton.operation import operation
@@ -149,13 +153,15 @@ def _best(rank, block, own, hint, M: tl.constexpr, BS: tl.constexpr, RELEASED: t
 
 @triton.jit(do_not_specialize=["pitch"])
 def _attend_kernel(
-    q, k, v, lengths, starts, bias, scores, tops, families, indices, out, lse_out, scale, pitch,
+    q, k, v, lengths, starts, bias, slots, scores, tops, families, indices, out, lse_out, scale, pitch,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h,
     T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, FAMILY: tl.constexpr, FAMILIES: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
-    PARTS: tl.constexpr, SELECT: tl.constexpr, RELEASED: tl.constexpr, STARTS: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, CHOOSE: tl.constexpr, ATTEND: tl.constexpr, SELECT: tl.constexpr, RELEASED: tl.constexpr, STARTS: tl.constexpr,
+    BIAS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """CHOOSE: the blocks are chosen, by their scores where SELECT says that there are any to choose from, and written to `indices`; else they
+    stand there. ATTEND: attention follows. SLOTS: blocks lie where `slots` says."""
     query = tl.program_id(0)
     part = tl.program_id(1)
     t = query % T
@@ -168,8 +174,9 @@ def _attend_kernel(
     d = tl.arange(0, DP)
     head = r * G + g
     tile_mask = (g < G)[:, None] & (d < D)[None, :]
-    q_rows = q + b * q_b + t.to(tl.int64) * q_t + head.to(tl.int64) * q_h
-    q_G = tl.load(q_rows[:, None] + d[None, :], mask=tile_mask, other=0.0)
+    if ATTEND:
+        q_rows = q + b * q_b + t.to(tl.int64) * q_t + head.to(tl.int64) * q_h
+        q_G = tl.load(q_rows[:, None] + d[None, :], mask=tile_mask, other=0.0)
     start = tl.load(starts + b).to(tl.int64) if STARTS else b * 0
     to = indices + query.to(tl.int64) * M
     count = 0
@@ -194,32 +201,39 @@ def _attend_kernel(
         tl.store(to + place, candidate, mask=chosen)  # every part writes the same
         count = tl.sum(chosen.to(tl.int32), 0)
     m = tl.arange(0, MP)
-    tl.store(to + m, tl.where(m == count, own, -1), mask=(m >= count) & (m < M))
-    tl.debug_barrier()
-    k_row = k + b * k_b + kv * k_h
-    v_row = v + b * v_b + kv * v_h
-    peak = tl.full([GP], LOWEST, tl.float32)
-    total = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, DP], tl.float32)
-    for c in range(part * PART, tl.minimum(part * PART + PART, (count + 1) * BS), BN):
-        i = c + tl.arange(0, BN)
-        block = tl.load(to + i // BS, mask=i // BS < M, other=-1)
-        key = block * BS + i % BS
-        seen = (block >= 0) & (key <= position)
-        column = start + key
-        mask = seen[:, None] & (d < D)[None, :]
-        keys = tl.load(k_row + (column * k_s)[:, None] + d[None, :], mask=mask, other=0.0)
-        values = tl.load(v_row + (column * v_s)[:, None] + d[None, :], mask=mask, other=0.0)
-        logits = tl.dot(q_G, tl.trans(keys), input_precision=PRECISION) * scale
-        if BIAS:
-            logits += tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=seen, other=0.0).to(tl.float32)[None, :]
-        logits = tl.where(seen[None, :], logits, float("-inf"))
-        peak, total, acc = softmax_step(logits, values, peak, total, acc, PRECISION)
-    acc, log = softmax_end(total, acc)
-    # without parts [B, T, H, D], with them [B, T, H, PARTS, D] for `_combine_kernel`
-    at = ((b * T + t) * (R * G) + head) * PARTS + part
-    tl.store(out + (at * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=tile_mask)
-    store_lse(lse_out, at, peak, log, g < G, BIAS and PARTS > 1)
+    if CHOOSE:
+        tl.store(to + m, tl.where(m == count, own, -1), mask=(m >= count) & (m < M))
+        tl.debug_barrier()
+        count += 1
+    else:
+        count = tl.max(tl.where(tl.load(to + m, mask=m < M, other=-1) >= 0, m + 1, 0), 0)
+    if ATTEND:
+        k_row = k + b * k_b + kv * k_h
+        v_row = v + b * v_b + kv * v_h
+        peak = tl.full([GP], LOWEST, tl.float32)
+        total = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([GP, DP], tl.float32)
+        for c in range(part * PART, tl.minimum(part * PART + PART, count * BS), BN):
+            i = c + tl.arange(0, BN)
+            block = tl.load(to + i // BS, mask=i // BS < M, other=-1)
+            key = block * BS + i % BS
+            seen = (block >= 0) & (key <= position)
+            column = start + key
+            if SLOTS:
+                column = tl.load(slots + query.to(tl.int64) * M + i // BS, mask=i // BS < M, other=0).to(tl.int64) * BS + i % BS
+            mask = seen[:, None] & (d < D)[None, :]
+            keys = tl.load(k_row + (column * k_s)[:, None] + d[None, :], mask=mask, other=0.0)
+            values = tl.load(v_row + (column * v_s)[:, None] + d[None, :], mask=mask, other=0.0)
+            logits = tl.dot(q_G, tl.trans(keys), input_precision=PRECISION) * scale
+            if BIAS:
+                logits += tl.load(bias + b * b_b + kv * b_h + column * b_s, mask=seen, other=0.0).to(tl.float32)[None, :]
+            logits = tl.where(seen[None, :], logits, float("-inf"))
+            peak, total, acc = softmax_step(logits, values, peak, total, acc, PRECISION)
+        acc, log = softmax_end(total, acc)
+        # without parts [B, T, H, D], with them [B, T, H, PARTS, D] for `_combine_kernel`
+        at = ((b * T + t) * (R * G) + head) * PARTS + part
+        tl.store(out + (at * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=tile_mask)
+        store_lse(lse_out, at, peak, log, g < G, BIAS and PARTS > 1)
 
 
 @triton.jit
@@ -248,85 +262,164 @@ def _run(
     block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `ssa.ops.decode_attention`."""
-    batch, queries, heads, size = q.shape
-    kv_heads = k.shape[2]
-    selectors = heads if scope == "head" else kv_heads
-    group = heads // selectors
     q, k, v, block_means = (contiguous_rows(x) for x in (q, k, v, block_means))
-    lengths = lengths.contiguous()
-    starts = None if starts is None else starts.contiguous()
-    padded_size = max(16, power_of_two(size))
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    rows = batch * selectors * queries
+    lengths, starts = lengths.contiguous(), None if starts is None else starts.contiguous()
     plan = plan_of(
         q, k, v, block_means, lengths, starts, bias, block_size, num_selected, scope, scoring, rule, PART_KEYS
     )  # fmt: skip
+    indices = _unfilled(q, k.shape[2], num_selected, scope)
+    # the blocks that come before some query's own block are what there is to choose from
+    choice = _score(
+        plan, q, block_means, lengths, indices, (k.shape[1] - 1) // block_size, k.shape[1] // block_size, block_size, scoring, rule, scale
+    )  # fmt: skip
+    out, lse = _attend(plan, q, k, v, lengths, starts, bias, None, choice, indices, block_size, scale)
+    return out, lse, indices
 
-    def workspace(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
 
-    indices = workspace(batch, selectors, queries, num_selected, dtype=torch.int32)
-    budget = num_selected * block_size
+def _run_select(
+    q: Tensor, block_means: Tensor, lengths: Tensor, block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float
+) -> Tensor:  # fmt: skip
+    """See `ssa.ops.decode_select`."""
+    q, block_means, lengths = contiguous_rows(q), contiguous_rows(block_means), lengths.contiguous()
+    plan = plan_of(q, block_means, lengths, block_size, num_selected, scope, scoring, rule, "select")
+    indices = _unfilled(q, block_means.shape[2], num_selected, scope)
+    blocks = block_means.shape[1]
+    choice = _score(plan, q, block_means, lengths, indices, blocks, blocks, block_size, scoring, rule, scale)
+    launch(
+        plan, _attend_kernel, (indices.numel() // num_selected, 1),
+        None, None, None, lengths, None, None, None, choice.scores, choice.tops, choice.families, indices, None, None, scale, choice.pitch,
+        *(0,) * 12, **_geometry(q, block_means.shape[2], indices, block_size, choice), BN=16, PART=PART_KEYS, PARTS=1, CHOOSE=True,
+        ATTEND=False, STARTS=False, BIAS=False, SLOTS=False, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return indices
+
+
+def _run_attend(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, lengths: Tensor, starts: Tensor | None, bias: Tensor | None,
+    slots: Tensor | None, block_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `ssa.ops.decode_attend`."""
+    q, k, v = (contiguous_rows(x) for x in (q, k, v))
+    lengths, starts = lengths.contiguous(), None if starts is None else starts.contiguous()
+    block_indices, slots = block_indices.contiguous(), None if slots is None else slots.contiguous()
+    plan = plan_of(q, k, v, block_indices, lengths, starts, bias, slots, block_size, PART_KEYS, "attend")
+    return _attend(plan, q, k, v, lengths, starts, bias, slots, None, block_indices, block_size, scale)
+
+
+def _unfilled(q: Tensor, kv_heads: int, num_selected: int, scope: str) -> Tensor:
+    """int32 [B, R, T, M]"""
+    selectors = q.shape[2] if scope == "head" else kv_heads
+    return torch.empty(q.shape[0], selectors, q.shape[1], num_selected, dtype=torch.int32, device=q.device)
+
+
+class _Choice(NamedTuple):
+    """What is there to choose from, for every query of a selector."""
+
+    family: int = 1
+    """Neighbouring blocks whose best score is kept, too."""
+    pitch: int = 1
+    scores: Tensor | None = None
+    """[rows, pitch]; None where a query's own block is all that it can read."""
+    tops: Tensor | None = None
+    """[rows, pitch // family]"""
+    families: Tensor | None = None
+    """Room for the chosen ones."""
+    released: bool = False
+
+
+def _score(
+    plan: Plan | None, q: Tensor, block_means: Tensor, lengths: Tensor, indices: Tensor, candidates: int, complete: int, block_size: int,
+    scoring: str, rule: str, scale: float,
+) -> _Choice:  # fmt: skip
+    """`candidates`: the most blocks that come before a query's own; `complete`: the most that a row completes."""
+    batch, queries, heads, size = q.shape
+    kv_heads = block_means.shape[2]
+    selectors, num_selected = indices.shape[1], indices.shape[3]
+    if num_selected == 1 or candidates < 1:
+        return _Choice()
+    rows = batch * selectors * queries
     places = power_of_two(num_selected)
-    # the blocks that come before some query's own block: what there is to choose from
-    num_blocks = (k.shape[1] - 1) // block_size
-    select = num_selected > 1 and num_blocks > 0
     released = rule == "released" and num_selected > max(1, block_size // 2)
-    family, pitch, scores, tops, families = 1, 1, None, None, None
-    if select:
-        per_kv = heads // kv_heads
-        together = max(1, min(queries, 16 // per_kv))  # queries of a program: a tile of 16 rows is what fits into few registers
-        tile = max(16, power_of_two(together * per_kv))
-        span = max(16, min(_tile(size, q.dtype), 2**14 // tile))
-        blocks = max(num_blocks, k.shape[1] // block_size)
-        # about as many families as blocks in those chosen; the released rule tells chunks of `block_size` blocks apart
-        family = max(1, min(span, power_of_two(math.isqrt(blocks // places) + 1) // 2))
-        family = math.gcd(family, block_size) if released else family
-        warps = 4 if tile * span <= 4096 else 8
-        if tile == 16 and ceil_div(blocks, span) > _may_wait(q.device) > 1:
-            span, warps = 2 * span, 8  # slower than twice as many programs, faster than a second reading
-        spans = ceil_div(blocks, span)
-        units = batch * kv_heads * ceil_div(queries, together)
-        softmax = scoring == "softmax"
-        sums = torch.zeros(units, spans, tile, dtype=torch.int64, device=q.device) if softmax else None
-        pitch = spans * span
-        scores, tops = workspace(rows, pitch), workspace(rows, pitch // family)
-        families = workspace(rows, places, dtype=torch.int32)
-        at_once = not softmax or spans <= _may_wait(q.device)
-        for leaves, writes in [(1, 1)] if at_once else [(1, 0), (0, 1)]:
-            launch(
-                plan, _score_kernel, (units * spans,),
-                q, block_means, lengths, sums, scores, tops, scale * (LOG2E.value if softmax else 1.0), block_means.shape[1], spans,
-                leaves, writes, *q.stride()[:3], block_means.stride(0), block_means.stride(2), m_n=block_means.stride(1),
-                T=queries, K=kv_heads, G=per_kv, P=group, QT=together, RT=tile, D=size, DP=padded_size, BS=block_size, SPAN=span,
-                FAMILY=family, SOFTMAX=softmax, PRECISION=precision, num_warps=warps,
-                **({"maxnreg": 80} if tile == 16 else {}),  # six programs of four warps a multiprocessor
-            )  # fmt: skip
+    per_kv = heads // kv_heads
+    together = max(1, min(queries, 16 // per_kv))  # queries of a program: a tile of 16 rows is what fits into few registers
+    tile = max(16, power_of_two(together * per_kv))
+    span = max(16, min(_tile(size, q.dtype), 2**14 // tile))
+    blocks = max(candidates, complete)
+    # about as many families as blocks in those chosen; the released rule tells chunks of `block_size` blocks apart
+    family = max(1, min(span, power_of_two(math.isqrt(blocks // places) + 1) // 2))
+    family = math.gcd(family, block_size) if released else family
+    warps = 4 if tile * span <= 4096 else 8
+    if tile == 16 and ceil_div(blocks, span) > _may_wait(q.device) > 1:
+        span, warps = 2 * span, 8  # slower than twice as many programs, faster than a second reading
+    spans = ceil_div(blocks, span)
+    units = batch * kv_heads * ceil_div(queries, together)
+    softmax = scoring == "softmax"
+    sums = torch.zeros(units, spans, tile, dtype=torch.int64, device=q.device) if softmax else None
+    pitch = spans * span
+    scores, tops = _workspace(q, rows, pitch), _workspace(q, rows, pitch // family)
+    families = _workspace(q, rows, places, dtype=torch.int32)
+    at_once = not softmax or spans <= _may_wait(q.device)
+    for leaves, writes in [(1, 1)] if at_once else [(1, 0), (0, 1)]:
+        launch(
+            plan, _score_kernel, (units * spans,),
+            q, block_means, lengths, sums, scores, tops, scale * (LOG2E.value if softmax else 1.0), block_means.shape[1], spans,
+            leaves, writes, *q.stride()[:3], block_means.stride(0), block_means.stride(2), m_n=block_means.stride(1),
+            T=queries, K=kv_heads, G=per_kv, P=heads // selectors, QT=together, RT=tile, D=size, DP=max(16, power_of_two(size)),
+            BS=block_size, SPAN=span, FAMILY=family, SOFTMAX=softmax, PRECISION=_precision(q), num_warps=warps,
+            **({"maxnreg": 80} if tile == 16 else {}),  # six programs of four warps a multiprocessor
+        )  # fmt: skip
+    return _Choice(family, pitch, scores, tops, families, released)
 
+
+def _attend(
+    plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, bias: Tensor | None, slots: Tensor | None,
+    choice: _Choice | None, indices: Tensor, block_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`choice` None: the blocks stand in `indices`."""
+    batch, queries, heads, size = q.shape
+    budget = indices.shape[3] * block_size
     columns = max(16, min(_tile(size, q.dtype), power_of_two(budget)))
     part = min(ceil_div(budget, columns) * columns, PART_KEYS)
     parts = ceil_div(budget, part)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = workspace(batch, queries, heads)
+    lse = _workspace(q, batch, queries, heads)
     part_out, part_lse = out, lse
     if parts > 1:
-        part_out = workspace(batch, queries, heads, parts, size)
-        part_lse = workspace(batch, queries, heads, parts, 1 if bias is None else 2)
+        part_out = _workspace(q, batch, queries, heads, parts, size)
+        part_lse = _workspace(q, batch, queries, heads, parts, 1 if bias is None else 2)
+    scored = _Choice() if choice is None else choice
     launch(
-        plan, _attend_kernel, (rows, parts),
-        q, k, v, lengths, starts, bias, scores, tops, families, indices, part_out, part_lse, scale, pitch, *q.stride()[:3],
-        *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if bias is None else bias.stride()), T=queries, R=selectors, K=kv_heads,
-        G=group, GP=max(16, power_of_two(group)), D=size, DP=padded_size, BS=block_size, M=num_selected, MP=places,
-        FAMILY=family, FAMILIES=power_of_two(pitch // family), BN=columns, PART=part, PARTS=parts,
-        SELECT=select, RELEASED=released, STARTS=starts is not None, BIAS=bias is not None, PRECISION=precision,
-        num_warps=4, num_stages=2,
+        plan, _attend_kernel, (batch * indices.shape[1] * queries, parts),
+        q, k, v, lengths, starts, bias, slots, scored.scores, scored.tops, scored.families, indices, part_out, part_lse, scale,
+        scored.pitch, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if bias is None else bias.stride()),
+        **_geometry(q, k.shape[2], indices, block_size, scored), BN=columns, PART=part, PARTS=parts, CHOOSE=choice is not None, ATTEND=True,
+        STARTS=starts is not None, BIAS=bias is not None, SLOTS=slots is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
     if parts > 1:
         launch(
             plan, _combine_kernel, (batch * queries * heads,), part_out, part_lse, out, lse, PARTS=parts, PP=power_of_two(parts),
-            D=size, DP=padded_size, BIAS=bias is not None, num_warps=1,
+            D=size, DP=max(16, power_of_two(size)), BIAS=bias is not None, num_warps=1,
         )  # fmt: skip
-    return out, lse, indices
+    return out, lse
+
+
+def _geometry(q: Tensor, kv_heads: int, indices: Tensor, block_size: int, choice: _Choice) -> dict[str, Any]:
+    selectors, num_selected = indices.shape[1], indices.shape[3]
+    group, size = q.shape[2] // selectors, q.shape[3]
+    return dict(
+        T=q.shape[1], R=selectors, K=kv_heads, G=group, GP=max(16, power_of_two(group)), D=size, DP=max(16, power_of_two(size)),
+        BS=block_size, M=num_selected, MP=power_of_two(num_selected), FAMILY=choice.family,
+        FAMILIES=power_of_two(choice.pitch // choice.family), SELECT=choice.scores is not None, RELEASED=choice.released,
+        PRECISION=_precision(q),
+    )  # fmt: skip
+
+
+def _workspace(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _precision(q: Tensor) -> str:
+    return "ieee" if q.dtype == torch.float32 else "tf32"
 
 
 @functools.cache
@@ -344,13 +437,25 @@ def _tile(size: int, dtype: torch.dtype) -> int:
 
 
 decode_attention_op = torch.library.custom_op("ssa::decode_attention", _run, mutates_args=())
+decode_select_op = torch.library.custom_op("ssa::decode_select", _run_select, mutates_args=())
+decode_attend_op = torch.library.custom_op("ssa::decode_attend", _run_attend, mutates_args=())
 
 
 @decode_attention_op.register_fake
 def _(q, k, v, block_means, lengths, starts, bias, block_size, num_selected, scope, scoring, rule, scale):
-    selectors = q.shape[2] if scope == "head" else k.shape[2]
-    indices = q.new_empty(q.shape[0], selectors, q.shape[1], num_selected, dtype=torch.int32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), indices
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), _unfilled(q, k.shape[2], num_selected, scope)
+
+
+@decode_select_op.register_fake
+def _(q, block_means, lengths, block_size, num_selected, scope, scoring, rule, scale):
+    return _unfilled(q, block_means.shape[2], num_selected, scope)
+
+
+@decode_attend_op.register_fake
+def _(q, k, v, block_indices, lengths, starts, bias, slots, block_size, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 decode_attention = operation(decode_attention_op, _run)
+decode_select = operation(decode_select_op, _run_select)
+decode_attend = operation(decode_attend_op, _run_attend)
