@@ -69,14 +69,12 @@ def test_a_run_learns_and_leaves_what_it_promises(recipe, tmp_path, capsys):
 
 
 def test_a_run_says_what_it_is_before_it_works_and_reports_its_first_step(recipe, tmp_path, capsys, monkeypatch):
-    from ssa.train import build
-
     (tmp_path / "text.txt").write_text("select, attend and align " * 200)
     (tmp_path / "valid.txt").write_text("another document " * 20)
     r = recipe(steps=6, accumulation=2, method="moba")
     r = dataclasses.replace(r, data=dataclasses.replace(r.data, path=str(tmp_path / "*.txt")))
-    prepare, said_before = build.open_data, []
-    monkeypatch.setattr(build, "open_data", lambda *a: said_before.append(capsys.readouterr().out) or prepare(*a))
+    prepare, said_before = module.open_data, []
+    monkeypatch.setattr(module, "open_data", lambda *a: said_before.append(capsys.readouterr().out) or prepare(*a))
     train(r, tmp_path / "run")
     assert said_before == [f"run {tmp_path / 'run'}: method moba, budget 2x4, 6 steps x 128 tokens in rows of 32, cpu, float32\n"]
     said = capsys.readouterr().out.splitlines()

@@ -6,18 +6,16 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, M se
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssa.attention import METHODS, AttentionCall
 from ssa.bench.shapes import Shape, draw
+from ssa.config import AttentionMode
 from ssa.ops import block_means, block_sparse_attention, select_blocks
 from ssa.testing import RMS_RATIO, rms_ratio
-
-if TYPE_CHECKING:
-    from ssa.config import AttentionMode
 
 SCORE_ERROR = 1e-3
 """Largest relative error of a selected block's score, sorted by score: near-ties may change places."""

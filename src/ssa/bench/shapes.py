@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ssa.config import Budget
 from ssa.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 PAPER_HEADS = "32/2/64"
 
@@ -84,8 +83,6 @@ def draw(
     shape: Shape, tokens: int, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Seeded normal q [1, T, H, D], k and v [1, T, K, D] that require gradients."""
-    import torch
-
     generator = torch.Generator(device).manual_seed(tokens)
 
     def normal(heads: int) -> torch.Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from ssa.collectives import meet
 from ssa.config import Budget, parse_budgets
@@ -18,10 +20,8 @@ from ssa.eval.table1 import COLUMNS, write_table1
 from ssa.eval.tasks import HARNESS, PAPER_SHOTS, TaskRequest, is_complete, run_tasks, runner_of
 from ssa.eval.text_passes import TextRequest, run_needles, run_perplexity
 from ssa.files import check_directory
+from ssa.infer.load import check_budgets
 from ssa.runs.home import run_context, run_data
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def evaluate(
@@ -113,8 +113,6 @@ def evaluate(
     if rope_factor is not None:
         subject = scaled(subject, rope_factor)
     chosen = list(dict.fromkeys([subject.model.config.budget, None] if asked is None else asked))
-    from ssa.infer.load import check_budgets
-
     check_budgets(subject.model.config, chosen)
     directory = Path(out) if out is not None else subject.directory
     check_directory(directory)

@@ -8,17 +8,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerFast
 
 from ssa.config import Budget
+from ssa.device import device_name
 from ssa.files import sha256_of_file
+from ssa.infer.load import load_model
+from ssa.model import SSAForCausalLM
+from ssa.runs.checkpoints import METADATA, read_metadata, resolve_checkpoint
 from ssa.runs.home import run_home
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedTokenizerFast
-
-    from ssa.model import SSAForCausalLM
+from ssa.runs.provenance import versions
 
 NSA_NOTE = (
     "nsa has no full attention of its own: 'full' lets its selected branch read everything and keeps the compression branch "
@@ -51,8 +54,6 @@ class Subject:
 
 def evaluation_directory(run: Path | str) -> Path:
     """Where the results of `run`, a run, a checkpoint or a model directory, are kept."""
-    from ssa.runs.checkpoints import resolve_checkpoint
-
     path = resolve_checkpoint(run)
     return (_run_of(path) or path) / "eval"
 
@@ -65,9 +66,6 @@ def _run_of(path: Path) -> Path | None:
 
 def load_subject(run: Path | str, device: str, dtype: str) -> Subject:
     """The model of `run`, a run, a checkpoint or a model directory; see `ssa.infer.load.load_model`."""
-    from ssa.infer.load import load_model
-    from ssa.runs.checkpoints import METADATA, read_metadata, resolve_checkpoint
-
     path = resolve_checkpoint(run)
     model, tokenizer = load_model(path, device, dtype)
     metadata = read_metadata(path) if (path / METADATA).exists() else None
@@ -92,9 +90,6 @@ def description(subject: Subject) -> dict[str, Any]:
 
 def provenance(subject: Subject) -> dict[str, Any]:
     """Device, versions and time of a measurement."""
-    from ssa.device import device_name
-    from ssa.runs.provenance import versions
-
     return {
         "device": device_name(subject.model.device),
         "versions": versions(),
@@ -117,8 +112,6 @@ def progress_bar(console: Console | None, what: str, total: int) -> Iterator[Cal
     if console is None or not console.is_terminal:
         yield None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)

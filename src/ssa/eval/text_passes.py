@@ -9,7 +9,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from ssa.config import Budget
 from ssa.data.shards import is_prepared
@@ -22,9 +24,6 @@ from ssa.eval.results import add_results, read_results, result_key
 from ssa.eval.subject import NSA_NOTE, Subject, attention, budget_name, description, progress_bar, provenance
 from ssa.eval.tables import print_needles, print_perplexity
 from ssa.ranks import Shard
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 LOGGED_AT_ONCE = 8
 """Batches between two writes to the log; an interruption loses them."""

@@ -14,9 +14,8 @@ from ssa.errors import UserError
 from ssa.eval.loglikelihood import encode, prefix_token, rolling_requests
 from ssa.eval.long.measure import gather
 from ssa.eval.questions import LM_EVAL_VERSION
-from ssa.eval.results import read_results
+from ssa.eval.results import TASKS_FILE, read_results
 from ssa.eval.scored import (
-    TASKS_FILE,
     base_setting,
     data_directory,
     figures_of,

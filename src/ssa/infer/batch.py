@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
 from ssa.config import AttentionMode, Budget
 from ssa.infer.transcript import Transcript
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def generate_batch(

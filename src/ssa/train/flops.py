@@ -21,13 +21,12 @@ softmax the paper reuses, and once for the selection, which here computes them a
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from ssa.model import SSAConfig
+from ssa.model import SSAConfig
 
 PEAK_BF16 = {
     r"(NVIDIA )?A100[- ].*": 312e12,
@@ -51,8 +50,6 @@ def peak_flops(device_name: str) -> float | None:
 
 def run_peak_flops(device: torch.device, dtype: torch.dtype, devices: int = 1) -> float | None:
     """Dense bf16 FLOP/s of so many devices like this one; None where it is not known, or the run does not compute in bfloat16."""
-    import torch
-
     if device.type != "cuda" or dtype is not torch.bfloat16:
         return None
     peak = peak_flops(torch.cuda.get_device_name(device))

@@ -17,16 +17,16 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ssa.checked_json import parse_json
 from ssa.errors import UserError
 from ssa.files import write_atomically
 from ssa.terminal import console, say
 from ssa.train.sinks import Sink, numbers, open_sink
-
-if TYPE_CHECKING:
-    import torch
 
 DEVICE_VALUES = ("loss", "cross_entropy", "sparsity_loss", "commitment_loss", "grad_norm")
 
@@ -119,8 +119,6 @@ class Metrics:
         """Write and show what `add` collected. A non-finite loss or gradient norm is a `UserError` that names its step."""
         if not self._pending:
             return
-        import torch
-
         rows = torch.stack([values for _, values in self._pending]).tolist()
         shared = self._shared_figures(max(time.perf_counter() - self._clock, 1e-9))
         lines: list[dict[str, Any]] = []
@@ -147,8 +145,6 @@ class Metrics:
         if self.peak_flops is not None and self._pending_flops is not None:
             mfu = round(self._pending_flops / seconds / self.peak_flops, 4)
         if self.device is not None and self.device.type == "cuda":
-            import torch
-
             memory = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)
         return {"tokens_per_second": round(self._pending_tokens / seconds, 1), "mfu": mfu, "peak_memory_gb": memory}
 
@@ -230,8 +226,6 @@ class Display:
     """A progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, start_step: int, total_steps: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         self.total_steps = total_steps
         self._bar = None
         if sys.stdout.isatty():

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from ssa.config import TrainRecipe
+from ssa.config import TrainRecipe
 
 
 def learning_rate(step: int, recipe: TrainRecipe) -> float:
@@ -39,8 +38,6 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 def build_optimizer(model: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.AdamW | MuonWithAdamW:
     """The recipe's optimizer. AdamW is fused on devices that have the fused kernel (CPU and CUDA)."""
-    import torch
-
     groups = parameter_groups(model, recipe.weight_decay)
     lr = learning_rate(0, recipe)
     matrices: list[torch.Tensor] = []

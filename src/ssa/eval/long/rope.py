@@ -6,14 +6,13 @@ import hashlib
 import json
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ssa.config import read_recipe
 from ssa.errors import UserError
 from ssa.eval.subject import Subject
-
-if TYPE_CHECKING:
-    from ssa.model import SSAForCausalLM
+from ssa.model import SSAForCausalLM
 
 
 def scale_rope(model: SSAForCausalLM, factor: float, original: int | None = None) -> None:
@@ -29,8 +28,6 @@ def scale_rope(model: SSAForCausalLM, factor: float, original: int | None = None
     Raises:
         UserError: A factor below 1, or a model whose RoPE is scaled by another rule already.
     """
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
     if not (math.isfinite(factor) and factor >= 1):
         raise UserError(f"rope_factor = {factor} must be at least 1")
     config = model.config

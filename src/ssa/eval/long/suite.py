@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather
 from ssa.eval.results import add_results, read_results, result_key
-from ssa.eval.subject import NSA_NOTE, budget_name, description, progress_bar, provenance
+from ssa.eval.subject import NSA_NOTE, Subject, budget_name, description, progress_bar, provenance
+from ssa.eval.tasks import TaskRequest
 from ssa.files import write_atomically
 from ssa.ranks import Shard
-
-if TYPE_CHECKING:
-    from ssa.eval.subject import Subject
-    from ssa.eval.tasks import TaskRequest
 
 
 class Job(Protocol):
