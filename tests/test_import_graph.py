@@ -22,7 +22,7 @@ FLOORS = (
     ("ssa.ops",),
     ("ssa.attention",),
     ("ssa.model",),
-    ("ssa.analysis.meter", "ssa.analysis.selection", "ssa.analysis.sparsity", "ssa.analysis.dense_pass"),
+    ("ssa.analysis.attention_stats", "ssa.analysis.selection", "ssa.analysis.sparsity", "ssa.analysis.dense_pass"),
     ("ssa.train",),
     ("ssa.infer",),
     ("ssa.eval",),

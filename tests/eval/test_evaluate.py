@@ -14,8 +14,8 @@ from ssa.errors import UserError
 from ssa.eval import text_passes
 from ssa.eval.documents import read_documents
 from ssa.eval.evaluate import evaluate
+from ssa.eval.model_under_test import NSA_NOTE
 from ssa.eval.perplexity import WindowBatches, perplexity
-from ssa.eval.subject import NSA_NOTE
 from ssa.eval.tables import print_perplexity
 from ssa.infer.load import load_model
 from ssa.testing import tiny_model

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from ssa.analysis.meter import SparsityMeter, mean_figures
+from ssa.analysis.attention_stats import SparsityMeter, mean_figures
 from ssa.attention import AttentionCall
 from ssa.config import Budget
 from ssa.data.shards import TokenShards

@@ -513,9 +513,9 @@ def test_probes_and_verified_data(recipe, shards, tmp_path):
 
 def test_a_spike_is_skipped_and_said(recipe, tmp_path, monkeypatch, capsys):
     """The weights of the skipped step are those before it, and its optimizer state, too."""
-    from ssa.train import guard
+    from ssa.train import skip_step
 
-    monkeypatch.setattr(guard, "WARMUP", 2)
+    monkeypatch.setattr(skip_step, "WARMUP", 2)
     norm, calls = module._Run._gradient_norm, []
 
     def spiked(self, clip):

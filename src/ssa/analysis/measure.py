@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssa.analysis.attention_stats import SparsityMeter, mean_figures, selection_of
 from ssa.analysis.decode import decode_overlap
 from ssa.analysis.divergence import DivergenceSums, token_divergence
-from ssa.analysis.meter import SparsityMeter, mean_figures, selection_of
 from ssa.collectives import gather, meet
 from ssa.config import Budget
 from ssa.model import SSAForCausalLM

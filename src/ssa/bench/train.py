@@ -29,10 +29,10 @@ from ssa.config import Method, Recipe
 from ssa.device import resolve_dtype
 from ssa.errors import UserError
 from ssa.model import SSAConfig, SSAForCausalLM
+from ssa.train.activation_checkpoint import prepare_layers
 from ssa.train.context_parallel import ContextParallel
 from ssa.train.distributed import open_ranks
 from ssa.train.flops import TokenFlops, run_peak_flops, training_flops
-from ssa.train.layers import prepare_layers
 from ssa.train.loss import StepLoss
 from ssa.train.optim import build_optimizer
 from ssa.train.parallel import distribute, gradient_norm, resolve_parallel

@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ssa.data.bpe_cache import PieceEncoder
 from ssa.data.lines import without_surrogates
-from ssa.data.pieces import PieceEncoder
 from ssa.errors import UserError, one_line
 
 if TYPE_CHECKING:

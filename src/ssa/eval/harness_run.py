@@ -13,9 +13,9 @@ from ssa.collectives import gather
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.choices import ONE_SEED_NOTE
+from ssa.eval.model_under_test import attention, budget_name, provenance
 from ssa.eval.results import TASKS_FILE, read_results
 from ssa.eval.scored import base_setting, item_log, keep_entry, metric, new_entry
-from ssa.eval.subject import attention, budget_name, provenance
 from ssa.eval.tasks import TaskRequest, shots
 from ssa.ranks import Shard
 

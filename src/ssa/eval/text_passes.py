@@ -18,10 +18,10 @@ from ssa.data.shards import is_prepared
 from ssa.eval.documents import document_texts, fingerprint, read_documents
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather, run_items
+from ssa.eval.model_under_test import NSA_NOTE, ModelUnderTest, attention, budget_name, description, progress_bar, provenance
 from ssa.eval.needle import Haystack, NeedleBatches, score
 from ssa.eval.perplexity import Perplexity, WindowBatches, check_windows
 from ssa.eval.results import add_results, read_results, result_key
-from ssa.eval.subject import NSA_NOTE, Subject, attention, budget_name, description, progress_bar, provenance
 from ssa.eval.tables import print_needles, print_perplexity
 from ssa.ranks import Shard
 
@@ -33,7 +33,7 @@ LOGGED_AT_ONCE = 8
 class TextRequest:
     """What is measured on which text."""
 
-    subject: Subject
+    subject: ModelUnderTest
     source: str | Path
     """A prepared directory, or what `read_texts` reads."""
     split: str

@@ -22,7 +22,7 @@ from ssa.model.stored import load_pretrained, read_config
 from ssa.runs.checkpoints import open_checkpoint
 from ssa.runs.home import RECIPE, find_data, find_mixture, read_starts
 from ssa.train.run_directory import is_own
-from ssa.train.sinks import check_sink
+from ssa.train.trackers import check_tracker
 
 
 def check_inputs(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> None:
@@ -34,7 +34,7 @@ def check_inputs(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> No
         UserError: `data.path`, `data.tokenizer`, `model.init_from` or the package of `train.track` is not there, or `overwrite` would
             delete what the recipe reads.
     """
-    check_sink(recipe.train.track)
+    check_tracker(recipe.train.track)
     if resume:
         return
     if overwrite:

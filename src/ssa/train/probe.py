@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssa.analysis.meter import SparsityMeter, selection_of
+from ssa.analysis.attention_stats import SparsityMeter, selection_of
 from ssa.attention import AttentionRecord
 from ssa.config import Budget
 from ssa.data.shards import TokenShards

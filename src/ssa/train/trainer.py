@@ -6,7 +6,7 @@ step. Nothing is drawn from a global generator, so a run that was killed and res
 ranks as are at hand.
 
 The host does not wait for a GPU between two log lines: values stay on the device until `_flush`, and a step that must not count is
-skipped there (`ssa.train.guard`).
+skipped there (`ssa.train.skip_step`).
 """
 
 from __future__ import annotations
@@ -35,15 +35,14 @@ from ssa.ops.documents import cu_seqlens_from_positions
 from ssa.ranks import SharedError, disk_error
 from ssa.runs.checkpoints import newest_checkpoint, verify_checkpoint
 from ssa.terminal import say
+from ssa.train.activation_checkpoint import prepare_layers
 from ssa.train.build import build_model, check_inputs, open_data
 from ssa.train.checkpoint import load_checkpoint
 from ssa.train.context_parallel import ContextParallel
 from ssa.train.distributed import open_ranks
 from ssa.train.flops import flops_record, run_peak_flops, training_flops
-from ssa.train.guard import Guard, described
 from ssa.train.header import model_line, run_line, waiting_line
 from ssa.train.interrupt import StopRequest
-from ssa.train.layers import prepare_layers
 from ssa.train.loss import StepLoss, alignment_share, is_target
 from ssa.train.metrics import Metrics
 from ssa.train.optim import build_optimizer, learning_rate
@@ -51,6 +50,7 @@ from ssa.train.parallel import distribute, gradient_norm, micro_batch, reshard, 
 from ssa.train.probe import probe, probe_batch
 from ssa.train.run_directory import check_progress, open_run, record_start, rows_per_step, start_record
 from ssa.train.saver import Saver
+from ssa.train.skip_step import SkipStep, described
 from ssa.train.validation import validation_losses
 
 
@@ -143,7 +143,7 @@ class _Run:
                 self.probed = probe_batch(self.data.valid, recipe.data.context, self.model.config.budget)
         self.module = distribute(self.loss, self.parallel, t, ranks, dtype).train()
         self.optimizer = build_optimizer(self.model, t)
-        self.guard = Guard(self.device, t.skip_nonfinite, t.skip_spikes)
+        self.guard = SkipStep(self.device, t.skip_nonfinite, t.skip_spikes)
         self.start_step = 0
         if found is not None:
             extra = load_checkpoint(found, self.model, self.optimizer, ranks)

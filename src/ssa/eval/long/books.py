@@ -24,8 +24,8 @@ from ssa.errors import UserError
 from ssa.eval.documents import fingerprint
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import run_items
+from ssa.eval.model_under_test import attention
 from ssa.eval.perplexity import Document
-from ssa.eval.subject import attention
 from ssa.ranks import Shard
 
 STRIDE, SAMPLES, SEED = 256, 1000, 42

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ssa.config import read_recipe
 from ssa.errors import UserError
-from ssa.eval.subject import Subject
+from ssa.eval.model_under_test import ModelUnderTest
 from ssa.model import SSAForCausalLM
 
 
@@ -51,7 +51,7 @@ def scale_rope(model: SSAForCausalLM, factor: float, original: int | None = None
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(model.device)
 
 
-def scaled(subject: Subject, factor: float) -> Subject:
+def scaled(subject: ModelUnderTest, factor: float) -> ModelUnderTest:
     """`subject` after `scale_rope`, known by another hash: results with and without scaling are kept apart.
 
     A model whose RoPE is not scaled yet is taken to be trained on its run's context.

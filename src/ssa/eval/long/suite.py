@@ -15,8 +15,8 @@ from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather
+from ssa.eval.model_under_test import NSA_NOTE, ModelUnderTest, budget_name, description, progress_bar, provenance
 from ssa.eval.results import add_results, read_results, result_key
-from ssa.eval.subject import NSA_NOTE, Subject, budget_name, description, progress_bar, provenance
 from ssa.eval.tasks import TaskRequest
 from ssa.files import write_atomically
 from ssa.ranks import Shard
@@ -47,7 +47,7 @@ class Suite:
     """The cells of a budget to the figures over them."""
 
 
-def check_length(length: int, subject: Subject) -> None:
+def check_length(length: int, subject: ModelUnderTest) -> None:
     """Raises `UserError` where the model has no such position."""
     limit = subject.model.config.max_position_embeddings
     if length > limit:

@@ -19,7 +19,7 @@ WARMUP = 64
 """Finite steps that must have been seen before one can be a spike."""
 
 
-class Guard:
+class SkipStep:
     """The judge and what it remembers, all of it in device tensors."""
 
     def __init__(self, device: torch.device, skip_nonfinite: int = 0, skip_spikes: float = 0.0) -> None:

@@ -30,7 +30,7 @@ NSA_NOTE = (
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelUnderTest:
     """The model under evaluation and where it came from."""
 
     model: SSAForCausalLM
@@ -64,7 +64,7 @@ def _run_of(path: Path) -> Path | None:
     return home if home != path and (home / "recipe.json").is_file() else None
 
 
-def load_subject(run: Path | str, device: str, dtype: str) -> Subject:
+def load_model_under_test(run: Path | str, device: str, dtype: str) -> ModelUnderTest:
     """The model of `run`, a run, a checkpoint or a model directory; see `ssa.infer.load.load_model`."""
     path = resolve_checkpoint(run)
     model, tokenizer = load_model(path, device, dtype)
@@ -76,10 +76,10 @@ def load_subject(run: Path | str, device: str, dtype: str) -> Subject:
         if file.name not in ("optimizer.safetensors", "rng.safetensors"):
             hashed = known[file.name]["sha256"] if file.name in known else sha256_of_file(file)
             digest.update(bytes.fromhex(hashed))
-    return Subject(model, tokenizer, path, _run_of(path), step, digest.hexdigest())
+    return ModelUnderTest(model, tokenizer, path, _run_of(path), step, digest.hexdigest())
 
 
-def description(subject: Subject) -> dict[str, Any]:
+def description(subject: ModelUnderTest) -> dict[str, Any]:
     """The "model" of a result."""
     config = subject.model.config
     return {
@@ -88,7 +88,7 @@ def description(subject: Subject) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def provenance(subject: Subject) -> dict[str, Any]:
+def provenance(subject: ModelUnderTest) -> dict[str, Any]:
     """Device, versions and time of a measurement."""
     return {
         "device": device_name(subject.model.device),
