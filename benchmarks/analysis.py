@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssa.analysis.attention_stats import SparsityMeter
 from ssa.analysis.dense_pass import dense_pass, tile_elements, tile_shape
 from ssa.analysis.divergence import token_divergence
 from ssa.analysis.measure import measure_model
-from ssa.analysis.meter import SparsityMeter
 from ssa.analysis.selection import distance_histogram, selection_overlap
 from ssa.analysis.sparsity import attention_figures
 from ssa.attention import AttentionRecord

@@ -83,12 +83,11 @@ def test_table_picture_and_report_show_one_measurement(tmp_path, monkeypatch, ca
     """A demo of a few steps on a little text, in which no claim can hold: it ends well all the same."""
     pytest.importorskip("matplotlib")
     from ssa.analysis import plots
-    from ssa.data import prepare as module
 
     lines = [json.dumps({"text": f"text {i} " + "to select is to attend to few blocks of many. " * 12}) for i in range(60)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    prepare = module.prepare
-    monkeypatch.setattr(module, "prepare", lambda inputs, out, **kw: prepare([tmp_path / "text.jsonl"], out, workers=1, **kw))
+    prepare = demo.prepare
+    monkeypatch.setattr(demo, "prepare", lambda inputs, out, **kw: prepare([tmp_path / "text.jsonl"], out, workers=1, **kw))
     monkeypatch.setattr(demo, "EVALUATED_TOKENS", 700)
     monkeypatch.setattr(demo, "ANALYSED_TOKENS", 512)
     make = demo.demo_recipe

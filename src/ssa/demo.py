@@ -13,18 +13,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.table import Table
 
 from ssa import terminal
+from ssa.analysis.analyze import analyze
+from ssa.analysis.plots import require_matplotlib, save_summary_picture
+from ssa.analysis.results import RunResults
 from ssa.config import Recipe, load_recipe
+from ssa.data.prepare import prepare
+from ssa.data.shards import INDEX
 from ssa.demo_claims import judge_claims
 from ssa.errors import UserError
+from ssa.eval.evaluate import evaluate
 from ssa.files import write_atomically
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ssa.analysis.results import RunResults
+from ssa.report.report import write_report
+from ssa.runs.provenance import versions
+from ssa.train.trainer import train
 
 METHODS = ("full", "moba", "ssa")
 BUDGETS = ("2x16", "4x16")
@@ -39,14 +46,6 @@ def run_demo(out: Path, steps: int | None = None, seed: int = 1, overwrite: bool
     Raises:
         UserError: `out` holds runs of another recipe, or matplotlib is missing.
     """
-    from ssa.analysis.analyze import analyze
-    from ssa.analysis.plots import require_matplotlib, save_summary_picture
-    from ssa.data.prepare import prepare
-    from ssa.data.shards import INDEX
-    from ssa.eval.evaluate import evaluate
-    from ssa.report.report import write_report
-    from ssa.train.trainer import train
-
     require_matplotlib()
     console = terminal.console(highlight=False)
     began = time.monotonic()
@@ -110,8 +109,6 @@ def demo_figures(runs: Sequence[RunResults], recipe: Recipe) -> dict[str, Any]:
 
     Losses are the evaluation's, everything else is the analysis's at the budget of the training.
     """
-    from ssa.runs.provenance import versions
-
     methods = {}
     for run in runs:
         sparse, full = run.means("sparse"), run.means("full")
@@ -147,9 +144,6 @@ def demo_rows(figures: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 def demo_table(figures: dict[str, Any]) -> Table:
     """`demo_rows`, a column a method."""
-    from rich import box
-    from rich.table import Table
-
     caption = f"losses: {figures['evaluated_tokens']:,} tokens; mass, entropy: {figures['analysed_tokens']:,}"
     table = Table(box=box.SIMPLE_HEAD, title="On validation text", caption=caption)
     table.add_column("trained as")
@@ -162,9 +156,6 @@ def demo_table(figures: dict[str, Any]) -> Table:
 
 def claims_table(figures: dict[str, Any]) -> Table:
     """The paper's claims, and what became of them here."""
-    from rich import box
-    from rich.table import Table
-
     caption = "Toy models, one seed. A difference that another seed could turn round decides nothing."
     table = Table("in these runs", "the paper says", box=box.SIMPLE_HEAD, title="The paper's claims", caption=caption)
     for claim in figures["claims"]:

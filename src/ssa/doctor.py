@@ -11,15 +11,13 @@ import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from rich.console import Console
 
-from ssa import terminal
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from ssa import __version__, terminal
 
 PROJECT = "sparse-sparse-attention"
 
@@ -92,8 +90,6 @@ def untested() -> dict[str, str]:
 
 
 def _versions() -> list[str]:
-    from ssa import __version__
-
     lines = [f"ssa {__version__}", f"python {platform.python_version()} on {platform.platform()}"]
     outside = untested()
     for package in dict.fromkeys(
@@ -164,14 +160,19 @@ def _test_devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def _train_both_streams(device: str) -> None:
-    """Loss and gradients under either stream are finite, and both alignment losses are there."""
+def _tiny_model(device: str, rows: int, length: int) -> tuple[Any, Any]:
+    """A seeded model, and token ids [rows, length]."""
     import torch
 
     from ssa.testing import tiny_model
 
-    model = tiny_model().to(device).train()
-    ids = torch.arange(40, device=device).reshape(2, 20) * 7 % 256
+    return tiny_model().to(device), torch.arange(rows * length, device=device).reshape(rows, length) * 7 % 256
+
+
+def _train_both_streams(device: str) -> None:
+    """Loss and gradients under either stream are finite, and both alignment losses are there."""
+    model, ids = _tiny_model(device, 2, 20)
+    model.train()
     for stream in ("full", "sparse"):
         model.zero_grad()
         output = model(ids, labels=ids, stream=stream)
@@ -182,18 +183,13 @@ def _train_both_streams(device: str) -> None:
             output.commitment_loss,
             *(p.grad for p in model.parameters() if p.grad is not None),
         ]
-        if not all(torch.isfinite(value).all() for value in values):
+        if not all(value.isfinite().all() for value in values):
             raise ArithmeticError(f"stream {stream}: loss {output.loss.item()} or a gradient is not finite")
 
 
 def _generate_with_cache(device: str) -> None:
     """Greedy decoding gives the same tokens with the cache as without, in both modes."""
-    import torch
-
-    from ssa.testing import tiny_model
-
-    model = tiny_model().to(device)
-    ids = torch.arange(18, device=device)[None] * 11 % 256
+    model, ids = _tiny_model(device, 1, 18)
     for mode in ("full", "sparse"):
         model.config.attention_mode = mode
         runs = [

@@ -9,6 +9,9 @@ from pathlib import Path
 from ssa import terminal
 from ssa.analysis.results import read_metrics
 from ssa.config import load_recipe
+from ssa.data.mixture import open_mixture
+from ssa.data.shards import TokenShards, read_index
+from ssa.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from ssa.errors import UserError
 from ssa.runs.checkpoints import LATEST, METADATA, newest_checkpoint, numbered_checkpoints, resolve_checkpoint, verify_checkpoint
 from ssa.runs.home import RECIPE, find_data, find_mixture, read_starts, run_home, run_recipe
@@ -102,7 +105,6 @@ def _model(path: Path) -> str:
 
 
 def _tokenizer(path: Path) -> str:
-    from ssa.data.tokenizer import load_tokenizer, vocabulary_size
     from ssa.model.stored import read_config
 
     size, room = vocabulary_size(load_tokenizer(path)), read_config(path).vocab_size
@@ -112,10 +114,6 @@ def _tokenizer(path: Path) -> str:
 
 
 def _data(home: Path) -> str:
-    from ssa.data.mixture import open_mixture
-    from ssa.data.shards import TokenShards, read_index
-    from ssa.data.tokenizer import fingerprint, load_tokenizer
-
     recipe = run_recipe(home)
     path = find_data(home, recipe)
     shards = [TokenShards(path, split) for split in read_index(path)["splits"]]

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ssa.errors import UserError
 from ssa.terminal import tell
@@ -41,17 +41,27 @@ def write_atomically(path: Path, text: str) -> Path:
     scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.unlink(missing_ok=True)
-        with scratch.open("x", encoding="utf-8") as file:  # x: through no link that somebody put there
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        replace_file(path, scratch, text)
     except OSError as error:
         with contextlib.suppress(OSError):
             scratch.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
+
+
+def replace_file(path: Path, scratch: Path, text: str) -> None:
+    """`text` on the disk under the name `scratch`, then under `path`. Raises `OSError`."""
+    with open_new(scratch, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def open_new(path: Path, mode: str, encoding: str | None = None) -> IO[Any]:
+    """An empty file in the place of any that is there, through no link that somebody put there; `mode` is that of "w"."""
+    path.unlink(missing_ok=True)
+    return path.open(mode.replace("w", "x"), encoding=encoding)
 
 
 def is_plain_name(name: object) -> bool:

@@ -17,8 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssa.attention import AttentionInputs, HeadShape
 from ssa.attention.selectors.means import MeansSelector
+from ssa.collectives import Ranks
 from ssa.methods import method_named
+from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.ops.documents import document_starts, query_positions
+from ssa.train.saver import Saver
 
 RMS_RATIO = {torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 """Largest ||actual - exact|| / ||exact|| by dtype."""
@@ -172,8 +175,6 @@ def attend(
 
 def tiny_config(method: str = "ssa", **changes: Any) -> Any:
     """An `SSAConfig` of two layers that runs in milliseconds; byte vocabulary, blocks of 4, 3 selected."""
-    from ssa.model import SSAConfig
-
     fields: dict[str, Any] = {
         "method": method, "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "block_size": 4, "num_selected_blocks": 3,
@@ -184,8 +185,6 @@ def tiny_config(method: str = "ssa", **changes: Any) -> Any:
 
 def tiny_model(method: str = "ssa", seed: int = 0, **changes: Any) -> Any:
     """A seeded `SSAForCausalLM` of `tiny_config`, in eval mode."""
-    from ssa.model import SSAForCausalLM
-
     torch.manual_seed(seed)
     with torch.device("cpu"):
         model = SSAForCausalLM(tiny_config(method, **changes))
@@ -196,9 +195,6 @@ def save_checkpoint(
     run_dir: Path, step: int, model: Any, tokenizer: Any, optimizer: Any, extra: dict[str, Any], keep_last: int = 2
 ) -> Path:
     """A checkpoint as training on one rank writes it; returns its directory. See `ssa.train.saver.Saver`."""
-    from ssa.collectives import Ranks
-    from ssa.train.saver import Saver
-
     saver = Saver(run_dir, Ranks(torch.device("cpu")), tokenizer, keep_last)
     saver.save(step, model, optimizer, extra)
     assert saver.newest is not None

@@ -261,7 +261,7 @@ def test_the_bar_comes_to_its_end_where_another_rank_reads_the_other_rows(make_r
     monkeypatch.setattr(Progress, "advance", lambda self, task, done: steps.append(done))
     monkeypatch.setattr(measure, "ROW_TOKENS", 64)
     monkeypatch.setattr(measure, "meet", lambda: None)
-    monkeypatch.setattr(measure, "exchange", lambda value: [value])  # as if the other one had found nothing
+    monkeypatch.setattr(measure, "gather", lambda value: [value])  # as if the other one had found nothing
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     analyze([make_run("one")], data=text, context=64, max_tokens=64 * 5, decode_steps=0, device="cpu", console=quiet())

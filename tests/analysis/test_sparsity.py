@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssa.analysis.attention_stats import LayerSums, SparsityMeter, mean_figures, selection_by_rule
 from ssa.analysis.dense_pass import tile_shape
-from ssa.analysis.meter import LayerSums, SparsityMeter, mean_figures, selection_by_rule
 from ssa.analysis.sparsity import AttentionFigures, attention_figures
 from ssa.attention import AttentionRecord
 from ssa.budget import Selection

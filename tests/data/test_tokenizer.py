@@ -6,8 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ssa.data import pieces
-from ssa.data.pieces import PieceEncoder
+from ssa.data import bpe_cache
+from ssa.data.bpe_cache import PieceEncoder
 from ssa.data.tokenizer import (
     byte_tokenizer,
     encode_documents,
@@ -91,7 +91,7 @@ def test_piece_path_equals_the_library_without_digit_splitting(gpt2_like, text):
 def test_cuts_are_those_of_the_library(bpe, gpt2_like, text, single_digits):
     splitter = (bpe.backend_tokenizer if single_digits else gpt2_like[0]).pre_tokenizer
     expected = [len(text[:start].encode()) for _, (start, _) in splitter.pre_tokenize_str(text)]
-    found = pieces.piece_starts(np.frombuffer(text.encode(), np.uint8), single_digits=single_digits).tolist()
+    found = bpe_cache.piece_starts(np.frombuffer(text.encode(), np.uint8), single_digits=single_digits).tolist()
     assert set(found) <= set(expected)
     if not any(character in text for character in "½漢\u0100\u00a0\u2003\u0301\x00÷\u2029\u202f\u2040\u200b"):
         assert found == expected
@@ -101,7 +101,7 @@ def test_slices_and_a_full_table_change_nothing(bpe, monkeypatch):
     texts = [f"{TEXTS[i % 2]} {i * 7919} word{i}’s" + "é漢" * i + " b" * (i % 3) + "x" * 80 for i in range(60)] + ["", "a"]
     expected = [x.tolist() for x in encode_documents(bpe, texts)]
     for name, value in (("_SLICE_BYTES", 50), ("_MAX_ENTRIES", 30), ("_TABLE_BITS", 6)):
-        monkeypatch.setattr(pieces, name, value)
+        monkeypatch.setattr(bpe_cache, name, value)
     small = PieceEncoder.for_backend(bpe.backend_tokenizer, np.dtype(np.uint16), bpe.eos_token_id)
     for _ in range(2):
         assert [x.tolist() for x in small.encode(texts)] == expected

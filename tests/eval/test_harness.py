@@ -268,7 +268,7 @@ def test_caches_of_ranks_that_were_interrupted_become_one(pair, monkeypatch, tmp
     a, b, c = (hash_args("generate_until", (name, {})) for name in "abc")
     monkeypatch.setattr(ours, "shard", Shard(0, 2))
     monkeypatch.setattr(ours, "_generate", lambda *a: pytest.fail("generated again"))
-    monkeypatch.setattr(harness, "exchange", lambda own: [own, {b: "other", c: "3"}])
+    monkeypatch.setattr(harness, "gather", lambda own: [own, {b: "other", c: "3"}])
     with SqliteDict(str(tmp_path / "x.db"), autocommit=True) as before:
         before.update({a: "1", b: "2"})
     try:

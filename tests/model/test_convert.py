@@ -510,7 +510,7 @@ def test_hub_fetches_neither_code_nor_pickles_and_knows_the_published_names(tmp_
         asked[name] = kwargs
         return str(source)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("ssa.model.sources.snapshot_download", snapshot_download)
     assert convert("zen-E/MoBA-1B", tmp_path / "moba").method == "moba"
     with pytest.raises(UserError, match="add --method"):
         convert("someone/else", tmp_path / "out")

@@ -56,7 +56,7 @@ def main(jobs):
     from ssa.data.prefetch import Prefetcher
     from ssa.errors import UserError
     from ssa.ranks import SharedError
-    from ssa.train import checkpoint, layers, saver, trainer
+    from ssa.train import activation_checkpoint, checkpoint, saver, trainer
     from ssa.train.loss import StepLoss
 
     torch.set_num_threads(1)
@@ -88,7 +88,7 @@ def main(jobs):
         if "half_of" in job and rank == 0:
             shutil.copytree(job["half_of"], job["out"])
             shutil.rmtree(sorted((Path(job["out"]) / "checkpoints").iterdir())[-1])
-        layers.COMPILER = job.get("compiler", "inductor")
+        activation_checkpoint.COMPILER = job.get("compiler", "inductor")
         moves = []
         step = torch.optim.AdamW.step
         torch.optim.AdamW.step = lambda self, *a, step=step, moves=moves: (moves.append(1), step(self, *a))[1]

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from ssa.analysis.meter import SparsityMeter, mean_figures
+from ssa.analysis.attention_stats import SparsityMeter, mean_figures
 from ssa.attention import AttentionCall, AttentionInputs
 from ssa.budget import Selection
 from ssa.config import Budget

@@ -69,16 +69,14 @@ def test_a_run_learns_and_leaves_what_it_promises(recipe, tmp_path, capsys):
 
 
 def test_a_run_says_what_it_is_before_it_works_and_reports_its_first_step(recipe, tmp_path, capsys, monkeypatch):
-    from ssa.train import build
-
     texts = tmp_path / "te\x1b[2Jxts"  # a name that clears a terminal is shown to it
     texts.mkdir()
     (texts / "text.txt").write_text("select, attend and align " * 200)
     (texts / "valid.txt").write_text("another document " * 20)
     r = recipe(steps=6, accumulation=2, method="moba")
     r = dataclasses.replace(r, data=dataclasses.replace(r.data, path=str(texts / "*.txt")))
-    prepare, said_before = build.open_data, []
-    monkeypatch.setattr(build, "open_data", lambda *a: said_before.append(capsys.readouterr().out) or prepare(*a))
+    prepare, said_before = module.open_data, []
+    monkeypatch.setattr(module, "open_data", lambda *a: said_before.append(capsys.readouterr().out) or prepare(*a))
     train(r, tmp_path / "run")
     assert said_before == [f"run {tmp_path / 'run'}: method moba, budget 2x4, 6 steps x 128 tokens in rows of 32, cpu, float32\n"]
     said = capsys.readouterr().out.splitlines()
@@ -519,9 +517,9 @@ def test_probes_and_verified_data(recipe, shards, tmp_path):
 
 def test_a_spike_is_skipped_and_said(recipe, tmp_path, monkeypatch, capsys):
     """The weights of the skipped step are those before it, and its optimizer state, too."""
-    from ssa.train import guard
+    from ssa.train import skip_step
 
-    monkeypatch.setattr(guard, "WARMUP", 2)
+    monkeypatch.setattr(skip_step, "WARMUP", 2)
     norm, calls = module._Run._gradient_norm, []
 
     def spiked(self, clip):

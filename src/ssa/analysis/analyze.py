@@ -6,19 +6,28 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from ssa.analysis.measure import measure_model, own_rows
 from ssa.analysis.results import FORMAT, AnalysisResult, RunResults, losses, read_results
 from ssa.analysis.rows import Rows, packed_rows
+from ssa.analysis.table import table_rows
 from ssa.config import Budget
-from ssa.device import local_device
+from ssa.data.tokenizer import fingerprint, load_tokenizer
+from ssa.device import device_name, local_device
 from ssa.errors import UserError
 from ssa.files import check_directory, write_atomically
+from ssa.infer.load import check_budgets, load_model
 from ssa.ranks import Shard
+from ssa.runs.checkpoints import open_checkpoint
 from ssa.runs.home import run_context, run_data, run_home
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from ssa.runs.provenance import versions
 
 MAX_TOKENS = 16384
 DECODE_STEPS = 64
@@ -52,11 +61,6 @@ def analyze(
     Raises:
         UserError: no run, another tokenizer, unreadable text, `out` that cannot be written, figures that are not finite.
     """
-    from rich.console import Console
-
-    from ssa.data.tokenizer import fingerprint, load_tokenizer
-    from ssa.runs.checkpoints import open_checkpoint
-
     rank, device = Shard.from_environment().rank, local_device(device)
     console = Console(quiet=True) if rank else Console() if console is None else console
     if not runs:
@@ -118,12 +122,6 @@ def unique_names(runs: Sequence[Path | str]) -> list[str]:
 
 def print_table(results: Sequence[RunResults], console: Console) -> None:
     """One column a run, the best of every row in bold."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from ssa.analysis.table import table_rows
-
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for run in results:
@@ -160,13 +158,6 @@ def _measure_run(
     checkpoint: Path, name: str, rows: Rows, budget: Budget | None, decode_steps: int, seed: int, device: str, dtype: str,
     console: Console,
 ) -> dict[str, Any]:  # fmt: skip
-    from rich.progress import Progress
-
-    from ssa.analysis.measure import measure_model, own_rows
-    from ssa.device import device_name
-    from ssa.infer.load import check_budgets, load_model
-    from ssa.runs.provenance import versions
-
     model, _ = load_model(checkpoint, device=device, dtype=dtype)
     config = model.config
     budget = config.budget if budget is None else budget

@@ -5,7 +5,7 @@ Legend: T prompt tokens, R selectors, M selected blocks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from torch import Tensor
 from ssa.analysis.selection import selection_overlap
 from ssa.attention import AttentionRecord
 from ssa.config import Budget
-
-if TYPE_CHECKING:
-    from ssa.model import SSAForCausalLM
+from ssa.model import SSAForCausalLM
 
 
 @torch.no_grad()

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ssa.analysis.attention_stats import SparsityMeter, mean_figures, selection_of
 from ssa.analysis.decode import decode_overlap
 from ssa.analysis.divergence import DivergenceSums, token_divergence
-from ssa.analysis.meter import SparsityMeter, mean_figures, selection_of
 from ssa.collectives import gather, meet
 from ssa.config import Budget
+from ssa.model import SSAForCausalLM
 from ssa.ranks import Shard
-
-if TYPE_CHECKING:
-    from ssa.model import SSAForCausalLM
 
 ROW_TOKENS = 4096  # tokens of several rows in one pass
 

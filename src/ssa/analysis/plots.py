@@ -59,21 +59,17 @@ def perplexity_by_budget(results: Sequence[RunResults], axes: Axes) -> None:
 
 def kept_by_layer(results: Sequence[RunResults], axes: Axes) -> None:
     """Kept mass by layer, mean over heads: solid under sparse, dotted under full inference."""
-    from matplotlib.ticker import MaxNLocator
-
     for run, look in zip(results, _looks(results), strict=True):
         values = run.by_layer("sparse", "kept_mass")
         layers = range(1, len(values) + 1)
         axes.plot(layers, values, **look, marker=_marker(run.method))
         axes.plot(layers, run.by_layer("full", "kept_mass"), **(look | {"linestyle": (0, (2, 2)), "linewidth": 1.2}))
     axes.set(xlabel="layer", ylabel="attention mass kept by the selection")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _few_ticks(axes, integer=True, min_n_ticks=1)
 
 
 def gap_bars(results: Sequence[RunResults], axes: Axes) -> None:
     """Loss under sparse minus loss under full attention, nats a token, one bar a run."""
-    from matplotlib.ticker import MaxNLocator
-
     gaps = [loss.gap for loss in losses(results)[0]]
     rows = range(len(results))
     axes.barh(rows, gaps, height=0.6, color=[look["color"] for look in _looks(results)])
@@ -85,7 +81,7 @@ def gap_bars(results: Sequence[RunResults], axes: Axes) -> None:
     for row, gap in zip(rows, gaps, strict=True):
         axes.annotate(f"{gap:+.4f}", (max(gap, 0), row), (4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_xlim(min(0, min(gaps)) * 1.15, max(0, max(gaps)) + 0.4 * widest)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))  # longer numbers than these have no room beside each other
+    _few_ticks(axes, nbins=4)  # longer numbers than these have no room beside each other
     axes.set(xlabel="loss, sparse − full (nats / token)")
 
 
@@ -139,6 +135,12 @@ def _shade(colour: str, again: int) -> str:
 
 def _marker(method: str) -> str:
     return MARKERS[look_of(method)[1]]
+
+
+def _few_ticks(axes: Axes, **options: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(**options))
 
 
 def _label(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 from ssa.checked_json import parse_json, typed
 from ssa.config import Budget
 from ssa.errors import UserError
+from ssa.eval.results import read_results as read_evaluation
 
 FORMAT = 1
 LARGEST = 1e100
@@ -250,8 +251,6 @@ def needle_grids(entry: dict[str, Any]) -> list[NeedleGrid]:
 
 
 def _latest(path: Path) -> dict[str, Any] | None:
-    from ssa.eval.results import read_results as read_evaluation
-
     with _readable(path):
         content = read_evaluation(path)
         return None if content["latest"] is None else content["results"][content["latest"]]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
 
+from ssa.data.packing import positions_from_document_ends
+from ssa.data.shards import TokenShards, is_prepared
+from ssa.data.tokenizer import encode_documents, fingerprint
 from ssa.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerFast
+from ssa.eval.documents import read_texts
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,6 @@ def packed_rows(
     Raises:
         UserError: no such text, too little of it, no document that is long enough, or a corpus prepared with another tokenizer.
     """
-    import torch
-
-    from ssa.data.shards import is_prepared
-
     if context < 2:
         raise UserError(f"context = {context} must be at least 2 tokens")
     if seed < 0:
@@ -85,9 +83,6 @@ class _Shards:
     """A split of a prepared corpus."""
 
     def __init__(self, path: Path, split: str, tokenizer: PreTrainedTokenizerFast) -> None:
-        from ssa.data.shards import TokenShards
-        from ssa.data.tokenizer import fingerprint
-
         self.shards = TokenShards(path, split)
         if self.shards.tokenizer_fingerprint != fingerprint(tokenizer):
             raise UserError(f"{path} was prepared with another tokenizer than the run's: prepare the text again with that one")
@@ -104,17 +99,12 @@ class _Texts:
     """Text files, or the built-in corpus, packed as training packs documents."""
 
     def __init__(self, data: Path | str, tokenizer: PreTrainedTokenizerFast) -> None:
-        from ssa.data.tokenizer import encode_documents
-        from ssa.eval.documents import read_texts
-
         documents = encode_documents(tokenizer, [text for text, _ in read_texts(data)])
         self.tokens = np.concatenate(documents)
         self.ends = np.cumsum([len(document) for document in documents])
         self.num_tokens = len(self.tokens)
 
     def row(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        from ssa.data.packing import positions_from_document_ends
-
         return self.tokens[start : start + length], positions_from_document_ends(self.ends - start, length)
 
     def documents_of(self, length: int) -> np.ndarray:

@@ -46,9 +46,7 @@ class AttentionMethod:
         """The stream `mode`: (out [B, T, H, D], block_indices or None)."""
         q, k, v, bias = inputs.q_BTHD, inputs.k_BSKD, inputs.v_BSKD, inputs.bias_BSK
         if mode == "full":
-            return dense_attention(
-                q, k, v, positions=call.positions_BT, cu_seqlens=call.cu_seqlens, **({} if bias is None else {"bias": bias})
-            ), None
+            return dense_attention(q, k, v, positions=call.positions_BT, cu_seqlens=call.cu_seqlens, bias=bias), None
         cached = inputs.cached
         if selector.fused and cached is not None and cached.few and resolve(call.impl, q) == "triton":
             buffers, means = cached.room(call.selection.block_size)

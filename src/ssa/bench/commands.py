@@ -26,10 +26,9 @@ def bench_kernels(
         budget_seconds: Skip the rows that are left after so many seconds; 0 = measure all.
         out: JSON file for the results.
     """
-    from ssa.bench.kernels import bench_kernels as measure
-    from ssa.bench.kernels import plan
+    from ssa.bench import kernels
 
-    return measure(plan(shapes, tokens, peers, quick), Path(out) if out else None, budget_seconds)
+    return kernels.bench_kernels(kernels.plan(shapes, tokens, peers, quick), Path(out) if out else None, budget_seconds)
 
 
 def bench_decode(
@@ -52,10 +51,9 @@ def bench_decode(
         budget_seconds: Skip the rows that are left after so many seconds; 0 = measure all.
         out: JSON file for the results.
     """
-    from ssa.bench.decode import bench_decode as measure
-    from ssa.bench.decode import plan
+    from ssa.bench import decode
 
-    return measure(plan(shapes, tokens, batches, queries, flex), Path(out) if out else None, budget_seconds)
+    return decode.bench_decode(decode.plan(shapes, tokens, batches, queries, flex), Path(out) if out else None, budget_seconds)
 
 
 def bench_train(
@@ -84,10 +82,11 @@ def bench_train(
         out: JSON file for the results.
     """
     recipe = load_recipe(config, overrides)
-    from ssa.bench.train import bench_train as measure
-    from ssa.bench.train import plan
+    from ssa.bench import train
 
-    return measure(recipe, plan(variants, rows, seconds, data, sharing), Path(out) if out else None, budget_seconds)
+    return train.bench_train(
+        recipe, train.plan(variants, rows, seconds, data, sharing), Path(out) if out else None, budget_seconds
+    )
 
 
 def bench_plot(results: str, /, out: str = "kernels.svg") -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -204,8 +205,6 @@ def dense_steps(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Step]:
 
 
 def flex_step(q: Tensor, k: Tensor, v: Tensor) -> Step:
-    from torch.nn.attention.flex_attention import flex_attention
-
     compiled = torch.compile(flex_attention, dynamic=False)
     one, keys, values = (x.transpose(1, 2) for x in (q, k, v))
     return lambda: compiled(one, keys, values, enable_gqa=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,9 @@ from ssa.attention import AttentionCall, AttentionInputs, HeadShape
 from ssa.attention.selectors.means import MeansSelector
 from ssa.attention.ssa import SSA
 from ssa.bench.shapes import Shape, draw
+from ssa.config import AttentionMode
 from ssa.ops import block_means, block_sparse_attention, select_blocks
 from ssa.testing import RMS_RATIO, rms_ratio
-
-if TYPE_CHECKING:
-    from ssa.config import AttentionMode
 
 SCORE_ERROR = 1e-3
 """Largest relative error of a selected block's score, sorted by score: near-ties may change places."""

@@ -5,7 +5,7 @@ Projections and RoPE, which both have in common, are left out: the ratio of whol
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,12 +14,9 @@ from ssa.attention import AttentionCall, AttentionInputs, HeadShape
 from ssa.attention.selectors.means import MeansSelector
 from ssa.bench.gate import draw_gates
 from ssa.bench.shapes import Shape, draw
-from ssa.bench.timing import both_ways, extra_memory_gb, first_line
+from ssa.bench.timing import Call, both_ways, extra_memory_gb, first_line
+from ssa.config import AttentionMode
 from ssa.methods import method_named
-
-if TYPE_CHECKING:
-    from ssa.bench.timing import Call
-    from ssa.config import AttentionMode
 
 How = Literal["eager", "compiled"]
 ALIGNMENT_WEIGHT = 10.0  # the paper's alpha

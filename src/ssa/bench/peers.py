@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from ssa.bench.shapes import Shape
@@ -61,8 +62,6 @@ def dense_forward(name: str, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Forwar
 
 
 def _flex_forward(q: Tensor, k: Tensor, v: Tensor) -> Forward:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     def causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= key
 

@@ -20,15 +20,13 @@ def plot_kernels(results: Path, out: Path) -> Path:
         UserError: no such file, not such a file, `out` cannot be written, or no matplotlib.
     """
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
         raise UserError('ssa bench plot needs matplotlib: pip install "sparse-sparse-attention[plots]"') from None
     check_directory(out.parent)
     curves, title = _curves(results)
     heads = list(curves)
+    pyplot.switch_backend("Agg")
     figure, axes = pyplot.subplots(len(heads), 2, figsize=(9, 3.4 * len(heads)), squeeze=False, sharex=True, layout="constrained")
     for line, head in zip(axes, heads, strict=True):
         for axis, (key, words) in zip(line, (("forward", "forward"), ("both", "forward + backward")), strict=True):

@@ -12,8 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ssa.errors import UserError
 from ssa.files import check_directory, write_atomically
+from ssa.runs.provenance import git_state, installed, versions
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,6 @@ class Report:
 
 def environment(device: str) -> dict[str, Any]:
     """Hardware, versions and git state, for a report's header."""
-    import torch
-
-    from ssa.runs.provenance import git_state, installed, versions
-
     hardware: dict[str, Any] = {"device": device}
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from ssa.budget import Budget, Scope, Selection
 from ssa.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 PAPER_HEADS = "32/2/64"
 
@@ -84,8 +82,6 @@ def draw(
     shape: Shape, tokens: int, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Seeded normal q [1, T, H, D], k and v [1, T, K, D] that require gradients."""
-    import torch
-
     generator = torch.Generator(device).manual_seed(tokens)
 
     def normal(heads: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], Any]
 WARM_UP = 0.025  # seconds
@@ -81,8 +82,6 @@ def extra_memory_gb(call: Call) -> float:
 
 def kernel_profile(call: Call, repeats: int = 5) -> list[dict[str, Any]]:
     """Kernels of one call by time: [{"name", "count", "us"}], count and microseconds a call."""
-    from torch.profiler import ProfilerActivity, profile
-
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:

@@ -30,10 +30,10 @@ from ssa.device import resolve_dtype
 from ssa.errors import UserError
 from ssa.methods import method_named, methods, selector_named, split_name
 from ssa.model import SSAConfig, SSAForCausalLM
+from ssa.train.activation_checkpoint import prepare_layers
 from ssa.train.context_parallel import ContextParallel
 from ssa.train.distributed import open_ranks
 from ssa.train.flops import run_peak_flops, training_flops
-from ssa.train.layers import prepare_layers
 from ssa.train.loss import StepLoss
 from ssa.train.optim import build_optimizer
 from ssa.train.parallel import distribute, gradient_norm, resolve_parallel
@@ -87,8 +87,8 @@ def plan(variants: str, rows: str, seconds: float, data: str, sharing: str = "")
                 method, selector = split_name(name)
                 method_named(method), selector_named(selector)
             except UserError:
-                known = ", ".join([*methods(), *LLAMAS])
-                raise UserError(f"--variants {name!r} is not one of {known}, or METHOD+SELECTOR") from None
+                there_are = ", ".join([*methods(), *LLAMAS])
+                raise UserError(f"--variants {name!r} is not one of {there_are}, or METHOD+SELECTOR") from None
     if not seconds > 0:
         raise UserError(f"--seconds {seconds} must be positive")
     return Plan(

@@ -7,6 +7,7 @@ from typing import Any
 from ssa.cli.metavars import BUDGET, BUDGETS, DATA, DEVICE, DIRECTORY, DTYPE, FILE, NAME, NAMES, NUMBERS, PATH, RUN, SHOTS
 from ssa.config import Budget, parse_budgets
 from ssa.errors import UserError
+from ssa.ranks import Shard
 from ssa.terminal import console, say, tell
 
 
@@ -151,8 +152,6 @@ def report(paths: tuple[PATH, ...], /, out: FILE = "report.html") -> None:
     """
     if not paths:
         raise UserError("nothing named; ssa report RUN [RUN ...]")
-    from ssa.ranks import Shard
-
     if Shard.from_environment().rank:
         return
     from ssa.report.report import write_report

@@ -49,13 +49,12 @@ def generate(
     """
     if budget and budget != "full":
         Budget.parse(budget)
-    from ssa.infer.engine import generate as complete
-    from ssa.infer.engine import read_prompts
+    from ssa.infer import engine
 
     # On a terminal what a model writes must not move the cursor; into a pipe or a file it goes as it is.
     out: Any = Visible(sys.stdout) if sys.stdout.isatty() else sys.stdout
-    texts = read_prompts(list(prompt), prompt_file or None, None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
-    complete(
+    texts = engine.read_prompts(list(prompt), prompt_file or None, None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
+    engine.generate(
         run, texts, mode=mode or None, budget=budget or None, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
         top_p=top_p, seed=seed, stop=stop, batch_size=batch_size, stream=stream, device=device, dtype=dtype, out=out,
         err=sys.stderr,

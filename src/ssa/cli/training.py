@@ -12,6 +12,7 @@ from ssa.config import Recipe, check_seed, load_recipe
 from ssa.data.lines import MAX_LINE_BYTES
 from ssa.errors import UserError
 from ssa.methods import method_named
+from ssa.ranks import SharedError
 from ssa.terminal import lasting_output, say, warn
 
 PATIENCE = 5.0
@@ -79,7 +80,6 @@ def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrit
     _check_started(overrides, recipe)
     if warning := _covered(recipe):
         warn(warning)
-    from ssa.ranks import SharedError
     from ssa.train.trainer import train as train_model
 
     run = Path(out) if out else Path("runs") / f"{Path(config).stem}-{recipe.model.method}"

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import torch
 
 from ssa.data.mixture import Interleave, Mixture, Recent, generator
 from ssa.data.shards import TokenShards
 from ssa.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 
 class PackedLoader:
@@ -93,8 +89,6 @@ class PackedLoader:
 
         Positions restart at each document; labels equal input_ids (models shift inside and skip document starts).
         """
-        import torch
-
         rows = self.rows(step)
         sources = np.searchsorted(self._first_row, rows, side="right") - 1
         starts = (rows - self._first_row[sources]) * self.context

@@ -6,10 +6,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 Batch = dict[str, "torch.Tensor"]
 
@@ -71,8 +69,6 @@ class Prefetcher:
     def _fill(self, step: int) -> None:
         try:
             if self._pinned_for is not None:
-                import torch
-
                 torch.cuda.set_device(self._pinned_for)  # of this thread; pinning would otherwise open a context on the first one
             while step < self._last and not self._stopped.is_set():
                 batch = self._batch(step)
@@ -86,6 +82,4 @@ class Prefetcher:
 
 def _with_index(device: torch.device) -> torch.device:
     """The caller's current device where `device` names none: another thread has another."""
-    import torch
-
     return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())

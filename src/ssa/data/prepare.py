@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich import progress as rich_progress
 
 from ssa.data.encode import EncoderSpec, encode_blocks, valid_threshold
 from ssa.data.lines import MAX_LINE_BYTES
@@ -300,8 +301,6 @@ def _workers(asked: int, sources: list[Source]) -> int:
 @contextmanager
 def _progress_bar(sources: list[Source], show: bool) -> Iterator[Any]:
     """A callable for (source number, bytes of it read), shown on a terminal only."""
-    from rich import progress as rich_progress
-
     terminal = console(stderr=True)
     before = np.cumsum([0, *(source.num_bytes for source in sources)])
     columns = (

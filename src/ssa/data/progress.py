@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from ssa.checked_json import read_json
 from ssa.data.shard_writer import WriterState
 from ssa.data.shards import INDEX, PROGRESS, TOKENIZER, TokenizerRecord, read_index
 from ssa.errors import UserError
-from ssa.files import LOCK, sync
+from ssa.files import LOCK, replace_file, sync
 
 _OURS = re.compile(r"[a-z][a-z0-9_]*-\d{5,}\.(tokens|docs)\.npy(\.partial)?")
 
@@ -112,14 +111,7 @@ def save(out: Path, progress: Progress) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    with partial.open("x", encoding="utf-8") as file:  # x: through no link that somebody put there
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace_file(path, path.with_name(path.name + ".partial"), json.dumps(value, indent=1) + "\n")
     sync(path.parent)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import IO, TypedDict
 
 import numpy as np
 
 from ssa.data.shards import DOCUMENT_COLUMNS, ShardInfo, docs_path, tokens_path
 from ssa.errors import UserError
-from ssa.files import sha256_of_file
+from ssa.files import open_new, sha256_of_file
 
 _HEADER_BYTES = 128  # what NumPy writes for these shapes at any length
 
@@ -38,7 +38,7 @@ class ShardWriter:
         state = state or {"shards": [], "open": (0, 0, 0, 0)}
         self.shards = list(state["shards"])
         self._tokens, self._documents, self._bytes, self._words = state["open"]
-        self._files: tuple[BinaryIO, BinaryIO] | None = None
+        self._files: tuple[IO[bytes], IO[bytes]] | None = None
         self._discard_uncommitted()
         if self._documents:
             self._open()
@@ -95,11 +95,8 @@ class ShardWriter:
         self._words += int(docs[:, 2].sum())
 
     def _open(self) -> None:
-        if not self._documents:
-            for path in self._paths:
-                _partial(path).unlink(missing_ok=True)
-        # x: through no link that somebody put there
-        tokens, docs = (_partial(path).open("r+b" if self._documents else "x+b") for path in self._paths)
+        partial = map(_partial, self._paths)
+        tokens, docs = (path.open("r+b") if self._documents else open_new(path, "w+b") for path in partial)
         self._files = tokens, docs
         if not self._documents:
             self._write_headers()
@@ -154,7 +151,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+def _write_header(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> None:
     file.seek(0)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)

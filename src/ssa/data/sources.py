@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ssa.data.corpus import python_corpus
 from ssa.data.lines import MAX_LINE_BYTES, NotAnObjectError, line_blocks, not_utf8, parse_line, too_long
 from ssa.errors import UserError, one_line
 from ssa.terminal import warn
@@ -215,8 +216,6 @@ def _read_source(source: Source, how: Reading) -> Iterator[Block]:
         case "parquet":
             yield from _text_blocks(_parquet(source.paths[0], how, source.num_bytes), source.name)
         case "builtin":
-            from ssa.data.corpus import python_corpus
-
             yield from _text_blocks(((text, 0) for _, text in python_corpus()), source.name)
         case "hf":
             yield from _text_blocks(((text, 0) for text in _hugging_face(source.name, how)), source.name)
@@ -284,8 +283,7 @@ def _line_blocks(path: Path, max_line_bytes: int) -> Iterator[Block]:
 
 def _parquet(path: Path, how: Reading, num_bytes: int) -> Iterator[tuple[str, int]]:
     try:
-        import pyarrow
-        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException, parquet, types
     except ImportError:
         raise UserError(f'{path} needs pyarrow: pip install "sparse-sparse-attention[data]"') from None
     name = how.text_field
@@ -294,7 +292,7 @@ def _parquet(path: Path, how: Reading, num_bytes: int) -> Iterator[tuple[str, in
             schema = file.schema_arrow
             if name not in schema.names:
                 raise UserError(f'{path} has no column "{name}" (it has {", ".join(schema.names[:8])}): name it as text_field')
-            kind, types = schema.field(name).type, pyarrow.types
+            kind = schema.field(name).type
             if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
                 raise UserError(f'{path}: column "{name}" holds {kind}, not text')
             done, rows = 0, file.metadata.num_rows
@@ -305,7 +303,7 @@ def _parquet(path: Path, how: Reading, num_bytes: int) -> Iterator[tuple[str, in
                         done += 1
                         text = _cell(value, f"{path}, row {done}", how.max_line_bytes)
                         yield text, num_bytes * done // rows
-    except (pyarrow.ArrowException, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged or no Parquet file: {one_line(error)[:120]}") from error
 
 

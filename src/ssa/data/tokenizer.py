@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ssa.data.bpe_cache import PieceEncoder
 from ssa.data.lines import without_surrogates
-from ssa.data.pieces import PieceEncoder
 from ssa.errors import UserError, one_line
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 END, PAD = "<|end|>", "<|pad|>"
@@ -40,8 +40,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
     Digits stand alone and words are split as GPT-2 does. Any text round-trips. Memory grows with the number of distinct words.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     if vocab_size < 258:
         raise UserError(f"BPE vocabulary of {vocab_size} is too small: 256 bytes and 2 special tokens need at least 258")
     backend = Tokenizer(models.BPE())
@@ -143,8 +141,6 @@ class DocumentEncoder:
     """Texts to token ids without transformers, so that worker processes start fast. See `encode_documents`."""
 
     def __init__(self, backend: Tokenizer, end_id: int) -> None:
-        from tokenizers import Tokenizer
-
         self.end_id = end_id
         self.dtype = token_dtype(max(backend.get_vocab(with_added_tokens=True).values()) + 1)
         # `backend` belongs to the caller: switches are set on a copy.
@@ -157,8 +153,6 @@ class DocumentEncoder:
 
     @classmethod
     def from_directory(cls, directory: Path, end_id: int) -> DocumentEncoder:
-        from tokenizers import Tokenizer
-
         return cls(Tokenizer.from_file(str(directory / "tokenizer.json")), end_id)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -186,8 +180,6 @@ class DocumentEncoder:
 @cache
 def _byte_backend() -> Tokenizer:
     """BPE without merges over the byte alphabet: each byte's stand-in character has that byte as its id."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     # GPT-2's table: printable bytes stand for themselves, the others for the characters from U+0100 on.

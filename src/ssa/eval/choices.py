@@ -10,10 +10,10 @@ from ssa.errors import UserError
 from ssa.eval.loglikelihood import encode_pairs
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather
+from ssa.eval.model_under_test import budget_name, provenance
 from ssa.eval.questions import CHOICE_TASKS, LM_EVAL_VERSION, QuestionSet, is_right, read_questions
-from ssa.eval.results import read_results
+from ssa.eval.results import TASKS_FILE, read_results
 from ssa.eval.scored import (
-    TASKS_FILE,
     base_setting,
     data_directory,
     figures_of,
@@ -25,8 +25,7 @@ from ssa.eval.scored import (
     new_entry,
     score_items,
     standard_error,
-)  # fmt: skip
-from ssa.eval.subject import budget_name, provenance
+)
 from ssa.eval.tasks import TaskRequest, shots
 
 ONE_SEED_NOTE = "0 examples: seeds change nothing, one pass serves them all"

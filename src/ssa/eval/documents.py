@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from ssa.data.lines import without_surrogates
-from ssa.data.shards import is_prepared
+from ssa.data.shards import TokenShards, is_prepared
 from ssa.data.sources import Reading, block_texts, expand_inputs, read_blocks
+from ssa.data.tokenizer import encode_documents
+from ssa.data.tokenizer import fingerprint as tokenizer_fingerprint
 from ssa.errors import UserError
 from ssa.eval.perplexity import Document
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 class Text(NamedTuple):
@@ -94,17 +94,12 @@ def read_texts(data: str | Path) -> Iterator[Text]:
 
 
 def _encoded(texts: Iterable[Text], tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
-    from ssa.data.tokenizer import encode_documents
-
     for text, num_words in texts:
         tokens = encode_documents(tokenizer, [text])[0][:-1]
         yield Document(tokens, len(text.encode()), num_words)
 
 
 def _prepared(path: Path, split: str, tokenizer: PreTrainedTokenizerFast) -> Iterator[Document]:
-    from ssa.data.shards import TokenShards
-    from ssa.data.tokenizer import fingerprint as tokenizer_fingerprint
-
     shards = TokenShards(path, split)
     if shards.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
         raise UserError(f"{path} was prepared with another tokenizer than the model's; give its text files instead")

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from ssa.collectives import meet
 from ssa.config import Budget, parse_budgets
 from ssa.device import local_device
 from ssa.errors import UserError
 from ssa.eval.long.rope import scaled
+from ssa.eval.model_under_test import ModelUnderTest, evaluation_directory, load_model_under_test
 from ssa.eval.needle import check_grid
 from ssa.eval.perplexity import WINDOW_TOKENS
-from ssa.eval.subject import Subject, evaluation_directory, load_subject
 from ssa.eval.table1 import COLUMNS, write_table1
 from ssa.eval.tasks import HARNESS, PAPER_SHOTS, TaskRequest, is_complete, run_tasks, runner_of
 from ssa.eval.text_passes import TextRequest, run_needles, run_perplexity
 from ssa.files import check_directory
+from ssa.infer.load import check_budgets
 from ssa.runs.home import run_context, run_data
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def evaluate(
@@ -109,12 +109,10 @@ def evaluate(
         meet()  # perplexity, which comes first, may take one rank much longer than another
     asked = None if budgets is None else _parsed(budgets)
     others = [evaluation_directory(other) for other in beside]
-    subject = load_subject(run, local_device(device), dtype)
+    subject = load_model_under_test(run, local_device(device), dtype)
     if rope_factor is not None:
         subject = scaled(subject, rope_factor)
     chosen = list(dict.fromkeys([subject.model.config.budget, None] if asked is None else asked))
-    from ssa.infer.load import check_budgets
-
     check_budgets(subject.model.config, chosen)
     directory = Path(out) if out is not None else subject.directory
     check_directory(directory)
@@ -154,7 +152,7 @@ def _refuse(measurement: str, **options: object) -> None:
             raise UserError(f"{name} = {value} belongs to {measurement}, not measured here; leave it out")
 
 
-def _context(subject: Subject, context: int | None) -> int:
+def _context(subject: ModelUnderTest, context: int | None) -> int:
     limit = subject.model.config.max_position_embeddings
     if context is not None:
         if context > limit:

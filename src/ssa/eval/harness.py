@@ -36,6 +36,8 @@ except ImportError as error:
     print(f'ssa: error: this is lm-evaluation-harness ({error}): pip install "sparse-sparse-attention[eval]"', file=sys.stderr)
     sys.exit(2)
 
+from transformers import PreTrainedTokenizerFast
+
 from ssa.collectives import gather, meet
 from ssa.config import AttentionMode, Budget
 from ssa.device import local_device
@@ -54,16 +56,13 @@ from ssa.eval.long.item_log import ItemLog
 from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
 from ssa.infer.load import attention_choice, check_budgets, load_model
 from ssa.infer.transcript import Transcript
+from ssa.model import SSAForCausalLM
 from ssa.ranks import Shard
 from ssa.terminal import tell
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import CacheHook
-    from transformers import PreTrainedTokenizerFast
-
-    from ssa.model import SSAForCausalLM
-
 Key = TypeVar("Key", bound=Hashable)
 Answer = TypeVar("Answer")
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from ssa.collectives import gather
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.choices import ONE_SEED_NOTE
-from ssa.eval.results import read_results
-from ssa.eval.scored import TASKS_FILE, base_setting, item_log, keep_entry, metric, new_entry
-from ssa.eval.subject import attention, budget_name, provenance
+from ssa.eval.model_under_test import attention, budget_name, provenance
+from ssa.eval.results import TASKS_FILE, read_results
+from ssa.eval.scored import base_setting, item_log, keep_entry, metric, new_entry
 from ssa.eval.tasks import TaskRequest, shots
 from ssa.ranks import Shard
 
@@ -35,8 +35,7 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
         UserError: lm-eval is not installed, has no such task, or cannot load its data.
     """
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks
 
         from ssa.eval.harness import SSALM
     except ImportError as error:
@@ -47,7 +46,7 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
         raise UserError(f"seeds {', '.join(map(str, request.seeds))}: lm-evaluation-harness takes seeds below 2**32")
     rank = Shard.from_environment().rank
     read_results(request.directory / TASKS_FILE)
-    manager = TaskManager()
+    manager = lm_eval.tasks.TaskManager()
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(f"lm-evaluation-harness has no task {name!r}; lm_eval ls tasks lists them")
@@ -65,7 +64,7 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
                 try:
                     # one progress bar is enough
                     with contextlib.redirect_stderr(io.StringIO() if rank else sys.stderr):
-                        outcome = simple_evaluate(
+                        outcome = lm_eval.simple_evaluate(
                             model, tasks=[name], num_fewshot=shots(request, name), limit=request.limit, bootstrap_iters=100,
                             random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
                             task_manager=manager, log_samples=False,
@@ -80,7 +79,9 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
                 if not _num_fewshot(shared, name):
                     break  # nothing is drawn, further seeds would repeat the pass
             seconds[budget] = time.perf_counter() - started
-        entries[name] = {"budgets": {}} if rank else keep_entry(request, _entry(name, request, outcomes, seconds))
+        entries[name] = (
+            {"budgets": {}} if rank else keep_entry(request, _entry(name, request, outcomes, seconds, lm_eval.__version__))
+        )
     return entries
 
 
@@ -96,15 +97,13 @@ def _num_fewshot(outcome: Outcome, name: str) -> int:
 
 
 def _entry(
-    name: str, request: TaskRequest, outcomes: dict[Budget | None, dict[int, Outcome]], seconds: dict[Budget | None, float]
+    name: str, request: TaskRequest, outcomes: dict[Budget | None, dict[int, Outcome]], seconds: dict[Budget | None, float], version: str
 ) -> dict[str, Any]:  # fmt: skip
-    import lm_eval
-
     first = next(iter(next(iter(outcomes.values())).values()))
     num_fewshot = _num_fewshot(first, name)
     items = int(first["n-samples"].get(name, {}).get("effective", 0))
     setting = {
-        **base_setting(request, name), "version": str(first["versions"].get(name)), "lm_eval": lm_eval.__version__,
+        **base_setting(request, name), "version": str(first["versions"].get(name)), "lm_eval": version,
         "data_sha256": None, "num_fewshot": num_fewshot, "seeds": list(request.seeds) if num_fewshot else [],
     }  # fmt: skip
     notes, source = ([], "lm-eval") if num_fewshot else ([ONE_SEED_NOTE], None)

@@ -12,19 +12,18 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
 
 from ssa.config import AttentionMode, Budget
 from ssa.data.tokenizer import encoded
 from ssa.errors import UserError
 from ssa.ranks import ALONE, Shard
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
 
 BATCH_TOKENS = 65536
 """Tokens in a batch on a GPU, about, where the caller does not say."""
@@ -170,8 +169,6 @@ def log_likelihoods(
     Raises:
         UserError: A continuation longer than `max_length`, or a result that is not finite.
     """
-    import torch
-
     device = next(model.parameters()).device
     rows = [_row(request, max_length) for request in requests]
     every = list(_batches([len(row) for row in rows], batch_tokens or _default_tokens(device), batch_rows))
@@ -222,9 +219,6 @@ def _score_batch(
     attention_mode: AttentionMode | None, budget: Budget | str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(sums fp64 [B], greedy bool [B]) on the device; nothing here waits for it."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
     lengths = np.array([len(c) for c in continuations])
     input_BT = np.zeros((len(rows), width), np.int64)
     position_P = np.empty(lengths.sum(), np.int64)  # of the token that predicts each scored one, in the flattened batch
@@ -276,8 +270,6 @@ def _default_tokens(device: torch.device) -> int:
 
 def _to(x: np.ndarray, device: torch.device) -> Tensor:
     """On the device; a GPU copies while the host goes on."""
-    import torch
-
     tensor = torch.from_numpy(x)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -13,16 +13,16 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
 
 from ssa.config import AttentionMode, Budget
 from ssa.data.tokenizer import encoded
 from ssa.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from ssa.infer.engine import first_ids
 
 INTRODUCTION = "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards.\n"
 NEEDLE = " One of the special magic numbers for {key} is: {value}."
@@ -112,8 +112,6 @@ def make_case(haystack: Haystack, tokenizer: PreTrainedTokenizerFast, length: in
     Raises:
         UserError: `length` leaves no room for a haystack.
     """
-    from ssa.infer.engine import first_ids
-
     rng = np.random.default_rng(seed)
     key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
     value = str(rng.integers(1_000_000, 10_000_000))
@@ -146,8 +144,6 @@ def score(
     Raises:
         UserError: The model's output is not finite.
     """
-    import torch
-
     input_BT = torch.from_numpy(np.stack([case.token_ids for case in cases])).to(model.device)
     keep = max(case.answer_length for case in cases) + 1
     with torch.no_grad():

@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
-
-if TYPE_CHECKING:
-    from ssa.model import SSAForCausalLM
+from ssa.model import SSAForCausalLM
 
 WINDOW_TOKENS = 16384
 """Tokens in a batch of windows, about, where the caller does not say how many windows."""
@@ -126,8 +125,6 @@ class WindowBatches:
         self, model: SSAForCausalLM, number: int, attention_mode: AttentionMode | None = None, budget: Budget | str | None = None
     ) -> float:
         """The summed negative log-likelihood of batch `number`."""
-        import torch
-
         batch = self._batches[number]
         width = batch[0][1].stop - batch[0][1].start
         # Padding on the right needs no mask: attention is causal in every mode, so no real token can see it.

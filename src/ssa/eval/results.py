@@ -19,6 +19,7 @@ from ssa.checked_json import read_json
 from ssa.errors import UserError
 from ssa.files import write_atomically, writer_in_turn
 
+TASKS_FILE = "tasks.json"
 FORMAT = 1
 
 

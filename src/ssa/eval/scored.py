@@ -17,13 +17,11 @@ from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.loglikelihood import Effort, Request, Score, check_max_length, log_likelihoods
 from ssa.eval.long.item_log import ItemLog
-from ssa.eval.results import add_results, read_results, result_key
-from ssa.eval.subject import attention, budget_name, description, progress_bar
+from ssa.eval.model_under_test import attention, budget_name, description, progress_bar
+from ssa.eval.results import TASKS_FILE, add_results, read_results, result_key
 from ssa.eval.tables import print_task
 from ssa.eval.tasks import TaskRequest
 from ssa.ranks import Shard
-
-TASKS_FILE = "tasks.json"
 
 
 def item_log(request: TaskRequest, task: str, setting: dict[str, Any], budget: Budget | None, seed: int | None) -> ItemLog:

@@ -10,8 +10,7 @@ from typing import Any
 
 from ssa.config import Budget
 from ssa.errors import UserError
-from ssa.eval.results import read_results
-from ssa.eval.scored import TASKS_FILE
+from ssa.eval.results import TASKS_FILE, read_results
 from ssa.eval.tables import figure
 from ssa.files import write_atomically
 from ssa.methods import label

@@ -14,15 +14,14 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval import long
-from ssa.eval.subject import Subject, budget_name
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from ssa.eval.model_under_test import ModelUnderTest, budget_name
 
 CHOICE_TASKS = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "copa")
 
@@ -31,7 +30,7 @@ CHOICE_TASKS = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "openbookqa", 
 class TaskRequest:
     """What `ssa eval` asks of a runner."""
 
-    subject: Subject
+    subject: ModelUnderTest
     budgets: Sequence[Budget | None]
     """None = full attention."""
     directory: Path

@@ -9,22 +9,21 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from ssa.config import Budget
 from ssa.data.shards import is_prepared
 from ssa.eval.documents import document_texts, fingerprint, read_documents
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather, run_items
+from ssa.eval.model_under_test import ModelUnderTest, attention, budget_name, description, progress_bar, provenance
 from ssa.eval.needle import Haystack, NeedleBatches, score
 from ssa.eval.perplexity import Perplexity, WindowBatches, check_windows
 from ssa.eval.results import add_results, read_results, result_key
-from ssa.eval.subject import Subject, attention, budget_name, description, progress_bar, provenance
 from ssa.eval.tables import print_needles, print_perplexity
 from ssa.ranks import Shard
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 LOGGED_AT_ONCE = 8
 """Batches between two writes to the log; an interruption loses them."""
@@ -34,7 +33,7 @@ LOGGED_AT_ONCE = 8
 class TextRequest:
     """What is measured on which text."""
 
-    subject: Subject
+    subject: ModelUnderTest
     source: str | Path
     """A prepared directory, or what `read_texts` reads."""
     split: str

@@ -13,10 +13,10 @@ from ssa.data.lines import read_objects, read_text
 from ssa.errors import UserError
 from ssa.eval.loglikelihood import encode, prefix_token, rolling_requests
 from ssa.eval.long.measure import gather
+from ssa.eval.model_under_test import budget_name, provenance
 from ssa.eval.questions import LM_EVAL_VERSION
-from ssa.eval.results import read_results
+from ssa.eval.results import TASKS_FILE, read_results
 from ssa.eval.scored import (
-    TASKS_FILE,
     base_setting,
     data_directory,
     figures_of,
@@ -28,7 +28,6 @@ from ssa.eval.scored import (
     new_entry,
     score_items,
 )
-from ssa.eval.subject import budget_name, provenance
 from ssa.eval.tasks import TaskRequest
 from ssa.files import sha256_of_file
 

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)  # fmt: skip
 
 from ssa.config import AttentionMode, Budget
 from ssa.errors import UserError
 from ssa.infer.transcript import Transcript
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def generate_batch(

@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from ssa.config import AttentionMode, Budget, check_seed
 from ssa.data.lines import read_text, without_surrogates
@@ -17,11 +18,7 @@ from ssa.errors import UserError, one_line
 from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
 from ssa.infer.load import attention_choice, check_budgets, load_model
 from ssa.infer.transcript import FinishReason, Transcript
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from ssa.model import SSAForCausalLM
+from ssa.model import SSAForCausalLM
 
 
 @dataclass(frozen=True)

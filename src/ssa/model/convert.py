@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ssa.errors import UserError, one_line
@@ -245,8 +246,6 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A directory that becomes `out` when the block succeeds and vanishes when it does not."""
-    from safetensors import SafetensorError
-
     scratch = out.parent / f".{out.name}.tmp-{os.getpid()}"
     old = out.parent / f".{out.name}.old-{os.getpid()}"
     try:

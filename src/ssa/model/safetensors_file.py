@@ -10,10 +10,8 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 PIECE = 1 << 24
 """Bytes written and hashed at a time."""
@@ -21,8 +19,6 @@ PIECE = 1 << 24
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> tuple[int, str]:
     """Write CPU `tensors` to `path`, synced to the disk; returns (bytes, SHA-256) of the file."""
-    import torch
-
     # the widest first, as the library does: every tensor then starts at a multiple of its element size
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": metadata}
@@ -50,8 +46,6 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    import torch
-
     names = {
         torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
         torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",

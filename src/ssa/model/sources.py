@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ssa.checked_json import read_json
 from ssa.errors import UserError, one_line
@@ -83,7 +85,6 @@ def _open_gguf(file: Path) -> Source:
         import gguf  # noqa: F401
     except ImportError:
         raise UserError('reading GGUF needs the package gguf: pip install "sparse-sparse-attention[gguf]"') from None
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     def load(loader: Any, **kwargs: Any) -> Any:
         # Alone in a directory, so that no other file there has a say in how it is loaded.
@@ -112,8 +113,6 @@ def _open_gguf(file: Path) -> Source:
 
 def _fetch(name: str) -> Path:
     """Weights, configuration and tokenizer of a hub model, into the hub's cache; no code, nothing pickled."""
-    from huggingface_hub import snapshot_download
-
     wanted = ["*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", *_TOKENIZER_FILES]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))

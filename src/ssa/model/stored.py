@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import torch
 from transformers import LlamaConfig
+from transformers.utils import logging
 
 from ssa.checked_json import read_json, typed
 from ssa.config import MAX_LAYERS
@@ -138,8 +139,6 @@ def load_pretrained(directory: Path, config: SSAConfig, dtype: torch.dtype) -> S
 @contextlib.contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """transformers draws one even for models that load in milliseconds."""
-    from transformers.utils import logging
-
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ssa.checked_json import read_json
@@ -70,8 +72,6 @@ def open_weights(directory: Path) -> Weights:
         raise UserError(f"{directory / _INDEX} places {astray[0]!r} in {places[astray[0]]}, which has no such tensor")
 
     def read(name: str) -> Tensor:
-        from safetensors import safe_open
-
         path = directory / places[name]
         with readable(path), safe_open(path, framework="pt") as file:
             return file.get_tensor(name)
@@ -84,8 +84,6 @@ def write_weights(directory: Path, tensors: Mapping[str, TensorInfo], make: Call
 
     One file's tensors are in memory at a time. Files are synced, the directory is not.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     shapes = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
@@ -113,8 +111,6 @@ def _read_index(directory: Path) -> dict[str, str]:
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:
-    from safetensors import safe_open
-
     found = {}
     with readable(path), safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (not a mapping)
@@ -128,8 +124,6 @@ def _header(path: Path) -> dict[str, TensorInfo]:
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """A safetensors file is opened or read: what goes wrong is a `UserError` that names it."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except SafetensorError as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssa.errors import UserError
 from ssa.ops.implementations import resolve
+from ssa.ops.reference import align as reference
 
 LOSSES = ("smooth_l1", "l2")
 
@@ -66,10 +67,8 @@ def gated_alignment(
         from ssa.ops.triton.align import gated_alignment as by_triton
 
         return by_triton(full, sparse, gates, padding, *options)
-    from ssa.ops.reference.align import gated_alignment as by_reference
-
     with torch.autocast(full.device.type, enabled=False):
-        return by_reference(full, sparse, gates, padding, *options)
+        return reference.gated_alignment(full, sparse, gates, padding, *options)
 
 
 def gated_sum(branches: Sequence[Tensor], gates: Tensor, *, impl: str = "auto") -> Tensor:
@@ -98,7 +97,7 @@ def gated_sum(branches: Sequence[Tensor], gates: Tensor, *, impl: str = "auto") 
     if gates.shape != (*first.shape[:3], len(branches)):
         raise UserError(f"gates {tuple(gates.shape)} is not [B, T, H, branches] = {[*first.shape[:3], len(branches)]}")
     if resolve(impl, first) == "triton":
-        from ssa.ops.triton import align as implementation
-    else:
-        from ssa.ops.reference import align as implementation  # type: ignore[no-redef]
-    return implementation.gated_sum(branches, gates)
+        from ssa.ops.triton.align import gated_sum as by_triton
+
+        return by_triton(branches, gates)
+    return reference.gated_sum(branches, gates)

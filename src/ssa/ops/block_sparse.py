@@ -11,6 +11,7 @@ from torch import Tensor
 from ssa.errors import UserError
 from ssa.ops.documents import block_within_rows, resolve_positions
 from ssa.ops.implementations import resolve
+from ssa.ops.reference.block_sparse import block_sparse_attention as by_reference
 
 
 def block_sparse_attention(
@@ -74,8 +75,6 @@ def block_sparse_attention(
         from ssa.ops.triton.block_sparse import block_sparse_attention as by_triton
 
         return by_triton(q, k, v, block_indices, positions, bias, slots, block_size, scale)
-    from ssa.ops.reference.block_sparse import block_sparse_attention as by_reference
-
     with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
         return by_reference(q, k, v, block_indices, positions, bias, slots, block_size, scale)
 

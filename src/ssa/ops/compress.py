@@ -11,6 +11,7 @@ from torch import Tensor
 from ssa.errors import UserError
 from ssa.ops.documents import BlockGrid, block_within_rows, query_positions, resolve_positions
 from ssa.ops.implementations import resolve
+from ssa.ops.reference.span import span_attention as by_reference
 
 
 def compressed_attention(
@@ -75,7 +76,5 @@ def compressed_attention(
         from ssa.ops.triton.span import span_attention as by_triton
 
         return by_triton(q, pooled_k, pooled_v, low_BT, high_BT, scale)
-    from ssa.ops.reference.span import span_attention as by_reference
-
     with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
         return by_reference(q, pooled_k, pooled_v, low_BT, high_BT, scale)

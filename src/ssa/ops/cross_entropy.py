@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ssa.ops.implementations import resolve
+from ssa.ops.reference import cross_entropy as reference
 
 SLICE_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 24}
 """Logits of a slice, by device."""
@@ -51,7 +52,7 @@ def _loss_and_gradients(
             if implementation == "triton":
                 from ssa.ops.triton.cross_entropy import loss_and_gradient
             else:
-                from ssa.ops.reference.cross_entropy import loss_and_gradient  # type: ignore[assignment]
+                loss_and_gradient = reference.loss_and_gradient
             losses, d_logits = loss_and_gradient(logits, targets[i : i + step])
             total += losses.sum()
             if want_hidden:

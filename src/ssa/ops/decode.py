@@ -13,6 +13,7 @@ from ssa.errors import UserError
 from ssa.ops.block_sparse import check_blocks, check_keys, check_slots
 from ssa.ops.documents import block_within_rows
 from ssa.ops.implementations import resolve
+from ssa.ops.reference.decode import decode_attention as by_reference
 from ssa.ops.select import within_rows
 
 MAX_QUERIES = 8
@@ -77,8 +78,6 @@ def decode_attention(
             from ssa.ops.triton.decode import decode_attention as by_triton
 
             return by_triton(*arguments)
-        from ssa.ops.reference.decode import decode_attention as by_reference
-
         with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
             return by_reference(*arguments)
 

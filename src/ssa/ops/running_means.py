@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssa.ops.implementations import resolve
+from ssa.ops.reference.running_means import extend_block_means as by_reference
 
 
 def extend_block_means(
@@ -31,6 +32,4 @@ def extend_block_means(
 
             by_triton(k, v, means[0], means[1], sums[0], sums[1], end, starts, block_size)
         else:
-            from ssa.ops.reference.running_means import extend_block_means as by_reference
-
             by_reference(k, v, means[0], means[1], sums[0], sums[1], end, starts, block_size)

@@ -12,6 +12,7 @@ from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.ops.documents import FIXED_BLOCK_SIZE, BlockGrid, block_within_rows, resolve_positions
 from ssa.ops.implementations import resolve
+from ssa.ops.reference.select import select_blocks as by_reference
 
 FIXED_PLACES = 32
 """Up to so many selected blocks `block_indices` has a place for each whatever the rows' length; beyond, what nobody fills would cost."""
@@ -120,7 +121,5 @@ def select_blocks(
             from ssa.ops.triton.select import select_blocks as by_triton
 
             return by_triton(*arguments)
-        from ssa.ops.reference.select import select_blocks as by_reference
-
         with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
             return by_reference(*arguments)

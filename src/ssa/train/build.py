@@ -23,7 +23,7 @@ from ssa.runs.checkpoints import open_checkpoint
 from ssa.runs.home import RECIPE, find_data, find_mixture, read_starts
 from ssa.terminal import say
 from ssa.train.run_directory import is_own
-from ssa.train.sinks import check_sink
+from ssa.train.trackers import check_tracker
 
 
 def check_inputs(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> None:
@@ -35,7 +35,7 @@ def check_inputs(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> No
         UserError: `data.path`, `data.tokenizer`, `model.init_from` or the package of `train.track` is not there, or `overwrite` would
             delete what the recipe reads.
     """
-    check_sink(recipe.train.track)
+    check_tracker(recipe.train.track)
     if resume:
         return
     if overwrite:

@@ -21,15 +21,12 @@ softmax the paper reuses, and once for the selection, which here computes them a
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssa.model.configuration import build_attention
-
-if TYPE_CHECKING:
-    from ssa.model import SSAConfig
+from ssa.model.configuration import SSAConfig, build_attention
 
 PEAK_BF16 = {
     r"(NVIDIA )?A100[- ].*": 312e12,

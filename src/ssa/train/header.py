@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import torch
+
+from ssa.collectives import Ranks
 from ssa.config import Recipe
+from ssa.model import SSAForCausalLM
+from ssa.train.build import Data
 from ssa.train.run_directory import rows_per_step
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
-
-    from ssa.collectives import Ranks
-    from ssa.model import SSAForCausalLM
-    from ssa.train.build import Data
 
 
 def run_line(recipe: Recipe, out: Path, ranks: Ranks, device: str, dtype: torch.dtype) -> str:

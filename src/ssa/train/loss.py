@@ -8,14 +8,13 @@ that is why micro-batches and ranks of different numbers of targets give what on
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ssa.config import TrainRecipe
-    from ssa.train.context_parallel import ContextParallel
+from ssa.config import TrainRecipe
+from ssa.train.context_parallel import ContextParallel
 
 
 def alignment_share(step: int, recipe: TrainRecipe) -> float:

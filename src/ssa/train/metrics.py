@@ -1,4 +1,4 @@
-"""What a run reports: RUN/metrics.jsonl (a JSON object a line), perhaps a tracker (`ssa.train.sinks`), and a progress line.
+"""What a run reports: RUN/metrics.jsonl (a JSON object a line), perhaps a tracker (`ssa.train.trackers`), and a progress line.
 
 "train", a line a step: step, stream, loss, cross_entropy, sparsity_loss, commitment_loss (nats; null where the method has none), grad_norm
 (before clipping), lr, tokens (read so far); tokens_per_second, mfu (see `ssa.train.flops`; null where it is not known) and peak_memory_gb (10^9
@@ -17,16 +17,16 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ssa.checked_json import parse_json
 from ssa.errors import UserError
 from ssa.files import write_atomically
 from ssa.terminal import console, say
-from ssa.train.sinks import Sink, numbers, open_sink
-
-if TYPE_CHECKING:
-    import torch
+from ssa.train.trackers import Tracker, numbers, open_tracker
 
 DEVICE_VALUES = ("loss", "cross_entropy", "sparsity_loss", "commitment_loss", "grad_norm")
 
@@ -59,7 +59,7 @@ class Metrics:
         Args:
             start_step: more than 0 continues a run: lines of later steps, from work that was lost, are cut off.
             aligned: the method has alignment losses.
-            track: see `ssa.train.sinks.open_sink`.
+            track: see `ssa.train.trackers.open_tracker`.
             peak_flops: of all devices of the run together; None = not known, and no MFU.
             device: whose memory is reported.
         """
@@ -76,9 +76,9 @@ class Metrics:
             if line["kind"] == "train" and "cross_entropy" in line:
                 self._spikes.is_spike(line.get("stream"), line["cross_entropy"])
         self._file = self.path.open("a", encoding="utf-8")
-        self._sinks: list[Sink] = []
-        if (sink := open_sink(track, run_dir, start_step)) is not None:
-            self._sinks.append(sink)
+        self._trackers: list[Tracker] = []
+        if (tracker := open_tracker(track, run_dir, start_step)) is not None:
+            self._trackers.append(tracker)
         self._display = Display(start_step, total_steps)
 
     def _complete_lines(self) -> Iterator[tuple[str, _Line]]:
@@ -119,8 +119,6 @@ class Metrics:
         """Write and show what `add` collected. A non-finite loss or gradient norm is a `UserError` that names its step."""
         if not self._pending:
             return
-        import torch
-
         rows = torch.stack([values for _, values in self._pending]).tolist()
         shared = self._shared_figures(max(time.perf_counter() - self._clock, 1e-9))
         lines: list[dict[str, Any]] = []
@@ -147,8 +145,6 @@ class Metrics:
         if self.peak_flops is not None and self._pending_flops is not None:
             mfu = round(self._pending_flops / seconds / self.peak_flops, 4)
         if self.device is not None and self.device.type == "cuda":
-            import torch
-
             memory = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)
         return {"tokens_per_second": round(self._pending_tokens / seconds, 1), "mfu": mfu, "peak_memory_gb": memory}
 
@@ -175,14 +171,14 @@ class Metrics:
     def close(self) -> None:
         self._display.close()
         self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
             self._file.write(json.dumps(line) + "\n")
-            for sink in self._sinks:
-                sink.write(line["step"], numbers(line))
+            for tracker in self._trackers:
+                tracker.write(line["step"], numbers(line))
         self._file.flush()
 
 
@@ -230,8 +226,6 @@ class Display:
     """A progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, start_step: int, total_steps: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         self.total_steps = total_steps
         self._bar = None
         if sys.stdout.isatty():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ssa.attention import Selector
-
-if TYPE_CHECKING:
-    from ssa.config import TrainRecipe
+from ssa.config import TrainRecipe
 
 
 def learning_rate(step: int, recipe: TrainRecipe) -> float:

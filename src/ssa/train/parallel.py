@@ -12,16 +12,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ssa.collectives import Ranks
+from ssa.config import TrainRecipe
 from ssa.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from ssa.collectives import Ranks
-    from ssa.config import TrainRecipe
-    from ssa.train.loss import StepLoss
+from ssa.train.loss import StepLoss
 
 BYTES_A_PARAMETER = 16
 """float32 weight, gradient and AdamW's two moments: what each rank of DDP holds."""
@@ -36,8 +39,6 @@ def resolve_parallel(recipe: TrainRecipe, ranks: Ranks, num_parameters: int) -> 
         return recipe.parallel
     if ranks.device.type != "cuda":
         return "ddp"
-    import torch
-
     return "ddp" if num_parameters * BYTES_A_PARAMETER < torch.cuda.mem_get_info(ranks.device)[1] / 10 else "fsdp"
 
 
@@ -57,13 +58,9 @@ def distribute(loss: StepLoss, parallel: str, recipe: TrainRecipe, ranks: Ranks,
         parallel: What `resolve_parallel` said.
         dtype: That of autocast.
     """
-    import torch
-
     if parallel == "none":
         return loss.to(ranks.device)
     if parallel == "ddp":
-        from torch.nn.parallel import DistributedDataParallel
-
         loss.to(ranks.device)
         ids = [ranks.device] if ranks.device.type == "cuda" else None
         # the buffers (RoPE's frequencies) are computed, the same everywhere; PyTorch 2.13 gave the option a new name
@@ -72,9 +69,6 @@ def distribute(loss: StepLoss, parallel: str, recipe: TrainRecipe, ranks: Ranks,
             "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers": False
         }
         return DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True, **sync_buffers)
-
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     if parallel == "hsdp":
         size = shard_ranks(recipe, ranks)
@@ -97,9 +91,6 @@ def micro_batch(module: Any, last: bool, reduce_every: bool) -> Iterator[None]:
 
     `reduce_every`: FSDP sums within a sharding group every time, so that only parts of gradients are kept in between.
     """
-    from torch.distributed.fsdp import FSDPModule
-    from torch.nn.parallel import DistributedDataParallel
-
     if isinstance(module, DistributedDataParallel) and not last:
         with module.no_sync():
             yield
@@ -112,8 +103,6 @@ def micro_batch(module: Any, last: bool, reduce_every: bool) -> Iterator[None]:
 
 def reshard(module: torch.nn.Module) -> None:
     """Back to parts, after a pass without a backward pass: FSDP leaves what it gathered until then."""
-    from torch.distributed.fsdp import FSDPModule
-
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -121,9 +110,6 @@ def reshard(module: torch.nn.Module) -> None:
 
 def gradient_norm(parameters: list[torch.nn.Parameter], clip: float) -> torch.Tensor:
     """The norm of all gradients, over all ranks, before they are clipped to `clip` (0 = left as they are)."""
-    from torch.distributed.tensor import DTensor
-    from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-
     parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):

@@ -11,16 +11,17 @@ import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssa.analysis.attention_stats import SparsityMeter, selection_of
+from ssa.attention import AttentionRecord
 from ssa.config import Budget
+from ssa.data.shards import TokenShards
 from ssa.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ssa.attention import AttentionRecord
-    from ssa.data.shards import TokenShards
 
 PROBE_TOKENS = 8192
 """About so many tokens are read: the work grows with their number times the context."""
@@ -36,9 +37,6 @@ def probe_batch(shards: TokenShards, context: int, budget: Budget) -> dict[str, 
     Raises:
         UserError: no query stands beyond the receptive field: nothing would ever be left out.
     """
-    import numpy as np
-    import torch
-
     length = min(context, PROBE_TOKENS, shards.num_tokens)
     starts = [row * length for row in range(min(shards.num_tokens // length, _SEARCHED_ROWS))]
     beyond = [int((shards.positions(start, start + length) >= budget.tokens).sum()) for start in starts]
@@ -70,10 +68,6 @@ def probe(model: Any, batch: dict[str, Tensor], budget: Budget, autocast: Abstra
         `budget`, `queries` (their number), and for each mode "full" and "sparse" the means `kept_mass_MODE`, `entropy_bits_MODE`,
         `nll_MODE` (nats a token), with `kept_mass_MODE_by_layer` and `entropy_bits_MODE_by_layer`.
     """
-    import torch
-
-    from ssa.analysis.meter import SparsityMeter, selection_of
-
     causal = model if hasattr(model, "lm_head") else model.model
     device = next(model.parameters()).device
     rows = {name: x.to(device) for name, x in batch.items()}
@@ -98,7 +92,6 @@ def probe(model: Any, batch: dict[str, Tensor], budget: Budget, autocast: Abstra
 
 def _in_float32(observer: Callable[[int, AttentionRecord], None]) -> Callable[[int, AttentionRecord], None]:
     """Figures are not autocast's."""
-    import torch
 
     def observe(layer: int, record: AttentionRecord) -> None:
         with torch.autocast(record.q_BTHD.device.type, enabled=False):

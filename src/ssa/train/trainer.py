@@ -6,7 +6,7 @@ step. Nothing is drawn from a global generator, so a run that was killed and res
 ranks as are at hand.
 
 The host does not wait for a GPU between two log lines: values stay on the device until `_flush`, and a step that must not count is
-skipped there (`ssa.train.guard`).
+skipped there (`ssa.train.skip_step`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,42 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+
+from ssa.collectives import Ranks
 from ssa.config import Recipe
+from ssa.data.loader import PackedLoader
+from ssa.data.prefetch import Prefetcher
+from ssa.device import device_name, resolve_dtype
 from ssa.errors import UserError
 from ssa.methods import method_named
+from ssa.model import SSAForCausalLM
+from ssa.model.stored import check_weights, read_config
+from ssa.model.streams import draw_stream
+from ssa.ops.documents import cu_seqlens_from_positions
+from ssa.ranks import SharedError, disk_error
+from ssa.runs.checkpoints import newest_checkpoint, verify_checkpoint
 from ssa.terminal import say
-
-if TYPE_CHECKING:
-    import torch
-
-    from ssa.collectives import Ranks
-    from ssa.train.interrupt import StopRequest
+from ssa.train.activation_checkpoint import prepare_layers
+from ssa.train.build import build_model, check_inputs, open_data
+from ssa.train.checkpoint import load_checkpoint
+from ssa.train.context_parallel import ContextParallel
+from ssa.train.distributed import open_ranks
+from ssa.train.flops import flops_record, run_peak_flops, training_flops
+from ssa.train.header import model_line, run_line, waiting_line
+from ssa.train.interrupt import StopRequest
+from ssa.train.loss import StepLoss, alignment_share, is_target
+from ssa.train.metrics import Metrics
+from ssa.train.optim import build_optimizer, learning_rate
+from ssa.train.parallel import distribute, gradient_norm, micro_batch, reshard, resolve_parallel
+from ssa.train.probe import probe, probe_batch
+from ssa.train.run_directory import check_progress, open_run, record_start, rows_per_step, start_record
+from ssa.train.saver import Saver
+from ssa.train.skip_step import SkipStep, described
+from ssa.train.validation import validation_losses
 
 
 @dataclass(frozen=True)
@@ -60,11 +84,6 @@ def train(recipe: Recipe, out: Path | str, resume: bool = False, overwrite: bool
         UserError: Bad input, a directory that is not free, a full disk, or a loss that is not finite (the weights have not moved then).
             With several ranks it is a `SharedError` on all of them.
     """
-    from ssa.ranks import disk_error
-    from ssa.train.build import check_inputs
-    from ssa.train.distributed import open_ranks
-    from ssa.train.run_directory import open_run
-
     out = Path(out)
     try:
         with open_ranks(recipe.train) as ranks, contextlib.ExitStack() as stack:
@@ -83,27 +102,6 @@ class _Run:
     """The state of one `train` call on one rank."""
 
     def __init__(self, recipe: Recipe, out: Path, resume: bool, ranks: Ranks) -> None:
-        import torch
-
-        from ssa.data.loader import PackedLoader
-        from ssa.device import device_name, resolve_dtype
-        from ssa.model import SSAForCausalLM
-        from ssa.model.stored import check_weights, read_config
-        from ssa.runs.checkpoints import newest_checkpoint, verify_checkpoint
-        from ssa.train.build import build_model, open_data
-        from ssa.train.checkpoint import load_checkpoint
-        from ssa.train.flops import flops_record, run_peak_flops
-        from ssa.train.guard import Guard
-        from ssa.train.header import model_line, run_line, waiting_line
-        from ssa.train.layers import prepare_layers
-        from ssa.train.loss import StepLoss
-        from ssa.train.metrics import Metrics
-        from ssa.train.optim import build_optimizer
-        from ssa.train.parallel import distribute, resolve_parallel
-        from ssa.train.probe import probe_batch
-        from ssa.train.run_directory import check_progress, record_start, start_record
-        from ssa.train.saver import Saver
-
         t = recipe.train
         self.recipe, self.out, self.ranks, self.device = recipe, out, ranks, ranks.device
         dtype = resolve_dtype(t.dtype, self.device)
@@ -137,8 +135,6 @@ class _Run:
             prepare_layers(self.model, t.activation_checkpointing, t.recompute, t.compile)
             self.context = None
             if ranks.context_ranks > 1:
-                from ssa.train.context_parallel import ContextParallel
-
                 self.context = ContextParallel(self.model, ranks.context_group, ranks.context_rank, ranks.context_ranks)
             self.loss = StepLoss(self.model, recipe.model.alignment_weight, t.accumulation * ranks.world, self.context)
             self.num_parameters = self.model.num_parameters()
@@ -148,7 +144,7 @@ class _Run:
                 self.probed = probe_batch(self.data.valid, recipe.data.context, self.model.config.budget)
         self.module = distribute(self.loss, self.parallel, t, ranks, dtype).train()
         self.optimizer = build_optimizer(self.model, t)
-        self.guard = Guard(self.device, t.skip_nonfinite, t.skip_spikes)
+        self.guard = SkipStep(self.device, t.skip_nonfinite, t.skip_spikes)
         self.start_step = 0
         if found is not None:
             extra = load_checkpoint(found, self.model, self.optimizer, ranks)
@@ -190,10 +186,6 @@ class _Run:
             self._say(waiting)
 
     def go(self) -> TrainResult:
-        from ssa.data.prefetch import Prefetcher
-        from ssa.ranks import SharedError
-        from ssa.train.interrupt import StopRequest
-
         ahead = Prefetcher(self.loader.batch, self.start_step, self.recipe.train.steps, device=self.device)
         try:
             with ahead as self.batches, StopRequest() as stop:
@@ -218,13 +210,13 @@ class _Run:
             if saver.pending is not None and not writing:
                 saver.finish()
             validate = (bool(t.eval_every) and done % t.eval_every == 0) or done == t.steps
-            probe = self.probed is not None and done % t.probe_every == 0
+            probing = self.probed is not None and done % t.probe_every == 0
             save = (bool(t.save_every) and done % t.save_every == 0) or done == t.steps or name is not None
-            if validate or save or probe or done % t.log_every == 0 or step == self.start_step:
+            if validate or save or probing or done % t.log_every == 0 or step == self.start_step:
                 self._flush()
             if validate and name is None:
                 losses = self._validate(done)
-            if probe and name is None:
+            if probing and name is None:
                 self._probe(done)
             if save:
                 self._save(done)
@@ -241,13 +233,6 @@ class _Run:
 
     def _step(self, step: int) -> None:
         """One optimizer step over `accumulation` micro-batches; on CUDA nothing here waits for the device."""
-        import torch
-
-        from ssa.model.streams import draw_stream
-        from ssa.train.loss import alignment_share, is_target
-        from ssa.train.optim import learning_rate
-        from ssa.train.parallel import micro_batch
-
         t, m = self.recipe.train, self.recipe.model
         stream = draw_stream(t.seed, step, m.full_ratio) if method_named(m.method).draws_stream else None
         batch = self.batches.get(step)
@@ -287,8 +272,6 @@ class _Run:
 
     def _backward(self, rows: dict[str, torch.Tensor], stream: str | None, targets: torch.Tensor) -> torch.Tensor:
         """Gradients of one micro-batch's share of the step's loss; returns its shares, fp32 [3]: cross-entropy, sparsity, commitment."""
-        from ssa.ops.documents import cu_seqlens_from_positions
-
         pinned = self.device.type == "cuda"
         if pinned:  # here it costs nothing to find out; on the device it would have to be waited for
             find = cu_seqlens_from_positions if self.context is None else self.context.documents
@@ -302,8 +285,6 @@ class _Run:
         return shares
 
     def _gradient_norm(self, clip: float) -> torch.Tensor:
-        from ssa.train.parallel import gradient_norm
-
         return gradient_norm(list(self.model.parameters()), clip)
 
     def _flush(self) -> None:
@@ -314,10 +295,6 @@ class _Run:
         """
         if not self._pending:
             return
-        import torch
-
-        from ssa.train.guard import described
-
         rows = torch.stack([values for _, values in self._pending]).tolist()
         pending, self._pending = self._pending, []
         halted = False
@@ -338,25 +315,17 @@ class _Run:
 
     def _flops(self, batch: dict[str, torch.Tensor], stream: str | None) -> float:
         """What the step computes on all ranks; their rows are taken to be like this rank's."""
-        from ssa.train.flops import training_flops
-
         return training_flops(self.model.config, batch["position_ids"], stream)["total"] * self.loader.tokens_per_step
 
     @contextlib.contextmanager
     def _measuring(self) -> Iterator[None]:
         """Passes without gradients, the same on every rank: FSDP needs all of them for each."""
-        import torch
-
-        from ssa.train.parallel import reshard
-
         # the compiler would work on shapes and modes that occur a few times
         with torch.compiler.set_stance("force_eager") if self.recipe.train.compile else contextlib.nullcontext():
             yield
         reshard(self.loss)
 
     def _validate(self, done: int) -> dict[str, float]:
-        from ssa.train.validation import validation_losses
-
         with self._measuring():
             losses = validation_losses(
                 self.loss, self.data.valid, self.recipe.data.context, self.recipe.train.batch_size, self.autocast
@@ -367,8 +336,6 @@ class _Run:
         return losses
 
     def _probe(self, done: int) -> None:
-        from ssa.train.probe import probe
-
         assert self.probed is not None
         with self._measuring():
             figures = probe(self.loss, self.probed, self.model.config.budget, self.autocast)
@@ -377,8 +344,6 @@ class _Run:
                 self.metrics.probe(done, figures)
 
     def _save(self, done: int) -> None:
-        from ssa.train.run_directory import rows_per_step
-
         extra = {
             "data": self.data.fingerprint,
             "rows_per_step": rows_per_step(self.recipe, self.ranks),
@@ -409,8 +374,5 @@ class _Run:
 
 
 def _seed_everything(seed: int) -> None:
-    import numpy as np
-    import torch
-
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)

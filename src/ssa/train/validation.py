@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import numpy as np
+import torch
 
 MAX_TOKENS = 16384
 """Validation reads at most this much of the split, from its start: the same tokens each time."""
@@ -25,8 +25,6 @@ def validation_losses(
         batch_size: Rows at a time.
         autocast: Reusable context of the forward pass.
     """
-    import torch
-
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -46,9 +44,6 @@ def validation_losses(
 
 def _batches(shards: Any, context: int, batch_size: int, max_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(input_ids, position_ids), int64 [B, T] each: whole rows in batches, then the rest of the split as a row of its own."""
-    import numpy as np
-    import torch
-
     available = min(shards.num_tokens, max_tokens)
     spans = [(start, min(start + context, available)) for start in range(0, available, context)]
     spans = [(start, stop) for start, stop in spans if stop - start >= 2]

@@ -8,7 +8,7 @@ from ssa.errors import UserError
 from ssa.eval.long.generation import write
 from ssa.eval.long.items import Item
 from ssa.eval.long.rope import scale_rope, scaled
-from ssa.eval.subject import load_subject
+from ssa.eval.model_under_test import load_model_under_test
 from ssa.infer.engine import Sampling, complete
 from ssa.testing import tiny_config, tiny_model
 
@@ -75,7 +75,7 @@ def test_scaled_rope_is_the_recipes():
 
 
 def test_a_run_was_trained_on_its_own_context(make_run):
-    subject = load_subject(make_run(), "cpu", "auto")
+    subject = load_model_under_test(make_run(), "cpu", "auto")
     further = scaled(subject, 2)
     assert further.model.config.rope_parameters["original_max_position_embeddings"] == 64  # the recipe's
     assert further.sha256 != subject.sha256 != scaled(subject, 3).sha256 != further.sha256

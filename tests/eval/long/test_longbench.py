@@ -153,12 +153,10 @@ def test_records_are_lines_that_end_in_line_feeds_alone(tmp_path):
 def test_records_from_the_hubs_archive(tmp_path, monkeypatch):
     import zipfile
 
-    import huggingface_hub
-
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.writestr("data/qasper.jsonl", json.dumps(record(context="one\u2028two"), ensure_ascii=False) + "\n")
         archive.writestr("data/trec.jsonl", json.dumps(record(all_classes="AB")))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: str(tmp_path / "data.zip"))
+    monkeypatch.setattr(longbench, "hf_hub_download", lambda *a, **k: str(tmp_path / "data.zip"))
     assert [found["context"] for found in read_records("qasper", None)] == ["one\u2028two"]
     with pytest.raises(UserError, match="on the hub, trec, line 1, is no LongBench record: all_classes = 'AB' is not list"):
         read_records("trec", None)
@@ -185,7 +183,7 @@ def test_the_hubs_archive(tmp_path, monkeypatch):
     archive = tmp_path / "data.zip"
     with zipfile.ZipFile(archive, "w") as content:
         content.writestr("data/qasper.jsonl", json.dumps(record()) + "\n")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **keywords: str(archive))
+    monkeypatch.setattr("ssa.eval.long.longbench.hf_hub_download", lambda *args, **keywords: str(archive))
     assert read_records("qasper", None)[0]["input"] == "Who?"
     with pytest.raises(UserError, match=r"cannot be had from the hub .* --data-dir"):
         read_records("trec", None)

@@ -12,21 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.documents import fingerprint
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import run_items
+from ssa.eval.model_under_test import attention
 from ssa.eval.perplexity import Document
-from ssa.eval.subject import attention
 from ssa.ranks import Shard
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 STRIDE, SAMPLES, SEED = 256, 1000, 42
 """The paper's."""
@@ -103,8 +103,6 @@ class BookWindows:
         )
 
     def _compute(self, model: Any, budget: Budget | None, batch: Sequence[int]) -> list[dict[str, Any]]:
-        import torch
-
         longest = self.lengths[-1]
         rows = [self.documents[p.document].tokens[p.start : p.start + longest] for p in (self.places[i] for i in batch)]
         input_BT = torch.from_numpy(np.stack(rows).astype(np.int64)).to(model.device)
@@ -129,9 +127,6 @@ def target_nll(model: Any, input_BT: Tensor, target_A: Tensor, budget: Budget | 
 
     Vocabulary logits are computed for these only, and exist in fp32 for a few of them at a time.
     """
-    import torch
-    from torch.nn.functional import cross_entropy
-
     hidden_BTC = model.model(input_ids=input_BT, use_cache=False, **attention(budget)).last_hidden_state
     step = max(1, LOGIT_ELEMENTS // (model.config.vocab_size * len(input_BT)))
     parts = []

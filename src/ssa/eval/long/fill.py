@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from ssa.data.tokenizer import encode_documents
 from ssa.errors import UserError
 from ssa.eval.needle import Haystack
 from ssa.infer.engine import first_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 
 Made = tuple[np.ndarray, list[str], dict[str, Any]]
 """A prompt of `Maker.room` tokens, the answers, and what to record about it."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from ssa.config import Budget
 from ssa.eval.long.items import Item
-from ssa.eval.subject import attention
+from ssa.eval.model_under_test import attention
 from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
 from ssa.infer.transcript import Transcript
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def write(model: Any, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item], budget: Budget | None) -> list[str]:

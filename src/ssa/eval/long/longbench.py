@@ -8,9 +8,11 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict, cast
+from typing import Any, BinaryIO, TypedDict, cast
 
 import numpy as np
+from huggingface_hub import hf_hub_download
+from transformers import PreTrainedTokenizerFast
 
 from ssa.checked_json import typed
 from ssa.data.lines import objects, read_objects
@@ -19,9 +21,6 @@ from ssa.eval.long import longbench_metrics as metrics
 from ssa.eval.long.fill import encode
 from ssa.eval.long.items import Item
 from ssa.infer.engine import first_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 HUB_REPOSITORY, HUB_FILE = "THUDM/LongBench", "data.zip"
 
@@ -225,8 +224,6 @@ def _checked(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def _from_hub(name: str) -> Iterator[dict[str, Any]]:
-    from huggingface_hub import hf_hub_download
-
     try:
         archive = hf_hub_download(HUB_REPOSITORY, HUB_FILE, repo_type="dataset")
         # read, not unpacked: nothing is written by names that an archive gives

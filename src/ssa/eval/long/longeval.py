@@ -6,9 +6,10 @@ import ast
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from ssa.checked_json import typed
 from ssa.data.lines import read_objects
@@ -18,9 +19,6 @@ from ssa.eval.long.items import Item
 from ssa.eval.long.longbench_metrics import normalize_answer
 from ssa.files import sha256_of_file
 from ssa.infer.engine import first_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 LINES_LEAD = "\n ASSISTANT: The <REGISTER_CONTENT> in line {line} is <"
 TOPICS_LEAD = "\n ASSISTANT: The first topic we discussed is"

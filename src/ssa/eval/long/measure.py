@@ -6,7 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
 
 from ssa.config import Budget
 from ssa.errors import UserError
@@ -14,10 +17,6 @@ from ssa.eval.long.generation import write
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.items import GenerationTask, Item
 from ssa.ranks import Shard
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerFast
 
 BATCH_TOKENS = {"cuda": 1 << 17, "cpu": 1 << 13}
 """Prompt tokens computed at once, about, by kind of device, where the caller does not say."""

@@ -6,14 +6,13 @@ import hashlib
 import json
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ssa.config import read_recipe
 from ssa.errors import UserError
-from ssa.eval.subject import Subject
-
-if TYPE_CHECKING:
-    from ssa.model import SSAForCausalLM
+from ssa.eval.model_under_test import ModelUnderTest
+from ssa.model import SSAForCausalLM
 
 
 def scale_rope(model: SSAForCausalLM, factor: float, original: int | None = None) -> None:
@@ -29,8 +28,6 @@ def scale_rope(model: SSAForCausalLM, factor: float, original: int | None = None
     Raises:
         UserError: A factor below 1, or a model whose RoPE is scaled by another rule already.
     """
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
     if not (math.isfinite(factor) and factor >= 1):
         raise UserError(f"rope_factor = {factor} must be at least 1")
     config = model.config
@@ -54,7 +51,7 @@ def scale_rope(model: SSAForCausalLM, factor: float, original: int | None = None
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(model.device)
 
 
-def scaled(subject: Subject, factor: float) -> Subject:
+def scaled(subject: ModelUnderTest, factor: float) -> ModelUnderTest:
     """`subject` after `scale_rope`, known by another hash: results with and without scaling are kept apart.
 
     A model whose RoPE is not scaled yet is taken to be trained on its run's context.

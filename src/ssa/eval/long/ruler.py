@@ -10,9 +10,10 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from ssa.errors import UserError
 from ssa.eval.long import ruler_lists, ruler_needles
@@ -20,9 +21,6 @@ from ssa.eval.long.fill import Made, Maker, encode
 from ssa.eval.long.items import Item
 from ssa.eval.long.words import words
 from ssa.eval.needle import Haystack
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)

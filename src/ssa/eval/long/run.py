@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ssa.config import Budget
 from ssa.errors import UserError
@@ -17,10 +17,8 @@ from ssa.eval.long.items import GenerationTask
 from ssa.eval.long.measure import Mean, batch_tokens, generate_items
 from ssa.eval.long.suite import Suite, check_length, local_folder, markdown, run_suite, title
 from ssa.eval.needle import Haystack
+from ssa.eval.tasks import TaskRequest
 from ssa.ranks import Shard
-
-if TYPE_CHECKING:
-    from ssa.eval.tasks import TaskRequest
 
 DEFAULT_LENGTHS = (4096, 8192, 16384, 32768)
 """Those of them that the model has positions for."""

@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather
+from ssa.eval.model_under_test import ModelUnderTest, budget_name, description, progress_bar, provenance
 from ssa.eval.results import add_results, read_results, result_key
-from ssa.eval.subject import budget_name, description, progress_bar, provenance
+from ssa.eval.tasks import TaskRequest
 from ssa.files import write_atomically
 from ssa.ranks import Shard
-
-if TYPE_CHECKING:
-    from ssa.eval.subject import Subject
-    from ssa.eval.tasks import TaskRequest
 
 
 class Job(Protocol):
@@ -50,7 +47,7 @@ class Suite:
     """The cells of a budget to the figures over them."""
 
 
-def check_length(length: int, subject: Subject) -> None:
+def check_length(length: int, subject: ModelUnderTest) -> None:
     """Raises `UserError` where the model has no such position."""
     limit = subject.model.config.max_position_embeddings
     if length > limit:

@@ -14,7 +14,7 @@ PROJECT = "sparse-sparse-attention"
 _PACKAGES = {"none": None, "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
     """Takes numbers by name."""
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
@@ -22,8 +22,8 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sink(track: str, run_dir: Path, start_step: int) -> Sink | None:
-    """The sink of a run that starts (or goes on) after `start_step`; None for "none".
+def open_tracker(track: str, run_dir: Path, start_step: int) -> Tracker | None:
+    """The tracker of a run that starts (or goes on) after `start_step`; None for "none".
 
     tensorboard writes RUN/tensorboard. wandb and trackio get a new entry at each start, in the group of the run directory's name, with the
     run's recipe.json as its configuration, if it is there; where and as whom they log in is their own matter (`wandb login`,
@@ -32,12 +32,12 @@ def open_sink(track: str, run_dir: Path, start_step: int) -> Sink | None:
     Raises:
         UserError: the package is not installed, or refuses.
     """
-    check_sink(track)
-    opened: dict[str, Callable[[Path, int], Sink]] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+    check_tracker(track)
+    opened: dict[str, Callable[[Path, int], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
     return opened[track](run_dir, start_step) if track in opened else None
 
 
-def check_sink(track: str) -> None:
+def check_tracker(track: str) -> None:
     """Complain before a run has prepared, deleted or written anything.
 
     Raises:

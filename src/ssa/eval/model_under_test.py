@@ -8,21 +8,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerFast
 
 from ssa.config import Budget
+from ssa.device import device_name
 from ssa.files import sha256_of_file
+from ssa.infer.load import load_model
+from ssa.model import SSAForCausalLM
+from ssa.runs.checkpoints import METADATA, read_metadata, resolve_checkpoint
 from ssa.runs.home import run_home
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedTokenizerFast
-
-    from ssa.model import SSAForCausalLM
+from ssa.runs.provenance import versions
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelUnderTest:
     """The model under evaluation and where it came from."""
 
     model: SSAForCausalLM
@@ -46,8 +49,6 @@ class Subject:
 
 def evaluation_directory(run: Path | str) -> Path:
     """Where the results of `run`, a run, a checkpoint or a model directory, are kept."""
-    from ssa.runs.checkpoints import resolve_checkpoint
-
     path = resolve_checkpoint(run)
     return (_run_of(path) or path) / "eval"
 
@@ -58,11 +59,8 @@ def _run_of(path: Path) -> Path | None:
     return home if home != path and (home / "recipe.json").is_file() else None
 
 
-def load_subject(run: Path | str, device: str, dtype: str) -> Subject:
+def load_model_under_test(run: Path | str, device: str, dtype: str) -> ModelUnderTest:
     """The model of `run`, a run, a checkpoint or a model directory; see `ssa.infer.load.load_model`."""
-    from ssa.infer.load import load_model
-    from ssa.runs.checkpoints import METADATA, read_metadata, resolve_checkpoint
-
     path = resolve_checkpoint(run)
     model, tokenizer = load_model(path, device, dtype)
     metadata = read_metadata(path) if (path / METADATA).exists() else None
@@ -73,10 +71,10 @@ def load_subject(run: Path | str, device: str, dtype: str) -> Subject:
         if file.name not in ("optimizer.safetensors", "rng.safetensors"):
             hashed = known[file.name]["sha256"] if file.name in known else sha256_of_file(file)
             digest.update(bytes.fromhex(hashed))
-    return Subject(model, tokenizer, path, _run_of(path), step, digest.hexdigest())
+    return ModelUnderTest(model, tokenizer, path, _run_of(path), step, digest.hexdigest())
 
 
-def description(subject: Subject) -> dict[str, Any]:
+def description(subject: ModelUnderTest) -> dict[str, Any]:
     """The "model" of a result."""
     config = subject.model.config
     return {
@@ -85,11 +83,8 @@ def description(subject: Subject) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def provenance(subject: Subject) -> dict[str, Any]:
+def provenance(subject: ModelUnderTest) -> dict[str, Any]:
     """Device, versions and time of a measurement."""
-    from ssa.device import device_name
-    from ssa.runs.provenance import versions
-
     return {
         "device": device_name(subject.model.device),
         "versions": versions(),
@@ -112,8 +107,6 @@ def progress_bar(console: Console | None, what: str, total: int) -> Iterator[Cal
     if console is None or not console.is_terminal:
         yield None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)

@@ -9,24 +9,20 @@ accepted after a while). All ranks judge the same sums and come to the same verd
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+
+import torch
 
 from ssa.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 WINDOW = 128
 WARMUP = 64
 """Finite steps that must have been seen before one can be a spike."""
 
 
-class Guard:
+class SkipStep:
     """The judge and what it remembers, all of it in device tensors."""
 
     def __init__(self, device: torch.device, skip_nonfinite: int = 0, skip_spikes: float = 0.0) -> None:
-        import torch
-
         self.skip_nonfinite, self.skip_spikes = skip_nonfinite, skip_spikes
         self._halted = torch.zeros((), dtype=torch.bool, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
@@ -35,8 +31,6 @@ class Guard:
 
     def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """fp32 [2]: 1 where the step must not move the weights, 1 where the run must stop. `loss` and `norm` are 0-dim, of the whole step."""
-        import torch
-
         values = torch.stack([loss, norm]).float()
         finite = values.isfinite().all()
         self._in_a_row = torch.where(finite, 0, self._in_a_row + 1)
@@ -51,8 +45,6 @@ class Guard:
         return torch.stack([skip, self._halted]).float()
 
     def _spike(self, values: torch.Tensor) -> torch.Tensor:
-        import torch
-
         known = torch.arange(WINDOW, device=values.device) < self._seen
         count = self._seen.clamp(min=1)
         mean = torch.where(known, self._last, 0).sum(1) / count

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 COMPILER = "inductor"
 
@@ -34,8 +34,6 @@ def prepare_layers(model: Any, activation_checkpointing: bool, recompute: str, c
         recompute: "selective" or "full", what is computed again.
         compile: Compile each layer. All layers share one compiled graph a stream, since they differ in their weights alone.
     """
-    import torch
-
     for layer in model.model.layers:
         if activation_checkpointing:
             layer.forward = types.MethodType(_selective if recompute == "selective" else _full, layer)
@@ -47,8 +45,6 @@ def prepare_layers(model: Any, activation_checkpointing: bool, recompute: str, c
 
 
 def _full(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    from torch.utils.checkpoint import checkpoint
-
     if not layer.training:
         return type(layer).forward(layer, *args, **kwargs)
     # nothing in a layer draws random numbers
@@ -56,8 +52,6 @@ def _full(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _selective(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-
     if not layer.training:
         return type(layer).forward(layer, *args, **kwargs)
     contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
@@ -67,8 +61,6 @@ def _selective(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _policy(context: Any, operation: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> torch.utils.checkpoint.CheckpointPolicy:
-    from torch.utils.checkpoint import CheckpointPolicy
-
     space, name = operation.namespace, operation._schema.name.partition("::")[2]
     kept = space == "ssa" or name in _KEPT.get(space, ())
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

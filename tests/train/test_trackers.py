@@ -5,7 +5,7 @@ import types
 import pytest
 
 from ssa.errors import UserError
-from ssa.train.sinks import PROJECT, numbers, open_sink
+from ssa.train.trackers import PROJECT, numbers, open_tracker
 
 
 class FakeRun:
@@ -34,16 +34,16 @@ def tracker(monkeypatch):
 
 
 def test_none_is_nothing_and_an_unknown_name_an_error(tmp_path):
-    assert open_sink("none", tmp_path, 0) is None
+    assert open_tracker("none", tmp_path, 0) is None
     with pytest.raises(UserError, match=r"train.track = 'mlflow' is not one of none, tensorboard, wandb, trackio"):
-        open_sink("mlflow", tmp_path, 0)
+        open_tracker("mlflow", tmp_path, 0)
 
 
 @pytest.mark.parametrize("name, extra", [("tensorboard", "track"), ("wandb", "wandb"), ("trackio", "trackio")])
 def test_a_missing_package_is_one_line_that_names_the_extra(tmp_path, monkeypatch, name, extra):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
     with pytest.raises(UserError, match=rf'"{PROJECT}\[{extra}\]"') as caught:
-        open_sink(name, tmp_path, 0)
+        open_tracker(name, tmp_path, 0)
     assert "\n" not in str(caught.value)
 
 
@@ -51,24 +51,24 @@ def test_a_missing_package_is_one_line_that_names_the_extra(tmp_path, monkeypatc
 def test_trackers_get_the_recipe_and_an_entry_a_start(tmp_path, tracker, name):
     module = tracker(name)
     (tmp_path / "recipe.json").write_text(json.dumps({"train": {"steps": 3}}))
-    sink = open_sink(name, tmp_path, 0)
+    tracker = open_tracker(name, tmp_path, 0)
     assert module.options["config"] == {"train": {"steps": 3}}
     assert (module.options["project"], module.options["group"], module.options["name"]) == (PROJECT, tmp_path.name, tmp_path.name)
-    sink.write(1, {"train/loss": 2.0})
-    sink.close()
+    tracker.write(1, {"train/loss": 2.0})
+    tracker.close()
     assert module.run.logged == [(1, {"train/loss": 2.0})] and module.run.finished
-    open_sink(name, tmp_path, 40)
+    open_tracker(name, tmp_path, 40)
     assert module.options["name"] == f"{tmp_path.name} from step 40"
 
 
 def test_wandb_gets_one_entry_a_step(tmp_path, tracker):
     """It drops what comes for a step that it has closed."""
     run = tracker("wandb").run
-    sink = open_sink("wandb", tmp_path, 0)
-    sink.write(1, {"train/loss": 2.0})
-    sink.write(2, {"train/loss": 1.0})
-    sink.write(2, {"valid/full": 3.0})
-    sink.close()
+    tracker = open_tracker("wandb", tmp_path, 0)
+    tracker.write(1, {"train/loss": 2.0})
+    tracker.write(2, {"train/loss": 1.0})
+    tracker.write(2, {"valid/full": 3.0})
+    tracker.close()
     assert run.logged == [(1, {"train/loss": 2.0}), (2, {"train/loss": 1.0, "valid/full": 3.0})]
 
 
@@ -80,7 +80,7 @@ def test_a_tracker_that_refuses_is_one_line(tmp_path, tracker):
 
     module.init = refuse
     with pytest.raises(UserError, match="no API key configured; log in, or set WANDB_MODE=offline"):
-        open_sink("wandb", tmp_path, 0)
+        open_tracker("wandb", tmp_path, 0)
 
 
 def test_lines_become_numbers_by_name():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ssa.testing import tiny_model
-from ssa.train import layers
-from ssa.train.layers import prepare_layers
+from ssa.train import activation_checkpoint
+from ssa.train.activation_checkpoint import prepare_layers
 
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.cat([torch.arange(9), torch.arange(15)]).expand(2, 24)
@@ -80,7 +80,7 @@ def test_compiled_layers_share_a_graph(monkeypatch, activation_checkpointing):
         graphs.append(graph)
         return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
 
-    monkeypatch.setattr(layers, "COMPILER", backend)
+    monkeypatch.setattr(activation_checkpoint, "COMPILER", backend)
     loss, plain = gradients("sparse")
     how = {"activation_checkpointing": activation_checkpointing, "recompute": "selective", "compile": True}
     other, compiled = gradients("sparse", **how)
