@@ -29,6 +29,7 @@ from ssa.errors import UserError
 from ssa.infer.load import resolve_dtype
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.train.context_parallel import ContextParallel
+from ssa.train.deterministic import deterministic
 from ssa.train.distributed import Ranks, open_ranks
 from ssa.train.flops import TokenFlops, run_peak_flops, training_flops
 from ssa.train.layers import prepare_layers
@@ -147,13 +148,14 @@ def _measure_all(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks
 
 def _attempt(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ranks) -> dict[str, Any]:
     head = {"variant": variant, "rows": layout, "ranks": ranks.world}
-    if ranks.world > 1:  # an error here ends all ranks
-        return head | measure(recipe, plan, variant, layout, ranks)
     try:
-        return head | measure(recipe, plan, variant, layout, ranks)
+        with deterministic(recipe.train.deterministic, ranks.device):
+            return head | measure(recipe, plan, variant, layout, ranks)
     except UserError:
         raise
     except (RuntimeError, ValueError, ArithmeticError) as error:  # out of memory, or a backend that refuses
+        if ranks.world > 1:  # an error here ends all ranks
+            raise
         return head | {"error": (str(error).strip().splitlines() or [type(error).__name__])[0][:300]}
 
 

@@ -60,12 +60,17 @@ def train(recipe: Recipe, out: Path | str, resume: bool = False, overwrite: bool
             With several ranks it is a `SharedError` on all of them.
     """
     from ssa.train.build import check_inputs
+    from ssa.train.deterministic import deterministic
     from ssa.train.distributed import disk_error, open_ranks
     from ssa.train.run_directory import open_run
 
     out = Path(out)
     try:
-        with open_ranks(recipe.train) as ranks, contextlib.ExitStack() as stack:
+        with (
+            open_ranks(recipe.train) as ranks,
+            contextlib.ExitStack() as stack,
+            deterministic(recipe.train.deterministic, ranks.device),
+        ):
             with ranks.together(out):
                 if ranks.main:
                     check_inputs(recipe, out, resume, overwrite)
