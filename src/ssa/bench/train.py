@@ -138,15 +138,16 @@ def _measure_all(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks
         row = None
         if group.world > 1 or ranks.main:
             own = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **fields))
-            row = _attempt(own, plan, variant, layout, group)
+            row = attempt(own, plan, variant, layout, group)
         if report is not None and row is not None:
             report.add(row)
             print(described(row), flush=True)
-        _release()
+        release()
         ranks.largest(0)  # the others wait here for rank 0
 
 
-def _attempt(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ranks) -> dict[str, Any]:
+def attempt(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ranks) -> dict[str, Any]:
+    """One variant's row, or the error that it ended in on a single rank; `release` belongs behind it."""
     head = {"variant": variant, "rows": layout, "ranks": ranks.world}
     try:
         with deterministic(recipe.train.deterministic, ranks.device):
@@ -314,7 +315,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _release() -> None:
+def release() -> None:
     """The next variant's compiled code and memory must not meet this one's."""
     torch._dynamo.reset()
     gc.collect()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssa.errors import UserError
 
@@ -33,8 +33,9 @@ def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
         yield
         return
     import torch
-    from torch.utils import deterministic as options
+    import torch.utils.deterministic
 
+    options: Any = torch.utils.deterministic
     if (workspaces := os.environ.setdefault(CUBLAS, CUBLAS_FIXED[0])) not in CUBLAS_FIXED:
         raise UserError(
             f"{CUBLAS} = {workspaces!r} does not go with train.deterministic = true; unset it or set {CUBLAS_FIXED[0]}"
