@@ -1,6 +1,6 @@
 """Every Triton kernel once, on tiny shapes, for NVIDIA's compute-sanitizer (it comes with the CUDA toolkit).
 
-    python benchmarks/sanitize.py                           # memcheck and racecheck
+    python benchmarks/sanitize.py --out sanitize.json       # memcheck and racecheck
     python benchmarks/sanitize.py --tools memcheck,initcheck
     python benchmarks/sanitize.py --tools none              # the cases alone
 
@@ -15,10 +15,13 @@ import contextlib
 import importlib
 import os
 import pkgutil
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 import ssa.ops.triton
+from ssa.bench.report import Deadline, Report, environment
 from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.ops import (
@@ -175,8 +179,8 @@ def recorded_launches(run: bool = True) -> Iterator[tuple[set[str], set[str]]]:
         yield known, seen
 
 
-def run_cases(device: str, dtype: torch.dtype, run: bool = True) -> set[str]:
-    """All cases; returns the kernels that were not launched. Without `run` kernels are not, only what leads to their launches."""
+def run_cases(device: str, dtype: torch.dtype, run: bool = True) -> tuple[set[str], set[str]]:
+    """All cases; (kernels that were launched, those that were not). Without `run` kernels are not, only what leads to their launches."""
     with recorded_launches(run) as (known, seen), torch.device(device):
         for name, case in cases(dtype).items():
             case()
@@ -184,31 +188,50 @@ def run_cases(device: str, dtype: torch.dtype, run: bool = True) -> set[str]:
                 torch.cuda.synchronize()
             print(f"ran: {name}", flush=True)
     print(f"launched {len(seen)} of {len(known)} kernels")
-    return known - seen
+    return seen, known - seen
+
+
+def check(tool: str, sanitizer: str, command: list[str]) -> dict[str, Any]:
+    """The cases once more under a tool: its status, its own summary, what it found, and the seconds that it took."""
+    print(f"== {tool}", flush=True)
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "1", *command],
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    print(done.stdout, end="", flush=True)
+    told = [line.removeprefix("=========").strip() for line in done.stdout.splitlines() if line.startswith("=========")]
+    return {
+        "tool": tool, "status": done.returncode, "summary": [line for line in told if "SUMMARY" in line],
+        "findings": [line for line in told if line and "SUMMARY" not in line and line != "COMPUTE-SANITIZER"][:40],
+        "seconds": round(time.perf_counter() - begin, 1),
+    }  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", default="memcheck,racecheck", help=f"of {', '.join(TOOLS)}; none")
-    tools = parser.parse_args().tools.split(",")
+    parser.add_argument("--out", type=Path, help="JSON file for what was run and found")
+    args = parser.parse_args()
+    tools = [] if args.tools == "none" else args.tools.split(",")
     if not torch.cuda.is_available():
         raise UserError("the kernels need a CUDA GPU, and PyTorch finds none here")
-    if missing := run_cases("cuda", torch.bfloat16):
-        print(f"no case launches {', '.join(sorted(missing))}")
-        return 1
-    if tools == ["none"]:
-        return 0
     if unknown := [tool for tool in tools if tool not in TOOLS]:
         raise UserError(f"--tools {unknown[0]!r} is not one of {', '.join(TOOLS)}, none")
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if sanitizer is None:
+    if tools and sanitizer is None:
         raise UserError("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
-    status = 0
-    for tool in tools:
-        print(f"== {tool}", flush=True)
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, __file__, "--tools", "none"]
-        status |= subprocess.run(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}).returncode
-    return 1 if status else 0
+    report = Report(args.out, Deadline(0), suite="sanitize", dtype="bfloat16", kernels=[], missing=[], **environment("cuda:0"))
+    report.data["command"] = shlex.join(["python", "benchmarks/sanitize.py", *sys.argv[1:]])
+    launched, missing = run_cases("cuda", torch.bfloat16)
+    report.data |= {"kernels": sorted(launched), "missing": sorted(missing)}
+    if missing:
+        print(f"no case launches {', '.join(sorted(missing))}")
+    for tool in [] if missing else tools:
+        assert sanitizer is not None
+        report.add(check(tool, sanitizer, [sys.executable, __file__, "--tools", "none"]))
+    report.finish([])
+    return 1 if missing or any(row["status"] for row in report.data["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -115,6 +115,8 @@ class TrainRecipe:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto = bfloat16 autocast where the device computes in it, else float32."""
     device: str = "auto"
+    deterministic: bool = False
+    """On a GPU: deterministic algorithms alone, so that a run repeats itself bit for bit; dense attention is then flash's, which is slower."""
     activation_checkpointing: bool = False
     """Hold less for the backward pass and compute it again there."""
     recompute: Literal["selective", "full"] = "selective"

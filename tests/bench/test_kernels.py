@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import importlib.machinery
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -207,6 +210,49 @@ def test_rows_have_what_the_bars_and_the_picture_need(calls, tmp_path):
     )
     picture = plot_kernels(tmp_path / "k.json", tmp_path / "k.svg").read_text()
     assert picture.startswith("<?xml") and "3x4" in picture
+
+
+def flash_moba(monkeypatch, attend):
+    """A stand-in for FlashMoBA's package."""
+    package, interface = types.ModuleType("flash_moba"), types.ModuleType("flash_moba.flash_moba_interface")
+    package.__spec__ = importlib.machinery.ModuleSpec("flash_moba", None)
+    interface.flash_moba_varlen_func = attend
+    monkeypatch.setitem(sys.modules, "flash_moba", package)
+    monkeypatch.setitem(sys.modules, "flash_moba.flash_moba_interface", interface)
+
+
+def test_flash_moba_is_a_peer_where_it_is_installed(calls, monkeypatch, tmp_path):
+    from ssa.ops import block_sparse_attention, select_blocks
+
+    with pytest.raises(UserError, match="--peers flash-moba needs mit-han-lab/flash-moba"):
+        plan(SHAPE, "40", "flash-moba", False)
+
+    def attend(q, k, v, ends, same, longest, longest_too, block, count, causal):
+        assert ends is same and ends.tolist() == [0, 40] and (longest, longest_too, block, count, causal) == (40, 40, 4, 3, True)
+        q, k, v = (x[None] for x in (q, k, v))
+        index, _ = select_blocks(q, k, block_size=block, num_selected_blocks=count, scope="head", scoring="logit")
+        return 1.01 * block_sparse_attention(q, k, v, index, block_size=block)[0][0]
+
+    flash_moba(monkeypatch, attend)
+    assert "flash-moba" in plan(SHAPE, "40", "auto", False).peers
+    the_plan = dataclasses.replace(plan(SHAPE, "40", "flash-moba", True), device="cpu", impl="reference")
+    assert the_plan.peers == ("cudnn", "flash-moba")
+    (row,) = measured(tmp_path, the_plan)["rows"]
+    assert row["flash-moba"]["difference"] == pytest.approx(0.01, abs=3e-3) and row["flash-moba"]["both"]["graph"] == 1.0
+    assert row["ratios"]["flash-moba"]["both"] == {"launches": 1.0, "graph": 1.0}
+    assert row["ratios"]["flash-moba"]["backward"] == {"launches": 0.0, "graph": 0.0}  # of two equal times
+
+
+def test_flash_moba_that_refuses_says_why(calls, monkeypatch, tmp_path):
+    def refuse(*arguments, causal):
+        raise RuntimeError("FlashMoBA was built for heads of 128\nand more")
+
+    flash_moba(monkeypatch, refuse)
+    (row,) = measured(tmp_path, dataclasses.replace(plan(SHAPE, "40", "flash-moba", True), device="cpu", impl="reference"))[
+        "rows"
+    ]
+    assert row["flash-moba"] == {"error": "FlashMoBA was built for heads of 128"}
+    assert row["ratios"]["flash-moba"]["forward"] == {"launches": None, "graph": None}
 
 
 def test_a_failing_gate_stops_the_clock(calls, monkeypatch, tmp_path):

@@ -2,6 +2,9 @@
 
 import ast
 import importlib.util
+import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,13 +30,13 @@ def test_launches_are_noted_and_kernels_put_back():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kernel_has_a_case(dtype):
     """What leads to a launch depends on shapes alone, so that nothing needs to be computed to see it."""
-    assert sanitize.run_cases("cpu", dtype, run=False) == set()
+    assert sanitize.run_cases("cpu", dtype, run=False)[1] == set()
 
 
 def test_a_kernel_without_a_case_is_named(monkeypatch):
     every = sanitize.cases
     monkeypatch.setattr(sanitize, "cases", lambda dtype: {"vocabulary": every(dtype)["vocabulary"]})
-    missing = sanitize.run_cases("cpu", torch.float32, run=False)
+    _, missing = sanitize.run_cases("cpu", torch.float32, run=False)
     assert "cross_entropy._cross_entropy_kernel" not in missing
     assert {"select._bound_kernel", "reader_lists._name_kernel", "reader_lists._list_kernel", "span._dq_kernel"} <= missing
 
@@ -50,7 +53,31 @@ def test_every_launched_kernel_is_known():
         assert launched == known
 
 
+@pytest.mark.parametrize("found, status", [("0 errors", 0), ("2 errors", 1)])
+def test_what_a_tool_says_is_kept(found, status, monkeypatch, tmp_path):
+    """A stand-in for compute-sanitizer, and for the GPU."""
+    (tmp_path / "compute-sanitizer").write_text(
+        "#!/bin/sh\necho '========= COMPUTE-SANITIZER'\necho ran: documents\n"
+        f"echo '========= ERROR SUMMARY: {found}'\nexit {status}\n"
+    )
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    out = tmp_path / "sanitize.json"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "argv", ["sanitize.py", "--tools", "memcheck", "--out", str(out)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sanitize, "environment", lambda device: {"hardware": device})
+    monkeypatch.setattr(sanitize, "run_cases", lambda *arguments: ({"select._bound_kernel"}, set()))
+    assert sanitize.main() == status
+    data = json.loads(out.read_text())
+    assert (
+        data["kernels"] == ["select._bound_kernel"]
+        and data["command"] == f"python benchmarks/sanitize.py --tools memcheck --out {out}"
+    )
+    (row,) = data["rows"]
+    assert row["summary"] == [f"ERROR SUMMARY: {found}"] and row["status"] == status and row["findings"] == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_cases_pass_in_the_interpreter():
-    assert sanitize.run_cases("cpu", torch.float32) == set()
+    assert sanitize.run_cases("cpu", torch.float32)[1] == set()

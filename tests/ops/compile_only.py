@@ -1,6 +1,8 @@
-"""Compiles every Triton kernel of `ssa.ops` for one GPU generation, without a GPU, and prints their shared memory as JSON.
+"""Compiles every Triton kernel of `ssa.ops` for one GPU generation, without a GPU, and prints their shared memory, and the bytes a thread
+keeps on its stack because registers do not suffice, as JSON.
 
-    python tests/ops/compile_only.py 90 [all]      # 80, 89, 90, 100; all = every kernel, and the largest tiles
+    python tests/ops/compile_only.py 90 [all|heads-128]      # 80, 89, 90, 100, 120
+    # all = every kernel, and the largest tiles; heads-128 = attention with heads of 128 alone
 
 The operations run on CPU tensors with a stand-in for the GPU's driver: each launch compiles its kernel exactly as it would there,
 with the types, constants, alignments and warps of that launch, and launches nothing. What the operations then return is not defined.
@@ -11,10 +13,15 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -38,6 +45,7 @@ from ssa.ops.running_means import extend_block_means
 from ssa.ops.triton import key_side, reader_lists
 
 shared: dict[str, int] = {}
+stack: dict[str, int] = {}
 
 
 class StandIn:
@@ -56,11 +64,22 @@ class StandIn:
         return 0
 
 
+def stack_bytes(cubin: bytes) -> int:
+    """Of a thread, as the binary asks for it. Triton's kernels have no arrays of their own: all of it is spilled registers."""
+    tool = Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return max(int(n) for n in re.findall(r"STACK:(\d+)", told))
+
+
 def compile_only(launch=JITFunction.run):
     def run(kernel, *arguments, grid, warmup, **options) -> None:
         binary = launch(kernel, *arguments, grid=grid, warmup=True, **options)
         name = f"{kernel.fn.__module__.removeprefix('ssa.ops.triton.')}.{kernel.fn.__name__}"
         shared[name] = max(shared.get(name, 0), binary.metadata.shared)
+        stack[name] = max(stack.get(name, 0), stack_bytes(binary.asm["cubin"]))
 
     return run
 
@@ -130,10 +149,26 @@ def running_means(kv_heads, size):
     extend_block_means(k, v, means, sums, torch.tensor(9), torch.tensor([0]), 16, impl="triton")
 
 
-def main(capability: int, everything: bool) -> None:
+def heads_128() -> None:
+    """Groups of 4 and 1, blocks of 128 and 64, heads that choose together and apart, as `ssa bench kernels` measures them."""
+    sparse(8, 2, 128, 8, 128, tokens=2048)
+    sparse(8, 2, 128, 8, 128, tokens=2048, scope="head")
+    sparse(2, 2, 128, 8, 128, tokens=2048)
+    sparse(8, 2, 128, 16, 64, tokens=2048)
+
+
+def main(capability: int, what: str) -> None:
     driver.set_active(StandIn(capability))
     JITFunction.run = compile_only()
     implementations._triton_missing = lambda kind: None
+    if what == "heads-128":
+        heads_128()
+    else:
+        every(what == "all")
+    print(json.dumps({"shared": shared, "stack": stack, "missed": sorted(every_kernel() - set(shared))}))
+
+
+def every(everything: bool) -> None:
     sparse(32, 2, 64, 16, 16)
     decode(32, 2, 64, 16, 16, columns=131072)
     running_means(2, 64)
@@ -158,8 +193,7 @@ def main(capability: int, everything: bool) -> None:
             for dtype in (torch.bfloat16, torch.float32):
                 decode(32, 1, size, 16, 128, columns=65536, queries=8, dtype=dtype)
                 decode(6, 2, size, 64, 16, columns=262144, dtype=dtype)
-    print(json.dumps({"shared": shared, "missed": sorted(every_kernel() - set(shared))}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:] == ["all"])
+    main(int(sys.argv[1]), "".join(sys.argv[2:]))

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SPILLED = 512
+"""Bytes a thread may have on its stack: more than any kernel has today."""
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that a program may ask for (CUDA programming guide, technical specifications per compute capability)."""
 
 
@@ -47,6 +49,18 @@ def test_the_main_kernels_compile(capability):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
-@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+@pytest.mark.parametrize("capability", list(SHARED))
 def test_every_kernel_compiles_at_every_size(capability):
     assert compiled(capability, "all")["missed"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", list(SHARED))
+def test_heads_of_128_compile_and_hold_most_in_registers(capability):
+    report = compiled(capability, "heads-128")
+    assert {f"key_side._{name}_kernel" for name in ("partial", "combine")} <= set(report["shared"])
+    assert {f"key_gradients._{name}_kernel" for name in ("dkv", "add_parts", "add_dq", "terms")} <= set(report["shared"])
+    assert set(report["stack"]) == set(report["shared"])
+    too_many = {name: size for name, size in report["stack"].items() if size > SPILLED}
+    assert not too_many, f"bytes a thread keeps in memory instead of registers on sm_{capability}: {too_many}"

@@ -15,13 +15,13 @@ def bench_kernels(
     budget_seconds: float = 0,
     out: str = "",
 ) -> int:
-    """Time selection and block-sparse attention beside dense attention and fla-core, once the results are right (CUDA).
+    """Time selection and block-sparse attention beside dense attention, fla-core and FlashMoBA, once the results are right (CUDA).
 
     Args:
         shapes: Comma-separated QUERY_HEADS/KV_HEADS/HEAD_SIZE:BLOCKSxSIZE; 16x16 alone stands for 32/2/64:16x16. @head at the end: every
             query head chooses for itself.
         tokens: Comma-separated lengths; 8k,32k,128k if left out.
-        peers: Comma-separated: cudnn, flash, efficient, flex, fla; auto = all that are installed.
+        peers: Comma-separated: cudnn, flash, efficient, flex, fla, flash-moba; auto = all that are installed.
         quick: cuDNN and fla alone, up to 32k, few repeats.
         budget_seconds: Skip the rows that are left after so many seconds; 0 = measure all.
         out: JSON file for the results.

@@ -1,4 +1,4 @@
-"""`ssa bench kernels`: select, attend, forward and backward beside dense attention and fla-core, in one run on one GPU.
+"""`ssa bench kernels`: select, attend, forward and backward beside dense attention, fla-core and FlashMoBA, in one run on one GPU.
 
 Each time is the median of calls as they are launched, and again of replays of a CUDA graph: at 8k tokens the host's launches decide.
 """
@@ -9,7 +9,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,23 @@ from torch import Tensor
 from ssa.bench.gate import GateError, check, check_layer, gate_tokens
 from ssa.bench.kernel_bars import kernel_bars
 from ssa.bench.layer import How, layer_row
-from ssa.bench.peers import BASELINE, DENSE, FLEX_TOKENS, chosen_peers, dense_forward, fla_forward, fla_refuses, naive_nsa
+from ssa.bench.peers import (
+    BASELINE,
+    DENSE,
+    FLEX_TOKENS,
+    chosen_peers,
+    dense_forward,
+    fla_forward,
+    fla_refuses,
+    flash_moba_forward,
+    naive_nsa,
+)
 from ssa.bench.report import Deadline, Report, environment
 from ssa.bench.shapes import Shape, draw, parse_list, parse_tokens
 from ssa.bench.timing import LONG_MS, both_ways, extra_memory_gb, first_line, kernel_profile
 from ssa.errors import UserError
 from ssa.ops import block_means, block_sparse_attention, select_blocks
+from ssa.testing import rms_ratio
 
 DEFAULT_TOKENS = "8k,32k,128k"
 
@@ -157,7 +168,8 @@ def dense_times(shape: Shape, tokens: int, plan: Plan) -> dict[str, Any]:
 
 
 def sparse_times(shape: Shape, tokens: int, plan: Plan, profiled: bool) -> dict[str, Any]:
-    """{"ours", "fla"}: ours in parts, and attention alone by both; "profile" where asked for."""
+    """{"ours", "fla", "flash-moba"}: ours in parts, attention alone by fla-core, and MoBA with its selection by FlashMoBA; "profile" where
+    asked for."""
     q, k, v = draw(shape, tokens, plan.device, torch.bfloat16)
     block = shape.budget.block_size
 
@@ -187,6 +199,14 @@ def sparse_times(shape: Shape, tokens: int, plan: Plan, profiled: bool) -> dict[
             row["fla"] = {"error": reason} if reason else _passes(fla_forward(shape, q, k, v, index), [q, k, v], plan.seconds)
         except Exception as error:  # theirs is theirs
             row["fla"] = {"error": first_line(error)}
+    if "flash-moba" in plan.peers:
+        try:
+            moba = flash_moba_forward(shape, q, k, v)
+            chosen = select_blocks(q, k, replace(shape.selection, scope="head", scoring="logit"), impl=plan.impl)[0]
+            same = block_sparse_attention(q, k, v, chosen, block_size=block, impl=plan.impl)[0]
+            row["flash-moba"] = {"difference": rms_ratio(moba(), same)} | _passes(moba, [q, k, v], plan.seconds)
+        except Exception as error:  # theirs is theirs
+            row["flash-moba"] = {"error": first_line(error)}
     if profiled:
         try:
             row["profile"] = kernel_profile(lambda: torch.autograd.grad(forward(), (q, k, v), weight))
@@ -210,11 +230,17 @@ def _passes(forward: Callable[[], Tensor], leaves: list[Tensor], seconds: float,
 
 
 def ratios(row: dict[str, Any]) -> dict[str, Any]:
-    """{"cudnn", "fla"}: {"forward", "both"}: {"launches", "graph"}, their time over ours; "memory": ours over cuDNN's."""
-    ours, baseline, fla = row["ours"], row["dense"].get(BASELINE, {}), row.get("fla", {})
+    """{"cudnn", "fla", "flash-moba"}: {"forward", "both"}: {"launches", "graph"}, their time over ours; "memory": ours over cuDNN's. The
+    "backward" of FlashMoBA is the difference of its two times."""
+    ours, baseline, fla, moba = row["ours"], row["dense"].get(BASELINE, {}), row.get("fla", {}), row.get("flash-moba", {})
+    if "both" in moba:
+        pairs = {way: (moba["both"][way], moba["forward"][way]) for way in ("launches", "graph")}
+        alone = {way: None if None in pair else pair[0] - pair[1] for way, pair in pairs.items()}
+        moba = moba | {"backward": alone}
     result: dict[str, Any] = {
         BASELINE: {name: _faster(baseline.get(name), ours[name]) for name in ("forward", "both")},
         "fla": {name: _faster(fla.get(name), ours[mine]) for name, mine in (("forward", "attend"), ("both", "attend_both"))},
+        "flash-moba": {name: _faster(moba.get(name), ours.get(name)) for name in ("forward", "both", "backward")},
         "memory": None,
     }
     if "memory_gb" in baseline:
@@ -222,8 +248,8 @@ def ratios(row: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _faster(theirs: dict[str, Any] | None, ours: dict[str, Any]) -> dict[str, float | None]:
-    if theirs is None:
+def _faster(theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> dict[str, float | None]:
+    if theirs is None or ours is None:
         return {"launches": None, "graph": None}
     graphs = [times["launches"] if times["launches"] > LONG_MS else times["graph"] for times in (theirs, ours)]
     by_graph = None if None in graphs else graphs[0] / graphs[1]
@@ -239,7 +265,7 @@ def described(row: dict[str, Any]) -> str:
 
     ours = row["ours"]
     parts = [f"{name} {ms(ours[name])}" for name in ("select", "attend", "forward", "both")]
-    for name, times in (row["dense"] | {"fla alone": row.get("fla", {})}).items():
+    for name, times in (row["dense"] | {"fla alone": row.get("fla", {}), "FlashMoBA": row.get("flash-moba", {})}).items():
         if "forward" in times:
             parts.append(f"{name} {ms(times['forward'])} / {ms(times['both'])}")
     ratio = {name: pair["launches"] for name, pair in row["ratios"][BASELINE].items()}

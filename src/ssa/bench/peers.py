@@ -1,4 +1,4 @@
-"""What the kernels are measured against: dense attention of PyTorch, and fla-core's attention over given blocks."""
+"""What the kernels are measured against: dense attention of PyTorch, fla-core's attention over given blocks, and FlashMoBA's MoBA."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 DENSE = (*BACKENDS, "flex")
-PEERS = (*DENSE, "fla")
+OPTIONAL = {
+    "fla": ("fla", 'fla-core: pip install "sparse-sparse-attention[bench]"'),
+    "flash-moba": ("flash_moba", "mit-han-lab/flash-moba from GitHub, built for this GPU and PyTorch"),
+}
+"""Peer: its module, and what to install."""
+PEERS = (*DENSE, *OPTIONAL)
 BASELINE = "cudnn"
 """The fastest dense attention of PyTorch on Hopper; ratios are against it."""
 FLEX_TOKENS = 32768
@@ -36,17 +41,17 @@ def chosen_peers(text: str) -> tuple[str, ...]:
     """ "auto" = all that are installed; otherwise a comma-separated list, to which the baseline is always added.
 
     Raises:
-        UserError: an unknown name, or fla without fla-core.
+        UserError: an unknown name, or a peer that is not installed.
     """
-    has_fla = importlib.util.find_spec("fla") is not None
+    missing = [name for name, (module, _) in OPTIONAL.items() if importlib.util.find_spec(module) is None]
     if text == "auto":
-        return PEERS if has_fla else DENSE
+        return tuple(name for name in PEERS if name not in missing)
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in PEERS:
             raise UserError(f"--peers {name!r} is not one of {', '.join(PEERS)}")
-    if "fla" in names and not has_fla:
-        raise UserError('--peers fla needs fla-core: pip install "sparse-sparse-attention[bench]"')
+        if name in missing:
+            raise UserError(f"--peers {name} needs {OPTIONAL[name][1]}")
     return tuple(name for name in PEERS if name in names or name == BASELINE)
 
 
@@ -102,3 +107,19 @@ def naive_nsa() -> Any:
     from fla.ops.nsa.naive import naive_nsa_selection
 
     return naive_nsa_selection
+
+
+def flash_moba_forward(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Forward:
+    """MoBA by FlashMoBA, its own selection included, in which every query head chooses for itself by logits."""
+    from flash_moba.flash_moba_interface import flash_moba_varlen_func
+
+    tokens, budget = q.shape[1], shape.budget
+    ends = torch.tensor([0, tokens], dtype=torch.int32, device=q.device)
+
+    def forward() -> Tensor:
+        out: Tensor = flash_moba_varlen_func(
+            q[0], k[0], v[0], ends, ends, tokens, tokens, budget.block_size, budget.num_selected_blocks, causal=True
+        )
+        return out[None]
+
+    return forward

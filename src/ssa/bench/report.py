@@ -128,7 +128,7 @@ def environment(device: str) -> dict[str, Any]:
             "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
             "memory_gib": round(properties.total_memory / 2**30, 1), "multiprocessors": properties.multi_processor_count,
         }  # fmt: skip
-    return {"hardware": hardware, "versions": versions() | installed("fla-core"), "git": git_state()}
+    return {"hardware": hardware, "versions": versions() | installed("fla-core", "flash-moba", "flash_moba"), "git": git_state()}
 
 
 def _command() -> str:

@@ -32,6 +32,7 @@ from ssa.methods import method_named, methods, selector_named, split_name
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.train.activation_checkpoint import prepare_layers
 from ssa.train.context_parallel import ContextParallel
+from ssa.train.deterministic import deterministic
 from ssa.train.distributed import open_ranks
 from ssa.train.flops import run_peak_flops, training_flops
 from ssa.train.loss import StepLoss
@@ -145,23 +146,25 @@ def _measure_all(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks
         row = None
         if group.world > 1 or ranks.main:
             own = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **fields))
-            row = _attempt(own, plan, variant, layout, group)
+            row = attempt(own, plan, variant, layout, group)
         if report is not None and row is not None:
             report.add(row)
             print(described(row), flush=True)
-        _release()
+        release()
         ranks.all_max(0)  # the others wait here for rank 0
 
 
-def _attempt(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ranks) -> dict[str, Any]:
+def attempt(recipe: Recipe, plan: Plan, variant: str, layout: Layout, ranks: Ranks) -> dict[str, Any]:
+    """One variant's row, or the error that it ended in on a single rank; `release` belongs behind it."""
     head = {"variant": variant, "rows": layout, "ranks": ranks.world}
-    if ranks.world > 1:  # an error here ends all ranks
-        return head | measure(recipe, plan, variant, layout, ranks)
     try:
-        return head | measure(recipe, plan, variant, layout, ranks)
+        with deterministic(recipe.train.deterministic, ranks.device):
+            return head | measure(recipe, plan, variant, layout, ranks)
     except UserError:
         raise
     except (RuntimeError, ValueError, ArithmeticError) as error:  # out of memory, or a backend that refuses
+        if ranks.world > 1:  # an error here ends all ranks
+            raise
         return head | {"error": (str(error).strip().splitlines() or [type(error).__name__])[0][:300]}
 
 
@@ -320,7 +323,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _release() -> None:
+def release() -> None:
     """The next variant's compiled code and memory must not meet this one's."""
     torch._dynamo.reset()
     gc.collect()

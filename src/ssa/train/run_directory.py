@@ -32,7 +32,7 @@ from ssa.runs.provenance import git_state, versions
 RESUMABLE = frozenset({
     "steps", "log_every", "eval_every", "save_every", "keep_last", "async_save", "probe_every", "track", "verify_data",
     # how the work is cut, which leaves the rows of a step (checked apart) and so the run as it was, up to rounding
-    "batch_size", "accumulation", "device", "activation_checkpointing", "recompute", "compile", "parallel", "shard_ranks",
+    "batch_size", "accumulation", "device", "deterministic", "activation_checkpointing", "recompute", "compile", "parallel", "shard_ranks",
     "reshard_after_forward", "reduce_every_micro_batch", "context_parallel",
 })  # fmt: skip
 """Fields of `[train]` that a resumed run may change; any other would make it another run."""

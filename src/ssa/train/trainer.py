@@ -40,6 +40,7 @@ from ssa.train.activation_checkpoint import prepare_layers
 from ssa.train.build import build_model, check_inputs, open_data
 from ssa.train.checkpoint import load_checkpoint
 from ssa.train.context_parallel import ContextParallel
+from ssa.train.deterministic import deterministic
 from ssa.train.distributed import open_ranks
 from ssa.train.flops import flops_record, run_peak_flops, training_flops
 from ssa.train.header import model_line, run_line, waiting_line
@@ -86,7 +87,11 @@ def train(recipe: Recipe, out: Path | str, resume: bool = False, overwrite: bool
     """
     out = Path(out)
     try:
-        with open_ranks(recipe.train) as ranks, contextlib.ExitStack() as stack:
+        with (
+            open_ranks(recipe.train) as ranks,
+            contextlib.ExitStack() as stack,
+            deterministic(recipe.train.deterministic, ranks.device),
+        ):
             with ranks.raise_on_all(out):
                 if ranks.main:
                     check_inputs(recipe, out, resume, overwrite)
