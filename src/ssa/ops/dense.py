@@ -132,7 +132,7 @@ def _with_bias(
         columns.append(rest.to(k.dtype))
         rest = (rest - columns[-1]).detach()
     kx = torch.cat([k, torch.stack(columns, -1), k.new_zeros(*k.shape[:3], extra - parts)], -1)
-    ones = torch.tensor([constant] * parts + [0.0] * (extra - parts), dtype=q.dtype, device=q.device)
+    ones = torch.nn.functional.pad(q.new_full((parts,), constant), (0, extra - parts))
     qx = torch.cat([q, ones.expand(*q.shape[:3], extra)], -1)
     vx = torch.nn.functional.pad(v, (0, extra))
     out = dense_attention(qx, kx, vx, positions=positions, cu_seqlens=cu_seqlens, window=window, scale=scale)[..., :size]
