@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rich.segment import Segment
+
 from ssa.errors import one_line
 
 if TYPE_CHECKING:
@@ -45,7 +47,6 @@ def warn(text: str) -> None:
 def console(**options: Any) -> Console:
     """rich's, but control characters in what it is given are made `visible`."""
     from rich.console import Console
-    from rich.segment import Segment
 
     class VisibleConsole(Console):
         def render(self, *arguments: Any, **keywords: Any) -> Iterator[Segment]:

@@ -18,7 +18,7 @@ class Learned(Selector):
         nn.init.normal_(self.score.weight)
 
     def key_bias(self, k, v):
-        return self.score(v).squeeze(-1).float()  # [B, T, K]
+        return self.score(k + v).squeeze(-1).float()  # [B, T, K]
 
     def select(self, inputs, call):
         size, keys = call.selection.block_size, inputs.k_BSKD.shape[1]

@@ -5,6 +5,8 @@ Legend: B batch, T queries, S cache columns, H query heads, K kv heads, D head s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from ssa.errors import UserError
 from ssa.ops.block_sparse import check_blocks, check_keys, check_slots
 from ssa.ops.documents import block_within_rows
 from ssa.ops.implementations import resolve
-from ssa.ops.reference.decode import decode_attention as by_reference
+from ssa.ops.reference import decode as reference
 from ssa.ops.select import within_rows
 
 MAX_QUERIES = 8
@@ -72,14 +74,10 @@ def decode_attention(
         _scale(q, scale),
     )  # fmt: skip
     with torch.no_grad():
-        # modules of one implementation are imported when it runs: without triton the reference still does; and by statements,
-        # which torch.compile traces
         if impl == "triton":
-            from ssa.ops.triton.decode import decode_attention as by_triton
-
-            return by_triton(*arguments)
+            return _kernels().decode_attention(*arguments)
         with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
-            return by_reference(*arguments)
+            return reference.decode_attention(*arguments)
 
 
 def decode_select(
@@ -118,13 +116,10 @@ def decode_select(
     )  # fmt: skip
     with torch.no_grad():
         if impl == "triton":
-            from ssa.ops.triton.decode import decode_select as by_triton
-
-            return by_triton(*arguments)
-        from ssa.ops.reference.decode import decode_select as by_reference
+            return _kernels().decode_select(*arguments)
 
         with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
-            return by_reference(*arguments)
+            return reference.decode_select(*arguments)
 
 
 def decode_attend(
@@ -176,13 +171,10 @@ def decode_attend(
     arguments = (q, k, v, block_indices, lengths, starts, bias, slots, block_size, _scale(q, scale))
     with torch.no_grad():
         if resolve(impl, q) == "triton":
-            from ssa.ops.triton.decode import decode_attend as by_triton
-
-            return by_triton(*arguments)
-        from ssa.ops.reference.decode import decode_attend as by_reference
+            return _kernels().decode_attend(*arguments)
 
         with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
-            return by_reference(*arguments)
+            return reference.decode_attend(*arguments)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -214,3 +206,10 @@ def _check_rows(lengths: Tensor, starts: Tensor | None, batch: int, columns: int
             raise UserError("lengths hold a negative number")
         if (columns is not None and bool((ends > columns).any())) or (starts is not None and bool((starts < 0).any())):
             raise UserError(f"lengths (and starts) leave the cache: a row must lie within its {columns} columns")
+
+
+def _kernels() -> Any:
+    """Imported when they run: without triton the reference still does; by a statement, which torch.compile traces."""
+    from ssa.ops.triton import decode
+
+    return decode

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.utils.deterministic
 
 from ssa.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_FIXED = (":4096:8", ":16:8")
@@ -32,9 +32,6 @@ def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
     if not wanted or device.type == "cpu":
         yield
         return
-    import torch
-    import torch.utils.deterministic
-
     options: Any = torch.utils.deterministic
     if (workspaces := os.environ.setdefault(CUBLAS, CUBLAS_FIXED[0])) not in CUBLAS_FIXED:
         raise UserError(
