@@ -319,7 +319,7 @@ def test_it_compiles_into_one_graph():
 
     def again(**x):
         out, lse, index = in_two(x, {"selection": selection}, "triton")
-        slots = torch.arange(3, dtype=torch.int32).expand(index.shape)
+        slots = torch.arange(3, dtype=torch.int32, device=index.device).expand(index.shape)
         pages = decode_attend(x["q"], x["k"], x["v"], index, x["lengths"], block_size=4, slots=slots, impl="triton")
         return out, lse, index, *pages
 

@@ -202,13 +202,13 @@ def test_what_does_not_fit_is_one_line():
     wrong = [
         ({"slots": index.long()}, "slots"),
         ({"slots": index[..., :1]}, "slots"),
-        ({"slots": index + 1}, "slots leave k"),
-        ({"slots": index - 4}, "slots leave k"),
         ({"positions": None}, "slots need positions"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "slots need positions"),
         ({"positions": positions[:, :3]}, "positions"),
         ({"block_size": 33}, "whole blocks"),
     ]
+    if not on_gpu:  # there nobody looks at them, which would stall every layer
+        wrong += [({"slots": index + 1}, "slots leave k"), ({"slots": index - 4}, "slots leave k")]
     if importlib.util.find_spec("triton") is not None and not on_gpu:
         wrong.append(({"impl": "triton"}, "no gradient through slots"))
     block_sparse_attention(q, k, v, index, **fits)
