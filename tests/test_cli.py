@@ -77,7 +77,7 @@ def test_every_verb_and_argument_is_explained(capsys):
         ("train tiny --train.betas 0.9", "--train.betas needs 2 values; `ssa train CONFIG --help` explains it"),
         ("train tiny --train.steps --out x", "--train.steps needs a value; `ssa train CONFIG --help` explains it"),
         ("train tiny --data.mixture a", "--data.mixture 'a' is not a list NAME NUMBER NAME NUMBER ..."),
-        ("train tiny --model.method foo", "--model.method 'foo' is not one of full, moba, nsa, ssa"),
+        ("train tiny --model.method foo", "model.method = 'foo' is not one of full, moba, nsa, ssa"),
         ("train tiny --train.compile=yes", "--train.compile takes no value, but has 'yes'; write --train.compile alone, or --train.no-compile"),
         ("train tiny --no-resume=1", "--no-resume takes no value, but has '1'; write --no-resume alone, or --resume"),
         ("train tiny --out", "--out needs a value; `ssa train --help` explains it"),

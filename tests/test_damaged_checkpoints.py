@@ -120,7 +120,7 @@ def test_going_back_to_an_older_step_is_said(run, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:-1])
     capsys.readouterr()
     for words in (["convert", str(run), str(tmp_path / "out")], ["train", "--resume", str(run), "--train.steps", "3"]):
-        from ssa.train import checkpoint as module
+        from ssa.runs import checkpoints as module
 
         module._say.cache_clear()  # a process says it once
         assert main(words) == 0

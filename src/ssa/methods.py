@@ -7,7 +7,6 @@ names in its entry points of the group `ssa.methods`; it runs before the first l
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 from collections.abc import Mapping
@@ -242,8 +241,14 @@ def _load(entry: _Entry) -> Any:
         raise UserError(f"{entry.name} cannot be loaded from {entry.implementation}: {one_line(str(error))}") from error
 
 
-@functools.cache
+_loaded = False
+
+
 def _load_entry_points() -> None:
+    """Once a process; by a flag, which a compiled graph can look at."""
+    global _loaded
+    if _loaded:
+        return
     for point in importlib.metadata.entry_points(group=GROUP):
         try:
             found = point.load()
@@ -254,6 +259,7 @@ def _load_entry_points() -> None:
                 f"the entry point {point.name} = {point.value} of {GROUP} does not work: {one_line(f'{type(error).__name__}: {error}')}; "
                 "mend or uninstall its package"
             ) from error
+    _loaded = True
 
 
 register_method(

@@ -230,7 +230,7 @@ def test_flash_moba_is_a_peer_where_it_is_installed(calls, monkeypatch, tmp_path
     def attend(q, k, v, ends, same, longest, longest_too, block, count, causal):
         assert ends is same and ends.tolist() == [0, 40] and (longest, longest_too, block, count, causal) == (40, 40, 4, 3, True)
         q, k, v = (x[None] for x in (q, k, v))
-        index, _ = select_blocks(q, k, block_size=block, num_selected_blocks=count, scope="head", scoring="logit")
+        index, _ = select_blocks(q, k, Selection(count, block, "head", "logit"))
         return 1.01 * block_sparse_attention(q, k, v, index, block_size=block)[0][0]
 
     flash_moba(monkeypatch, attend)

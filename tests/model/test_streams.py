@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssa.errors import UserError
+from ssa.methods import methods
 from ssa.model.streams import StreamCallback, TrainStep, draw_stream
 
 
@@ -57,7 +58,7 @@ class Model(torch.nn.Module):
     def __init__(self, method="ssa"):
         super().__init__()
         self.train_step = TrainStep()
-        self.config = type("Config", (), {"method": method})
+        self.config = type("Config", (), {"attends": methods()[method]})
 
 
 def test_callback_tells_the_step_through_wrappers():

@@ -100,7 +100,7 @@ def test_training_and_its_benchmark_run_inside_it(recipe, tmp_path, monkeypatch,
         asked.append((wanted, device.type))
         return deterministic(wanted, CUDA)
 
-    monkeypatch.setattr("ssa.train.deterministic.deterministic", note)
+    monkeypatch.setattr("ssa.train.trainer.deterministic", note)
     monkeypatch.setattr(bench, "deterministic", note)
     _, inside = gradients(recipe, tmp_path / "run", monkeypatch, deterministic=True)
     assert inside and asked == [(True, "cpu")] and not on()

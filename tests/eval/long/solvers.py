@@ -63,7 +63,7 @@ class Writer:
         self.config = type("Config", (), {"eos_token_id": None})
         self.batches = []
 
-    def generate(self, input_ids, attention_mask, stopping_criteria, attention_mode, budget):
+    def generate(self, input_ids, attention_mask, stopping_criteria, attention_mode, budget, logits_processor=()):
         self.batches.append(input_ids.shape)
         texts = [self.tokenizer.decode(row[mask == 1].tolist()) for row, mask in zip(input_ids, attention_mask, strict=True)]
         said = [self.tokenizer(" " + self.answer(text), add_special_tokens=False).input_ids for text in texts]
