@@ -58,7 +58,9 @@ def test_every_verb_takes_a_run_of_it(prepared, tmp_path, capsys):
     assert (config["method"], config["selector"], config["selector_options"]) == ("plain", "streaming", {"sinks": 1})
     assert json.loads((run / "environment.json").read_text())["starts"][0]["flops_per_token"]["sparse"] > 0
     assert main(["eval", str(run), "--budgets", "2x4,full", "--max-tokens", "200", "--device", "cpu"]) == 0
-    assert main(["generate", str(run), "--prompt", "A prompt", "--max-new-tokens", "5", "--budget", "2x4", "--device", "cpu"]) == 0
+    assert (
+        main(["generate", str(run), "--prompt", "A prompt", "--max-new-tokens", "5", "--budget", "2x4", "--device", "cpu"]) == 0
+    )
     assert main(["analyze", str(run), "--data", str(prepared), "--max-tokens", "128", "--context", "64", "--device", "cpu"]) == 0
     assert main(["report", str(run), "--out", str(page)]) == 0
     assert "plain+streaming" in page.read_text()
