@@ -29,7 +29,7 @@ FLOORS = (
     ("ssa.eval",),
     ("ssa.analysis",),
     ("ssa.report",),
-    ("ssa.testing", "ssa.conformance"),
+    ("ssa.testing",),
     ("ssa.bench",),
     ("ssa.demo", "ssa.demo_claims", "ssa.doctor", "ssa.examine_run"),
     ("ssa.cli",),

@@ -12,10 +12,9 @@ from ssa import methods
 from ssa.budget import FULL
 from ssa.cli import main
 from ssa.config import TrainRecipe
-from ssa.conformance import check_method, check_selector
 from ssa.errors import UserError
 from ssa.model import SSAConfig, SSAForCausalLM
-from ssa.testing import tiny_config, tiny_model
+from ssa.testing import check_method, check_selector, tiny_config, tiny_model
 from ssa.train.optim import build_optimizer, parameter_groups
 
 

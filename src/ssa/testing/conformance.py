@@ -19,7 +19,7 @@ from ssa.attention import AttentionCall, AttentionInputs, AttentionRecord
 from ssa.methods import method_named, selector_named
 from ssa.model import BlockCache, SSAForCausalLM
 from ssa.ops.documents import query_positions
-from ssa.testing import document_positions, tiny_model
+from ssa.testing.oracles import document_positions, tiny_model
 from ssa.train.flops import training_flops
 
 CHUNKS = (1, 17, 64, 1000)
