@@ -31,8 +31,7 @@ from ssa.analysis.measure import measure_model
 from ssa.analysis.selection import distance_histogram, selection_overlap
 from ssa.analysis.sparsity import attention_figures
 from ssa.attention import AttentionRecord
-from ssa.budget import Selection
-from ssa.config import Budget
+from ssa.budget import Budget, Selection
 from ssa.files import write_atomically
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.ops import block_sparse_attention, select_blocks

@@ -24,7 +24,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ssa
-from ssa.config import parse_budgets
+from ssa.budget import parse_budgets
 from ssa.data.lines import read_objects
 from ssa.data.tokenizer import load_tokenizer
 from ssa.model import SSAForCausalLM

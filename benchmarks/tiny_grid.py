@@ -20,7 +20,8 @@ import torch
 import torch.multiprocessing as processes
 
 from ssa.analysis.measure import measure_model
-from ssa.config import Budget, TrainRecipe
+from ssa.budget import Budget
+from ssa.config import TrainRecipe
 from ssa.data.loader import PackedLoader
 from ssa.data.shards import TokenShards
 from ssa.model import SSAConfig, SSAForCausalLM

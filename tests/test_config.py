@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssa.config import Budget, Recipe, find_recipe, load_recipe, override, parse_budgets, read_recipe
+from ssa.budget import Budget, parse_budgets
+from ssa.config import Recipe, find_recipe, load_recipe, override, read_recipe
 from ssa.errors import UserError
 
 PRESETS = ("tiny", "33m", "60m", "300m", "1b", "servable-1b")

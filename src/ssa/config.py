@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from ssa.arguments import parse_arguments
-from ssa.budget import AttentionMode as AttentionMode
-from ssa.budget import Budget as Budget
 from ssa.budget import Rule, Scope, Scoring, released_rule_check
-from ssa.budget import parse_budgets as parse_budgets
 from ssa.checked_json import parse_json, read_bytes, typed
 from ssa.errors import UserError
 from ssa.methods import checked_options, method_named, resolve_alias, selector_named

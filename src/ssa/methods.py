@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from ssa.budget import AttentionMode
 from ssa.errors import UserError, one_line
@@ -94,15 +94,6 @@ class SelectorKind:
         return _load(self)
 
 
-class _Entry(Protocol):
-    @property
-    def name(self) -> str: ...
-    @property
-    def implementation(self) -> str: ...
-    @property
-    def options(self) -> Mapping[str, Option]: ...
-
-
 _METHODS: dict[str, Method] = {}
 _SELECTORS: dict[str, SelectorKind] = {}
 _ALIASES: dict[str, tuple[str, str]] = {}
@@ -131,7 +122,7 @@ def unregister(name: str) -> None:
         known.pop(name, None)
 
 
-def _register(known: dict[str, Any], new: _Entry, taken: tuple[str, ...]) -> None:
+def _register(known: dict[str, Any], new: Method | SelectorKind, taken: tuple[str, ...]) -> None:
     if new.name in taken:
         raise UserError(f"there is a {type(new).__name__} {new.name!r} already; register another name")
     if not new.name.isidentifier():
@@ -233,7 +224,7 @@ def checked_options(entry: Method | SelectorKind, given: Mapping[str, Any] | Non
     return options
 
 
-def _load(entry: _Entry) -> Any:
+def _load(entry: Method | SelectorKind) -> Any:
     module, _, name = entry.implementation.partition(":")
     try:
         return getattr(importlib.import_module(module), name)

@@ -17,8 +17,7 @@ from ssa.analysis.measure import measure_model
 from ssa.analysis.rows import packed_rows
 from ssa.analysis.selection import distance_histogram, selection_overlap
 from ssa.analysis.sparsity import attention_figures
-from ssa.budget import Selection
-from ssa.config import Budget
+from ssa.budget import Budget, Selection
 from ssa.data.tokenizer import byte_tokenizer, encode_documents
 from ssa.errors import UserError
 from ssa.ops import select_blocks

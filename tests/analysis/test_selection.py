@@ -5,8 +5,7 @@ import torch
 
 from ssa.analysis.decode import decode_overlap
 from ssa.analysis.selection import bit_length, distance_histogram, selection_overlap
-from ssa.budget import Selection
-from ssa.config import Budget
+from ssa.budget import Budget, Selection
 from ssa.ops import select_blocks
 from ssa.testing import document_positions, random_qkv, tiny_model
 

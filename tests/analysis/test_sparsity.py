@@ -12,8 +12,7 @@ from ssa.analysis.attention_stats import LayerSums, SparsityMeter, mean_figures,
 from ssa.analysis.dense_pass import tile_shape
 from ssa.analysis.sparsity import AttentionFigures, attention_figures
 from ssa.attention import AttentionRecord
-from ssa.budget import Selection
-from ssa.config import Budget
+from ssa.budget import Budget, Selection
 from ssa.ops import block_sparse_attention, dense_attention, select_blocks
 
 

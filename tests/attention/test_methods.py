@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssa.attention import AttentionCall, AttentionMethod, Selector, method
+from ssa.attention.selectors.means import MeansSelector
 from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.methods import Method, SelectorKind, methods, register_method, register_selector, unregister
@@ -130,14 +131,20 @@ def register():
         unregister(name)
 
 
-@pytest.mark.parametrize("own", [False, True])
+class FirstAndOwnOfMeans(MeansSelector):
+    """One that changes a fused selector's choice alone."""
+
+    select = FirstAndOwn.select
+
+
+@pytest.mark.parametrize("own", [None, FirstAndOwn, FirstAndOwnOfMeans])
 @torch.no_grad()
 def test_decoding_selects_as_the_selector_does(monkeypatch, register, own):
     """Where a GPU would take the fused operation, computed by the reference here."""
     fused = []
     monkeypatch.setattr(method, "resolve", lambda impl, q: "triton")
     monkeypatch.setattr(method, "decode_attention", lambda *a, f=method.decode_attention, **kw: fused.append(a) or f(*a, **kw))
-    selector = register("first_and_own", FirstAndOwn) if own else "means"
+    selector = register("first_and_own", own) if own else "means"
     model, x = tiny_model("moba", selector=selector), torch.randint(0, 256, (2, 41))
     whole = model(x, use_cache=False).logits[:, -1]
     cache = model(x[:, :-1], use_cache=True).cache

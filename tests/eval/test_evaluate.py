@@ -8,7 +8,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
 from ssa.eval import text_passes

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
 from ssa.eval import loglikelihood

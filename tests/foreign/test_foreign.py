@@ -152,6 +152,7 @@ def test_layers_may_read_differently():
         for wrong, message in (
             ({"budget": ["full"] * 3}, "names 3 layers, and the model has 2"),
             ({"budget": "full", "attention_mode": "sparse"}, "contradicts"),
+            ({"budget": ["full", "2x4"], "attention_mode": "full"}, "leave out attention_mode"),
         ):
             with pytest.raises(UserError, match=message):
                 model(x, **wrong)

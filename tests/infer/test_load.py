@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.data.tokenizer import train_bpe
 from ssa.device import resolve_device
 from ssa.errors import UserError

@@ -365,7 +365,7 @@ def test_autocast_does_not_reach_in():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"q": torch.zeros(2, 9, 4, 16)}, "9 queries over 30 columns: decode_attention takes 1 to 8"),
+        ({"q": torch.zeros(2, 9, 4, 16)}, "9 queries over 30 columns: decoding takes 1 to 8"),
         ({"q": torch.zeros(2, 0, 4, 16)}, "0 queries"),
         ({"q": torch.zeros(2, 1, 3, 16)}, "do not fit"),
         ({"v": torch.zeros(2, 30, 2, 8)}, "do not fit"),

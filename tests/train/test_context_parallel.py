@@ -6,9 +6,10 @@ import torch
 from ssa.attention import AttentionCall
 from ssa.attention.full import FullAttention
 from ssa.budget import Selection
+from ssa.errors import UserError
 from ssa.methods import methods
 from ssa.ops import dense
-from ssa.testing import attend
+from ssa.testing import attend, tiny_model
 from ssa.train.context_parallel import ContextParallel, _Gathering
 
 
@@ -24,8 +25,9 @@ class Rank(ContextParallel):
         return self._own(x)
 
     def gather(self, own):
-        assert torch.equal(own, self.own(self.row))
-        return self.row
+        row = self.row if own.shape[-1] == self.row.shape[-1] else self.bias_row
+        assert torch.equal(own, self.own(row))
+        return row
 
 
 @pytest.mark.parametrize("method", ["full", "moba", "nsa", "ssa"])
@@ -49,6 +51,28 @@ def test_parts_attend_as_whole_rows_do(method, documents):
         alignment.append(part.alignment)
     if method == "ssa":
         torch.testing.assert_close(sum(alignment) / 2, whole.alignment)
+
+
+@pytest.mark.parametrize("mode", ["sparse", "full"])
+def test_a_selectors_bias_reaches_all_parts(mode):
+    torch.manual_seed(1)
+    q, k, v, bias = (torch.randn(2, 96, *shape, dtype=torch.float64) for shape in ((4, 8), (2, 8), (2, 8), (2,)))
+    position_BT = torch.cat([torch.arange(41), torch.arange(55)]).expand(2, 96)
+    call = AttentionCall(mode, Selection(2, 8), positions_BT=position_BT)
+    whole = attend(FullAttention(), q, k, v, None, call, bias=bias)
+    assert not torch.allclose(whole.out_BTHD, attend(FullAttention(), q, k, v, None, call).out_BTHD)
+    for rank in range(2):
+        context = Rank(rank, 2, position_BT, False, torch.cat([k, v], -1))
+        context.bias_row = bias[..., None]
+        parts = attend(_Gathering(FullAttention(), context), *map(context.own, (q, k, v)), None, call, bias=context.own(bias))
+        torch.testing.assert_close(parts.out_BTHD, context.own(whole.out_BTHD))
+
+
+def test_a_method_with_weights_is_refused():
+    model = tiny_model()
+    model.model.layers[1].self_attn.method = torch.nn.Identity()
+    with pytest.raises(UserError, match="Identity, a method with weights of its own"):
+        ContextParallel(model, None, 0, 2)
 
 
 def test_rows_that_are_called_plain_are_taken_to_be_one_document():

@@ -5,8 +5,7 @@ import torch
 
 from ssa.analysis.attention_stats import SparsityMeter, mean_figures
 from ssa.attention import AttentionCall, AttentionInputs
-from ssa.budget import Selection
-from ssa.config import Budget
+from ssa.budget import Budget, Selection
 from ssa.data.shards import TokenShards
 from ssa.errors import UserError
 from ssa.model import SSAConfig, SSAForCausalLM

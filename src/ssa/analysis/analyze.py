@@ -18,7 +18,7 @@ from ssa.analysis.measure import measure_model, own_rows
 from ssa.analysis.results import FORMAT, AnalysisResult, RunResults, losses, read_results
 from ssa.analysis.rows import Rows, packed_rows
 from ssa.analysis.table import table_rows
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.data.tokenizer import fingerprint, load_tokenizer
 from ssa.device import device_name, local_device
 from ssa.errors import UserError

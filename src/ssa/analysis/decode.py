@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssa.analysis.selection import selection_overlap
 from ssa.attention import AttentionRecord
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.model import SSAForCausalLM
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from ssa.analysis.attention_stats import SparsityMeter, mean_figures, selection_of
 from ssa.analysis.decode import decode_overlap
 from ssa.analysis.divergence import DivergenceSums, token_divergence
+from ssa.budget import Budget
 from ssa.collectives import gather, meet
-from ssa.config import Budget
 from ssa.model import SSAForCausalLM
 from ssa.ranks import Shard
 

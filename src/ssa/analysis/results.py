@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from ssa.budget import Budget
 from ssa.checked_json import parse_json, typed
-from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.results import read_results as read_evaluation
 

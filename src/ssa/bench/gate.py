@@ -16,7 +16,7 @@ from ssa.attention import AttentionCall, AttentionInputs, HeadShape
 from ssa.attention.selectors.means import MeansSelector
 from ssa.attention.ssa import SSA
 from ssa.bench.shapes import Shape, draw
-from ssa.config import AttentionMode
+from ssa.budget import AttentionMode
 from ssa.ops import block_means, block_sparse_attention, select_blocks
 from ssa.testing import RMS_RATIO, rms_ratio
 

@@ -15,7 +15,7 @@ from ssa.attention.selectors.means import MeansSelector
 from ssa.bench.gate import draw_gates
 from ssa.bench.shapes import Shape, draw
 from ssa.bench.timing import Call, both_ways, extra_memory_gb, first_line
-from ssa.config import AttentionMode
+from ssa.budget import AttentionMode
 from ssa.methods import method_named
 
 How = Literal["eager", "compiled"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ssa.budget import Budget, parse_budgets
 from ssa.cli.metavars import BUDGET, BUDGETS, DATA, DEVICE, DIRECTORY, DTYPE, FILE, NAME, NAMES, NUMBERS, PATH, RUN, SHOTS
-from ssa.config import Budget, parse_budgets
 from ssa.errors import UserError
 from ssa.ranks import Shard
 from ssa.terminal import console, say, tell

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
+from ssa.budget import Budget
 from ssa.cli.metavars import BUDGET, DEVICE, DTYPE, FILE, OPTIONAL_RUN, OUT, RUN, SOURCE, TEXT
-from ssa.config import Budget
 from ssa.terminal import Visible, say
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
+from ssa.budget import Budget, parse_budgets
 from ssa.collectives import meet
-from ssa.config import Budget, parse_budgets
 from ssa.device import local_device
 from ssa.errors import UserError
 from ssa.eval.long.rope import scaled

@@ -38,8 +38,8 @@ except ImportError as error:
 
 from transformers import PreTrainedTokenizerFast
 
+from ssa.budget import AttentionMode, Budget
 from ssa.collectives import gather, meet
-from ssa.config import AttentionMode, Budget
 from ssa.device import local_device
 from ssa.errors import UserError, one_line
 from ssa.eval.loglikelihood import (

@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from ssa.budget import Budget
 from ssa.collectives import gather
-from ssa.config import Budget
 from ssa.errors import UserError
 from ssa.eval.choices import ONE_SEED_NOTE
 from ssa.eval.model_under_test import attention, budget_name, provenance

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from ssa.config import AttentionMode, Budget
+from ssa.budget import AttentionMode, Budget
 from ssa.data.tokenizer import encoded
 from ssa.errors import UserError
 from ssa.ranks import ALONE, Shard

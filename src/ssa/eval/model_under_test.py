@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.device import device_name
 from ssa.files import sha256_of_file
 from ssa.infer.load import load_model

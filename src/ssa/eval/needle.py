@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssa.config import AttentionMode, Budget
+from ssa.budget import AttentionMode, Budget
 from ssa.data.tokenizer import encoded
 from ssa.errors import UserError
 from ssa.infer.engine import first_ids

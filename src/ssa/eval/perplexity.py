@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ssa.config import AttentionMode, Budget
+from ssa.budget import AttentionMode, Budget
 from ssa.errors import UserError
 from ssa.model import SSAForCausalLM
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.errors import UserError
 from ssa.eval.loglikelihood import Effort, Request, Score, check_max_length, log_likelihoods
 from ssa.eval.long.item_log import ItemLog

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.errors import UserError
 from ssa.eval.results import TASKS_FILE, read_results
 from ssa.eval.tables import figure

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.errors import UserError
 from ssa.eval import long
 from ssa.eval.model_under_test import ModelUnderTest, budget_name

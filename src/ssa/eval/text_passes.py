@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.data.shards import is_prepared
 from ssa.eval.documents import document_texts, fingerprint, read_documents
 from ssa.eval.long.item_log import ItemLog

@@ -21,7 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )  # fmt: skip
 
-from ssa.config import AttentionMode, Budget
+from ssa.budget import AttentionMode, Budget
 from ssa.errors import UserError
 from ssa.infer.transcript import Transcript
 

@@ -11,7 +11,8 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssa.config import AttentionMode, Budget, check_seed
+from ssa.budget import AttentionMode, Budget
+from ssa.config import check_seed
 from ssa.data.lines import read_text, without_surrogates
 from ssa.data.tokenizer import encoded
 from ssa.errors import UserError, one_line

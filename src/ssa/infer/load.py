@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from ssa.config import AttentionMode, Budget, released_rule_check
+from ssa.budget import AttentionMode, Budget, released_rule_check
 from ssa.data.tokenizer import load_tokenizer, vocabulary_size
 from ssa.device import resolve_device, resolve_dtype
 from ssa.errors import UserError

@@ -156,7 +156,7 @@ class SSAConfig(LlamaConfig):
                 "rope_type": "llama3", "factor": recipe.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": recipe.rope_original_max_position,
             }  # fmt: skip
-        same = ("method", "method_options", "selector", "selector_options", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        same = ("method", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                 "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings", *METHOD_FIELDS)  # fmt: skip
         return cls(vocab_size=vocab_size, rope_parameters=rope, **{n: getattr(recipe, n) for n in same}, **kwargs)
 

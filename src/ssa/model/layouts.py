@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from ssa.config import SIZE_LIMITS, Budget, released_rule_check
+from ssa.budget import Budget, released_rule_check
+from ssa.config import SIZE_LIMITS
 from ssa.errors import UserError, one_line
 from ssa.methods import method_named
 from ssa.model.configuration import SSAConfig

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -262,6 +262,11 @@ class SSAModel(SSAPreTrainedModel):
             mode = attention_mode or config.attention_mode
         return AttentionCall(mode, config.selection(), align, positions_BT, padding_BT, cu_seqlens, self.impl, observer)
 
+    @property
+    def selector(self) -> Selector:
+        """The first layer's; all layers have the same kind, with the same options."""
+        return cast(SSADecoderLayer, self.layers[0]).self_attn.selector
+
     def _by_layer(
         self, call: AttentionCall, attention_mode: AttentionMode | None, budget: Readings | None
     ) -> Sequence[AttentionCall]:
@@ -280,8 +285,9 @@ class SSAModel(SSAPreTrainedModel):
     ) -> AttentionCall:
         if not isinstance(reading, Full):
             selection = self.config.selection(reading)
-            for selector in {type(m): m for m in self.modules() if isinstance(m, Selector)}.values():
-                selector.check(selection)
+            self.selector.check(selection)
+            if of_one_layer and attention_mode == "full":
+                raise UserError("budgets for each layer say which read everything: leave out attention_mode = 'full'")
             # where layers differ, one that names a budget reads it
             mode: AttentionMode = "sparse" if of_one_layer and not call.align else call.mode
             return replace(call, mode=mode, selection=selection)

@@ -103,8 +103,8 @@ def check_blocks(q: Tensor, k: Tensor, block_indices: Tensor, block_size: int) -
         raise UserError(f"block_size = {block_size} must be at least 1")
 
 
-def check_slots(block_indices: Tensor, slots: Tensor, positions_BT: Tensor, block_size: int, columns: int) -> None:
-    """Raises `UserError` where slots are none, or leave the `columns` of k."""
+def check_slots(block_indices: Tensor, slots: Tensor, positions_BT: Tensor | None, block_size: int, columns: int) -> None:
+    """Raises `UserError` where slots are none, or leave the `columns` of k; that needs the queries' positions, which on a GPU are not looked at."""
     if slots.shape != block_indices.shape or slots.dtype != torch.int32:
         raise UserError(
             f"slots {tuple(slots.shape)} of {slots.dtype} is not int32 like block_indices {tuple(block_indices.shape)}"
@@ -112,7 +112,7 @@ def check_slots(block_indices: Tensor, slots: Tensor, positions_BT: Tensor, bloc
     if block_size > columns:
         raise UserError(f"block_size = {block_size} is more than the {columns} columns of k: with slots k holds whole blocks")
     # on a GPU looking at them would stall every layer, and a compiled graph cannot look
-    if not slots.is_cuda and not torch.compiler.is_compiling():
+    if positions_BT is not None and not slots.is_cuda and not torch.compiler.is_compiling():
         read = (positions_BT[:, None, :, None] + 1 - block_indices * block_size).clamp(max=block_size)
         read = torch.where(block_indices < 0, 0, read)
         if bool(((read > 0) & ((slots < 0) | (slots.to(torch.int64) * block_size + read > columns))).any()):

@@ -117,7 +117,6 @@ def decode_select(
     with torch.no_grad():
         if impl == "triton":
             return _kernels().decode_select(*arguments)
-
         with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
             return reference.decode_select(*arguments)
 
@@ -166,13 +165,12 @@ def decode_attend(
     else:
         if starts is not None:
             raise UserError("slots and starts both given: slots say where keys lie, leave out starts")
-        positions = lengths.to(torch.int64)[:, None] + torch.arange(-queries, 0, device=lengths.device)
+        positions = None if slots.is_cuda else lengths.to(torch.int64)[:, None] + torch.arange(-queries, 0, device=lengths.device)
         check_slots(block_indices, slots, positions, block_size, columns)
     arguments = (q, k, v, block_indices, lengths, starts, bias, slots, block_size, _scale(q, scale))
     with torch.no_grad():
         if resolve(impl, q) == "triton":
             return _kernels().decode_attend(*arguments)
-
         with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
             return reference.decode_attend(*arguments)
 
@@ -187,7 +185,7 @@ def _check_call(q: Tensor, others: dict[str, Tensor], columns: int | None, scale
     if not 1 <= queries <= (MAX_QUERIES if columns is None else min(MAX_QUERIES, columns)):
         over = "" if columns is None else f" over {columns} columns"
         raise UserError(
-            f"{queries} queries{over}: decode_attention takes 1 to {MAX_QUERIES}, no more than columns; for more use select_blocks and block_sparse_attention"
+            f"{queries} queries{over}: decoding takes 1 to {MAX_QUERIES}, no more than columns; for more use select_blocks and block_sparse_attention"
         )
     if any(x.dtype != q.dtype for x in others.values()):
         *most, last = [f"{name} {x.dtype}" for name, x in {"q": q, **others}.items()]

@@ -159,18 +159,26 @@ def random_qkv(
 
 
 def attend(
-    method: Any, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, call: Any, selector: Any = None, **options: Any
+    method: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor | None,
+    call: Any,
+    selector: Any = None,
+    bias: Tensor | None = None,
+    **options: Any,
 ) -> Any:
     """What one layer's method computes, an `ssa.attention.MethodOutput`.
 
     Args:
         method: A name, to be made with `options`, or an `ssa.attention.AttentionMethod`.
-        q, k, v, gates, call: see `ssa.attention.AttentionInputs` and `AttentionCall`.
+        q, k, v, gates, bias, call: see `ssa.attention.AttentionInputs` and `AttentionCall`.
         selector: An `ssa.attention.Selector`; by block means as long as none is given.
     """
     method = method_named(method).load()(**options) if isinstance(method, str) else method
     selector = selector or MeansSelector(HeadShape(q.shape[2], k.shape[2], q.shape[3]))
-    return method(selector, AttentionInputs(q, k, v, gates), call)
+    return method(selector, AttentionInputs(q, k, v, gates, bias), call)
 
 
 def tiny_config(method: str = "ssa", **changes: Any) -> Any:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssa.attention import AttentionCall, AttentionInputs, MethodOutput, Selector
+from ssa.errors import UserError
 from ssa.ops.documents import cu_seqlens_from_positions
 
 
@@ -36,6 +37,11 @@ class ContextParallel:
         self.cu_seqlens: Tensor | None = None
         self.plain = False
         for layer in model.model.layers:
+            if isinstance(layer.self_attn.method, torch.nn.Module):
+                raise UserError(
+                    f"context_parallel does not share out rows for {type(layer.self_attn.method).__name__}, a method with weights of its own: "
+                    "move these into a selector, or leave train.context_parallel at 1"
+                )
             layer.self_attn.method = _Gathering(layer.self_attn.method, self)
         model.model.rotary_emb.register_forward_pre_hook(self._rope_positions)
 

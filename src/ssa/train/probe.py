@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ssa.analysis.attention_stats import SparsityMeter, selection_of
 from ssa.attention import AttentionRecord
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.data.shards import TokenShards
 from ssa.errors import UserError
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.errors import UserError
 from ssa.eval.long.books import BookWindows, target_nll
 from ssa.eval.long.item_log import ItemLog

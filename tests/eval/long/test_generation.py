@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
 from ssa.eval.long.generation import write

@@ -5,7 +5,7 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, M se
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -30,13 +30,19 @@ class Selector(nn.Module):
     """
 
     fused: ClassVar[bool] = False
-    """`ssa.ops.decode_attention` chooses exactly as `select` does, and may stand in for it where few tokens are decoded."""
+    """`ssa.ops.decode_attention` chooses exactly as this class's `select` does, and may stand in for it where few tokens are decoded. A
+    subclass with a `select` of its own says so anew."""
     adds_bias: ClassVar[bool] = False
     """`key_bias` gives one."""
     weight_decay: ClassVar[bool] = True
     """Whether its matrices decay as the model's do."""
     muon: ClassVar[bool] = True
     """Whether Muon may train its matrices; otherwise AdamW does."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "select" in vars(cls) and "fused" not in vars(cls):
+            cls.fused = False  # inherited, it would be another class's selection that decodes
 
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.eval.long.items import Item
 from ssa.eval.model_under_test import attention
 from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of

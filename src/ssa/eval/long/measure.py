@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.errors import UserError
 from ssa.eval.long.generation import write
 from ssa.eval.long.item_log import ItemLog

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.errors import UserError
 from ssa.eval.documents import document_texts, read_documents
 from ssa.eval.long import longbench, longeval, ruler

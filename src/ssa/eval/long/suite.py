@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ssa.config import Budget
+from ssa.budget import Budget
 from ssa.errors import UserError
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather
