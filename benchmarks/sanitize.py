@@ -42,7 +42,7 @@ from ssa.ops import (
     window_attention,
 )
 from ssa.ops.cross_entropy import linear_cross_entropy
-from ssa.ops.running_means import extend_block_means
+from ssa.ops.running_means import extend_means
 from ssa.testing import document_positions, random_qkv
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -80,9 +80,9 @@ def decode(heads: int, kv_heads: int, size: int, block: int, k: int, dtype: torc
     keys = blocks * block + 3
     q, key, v = (x.detach() for x in random_qkv(2, 2, keys, heads, kv_heads, size, dtype=dtype))
     means = [torch.zeros(2, blocks + 1, kv_heads, size, dtype=dtype, device=q.device) for _ in range(2)]
-    sums = [torch.zeros(2, kv_heads, size, dtype=torch.float32, device=q.device) for _ in range(2)]
+    sums = [torch.zeros(2, kv_heads, 1, size, dtype=torch.float32, device=q.device) for _ in range(2)]
     starts = torch.tensor([0, block + 1], device=q.device)
-    extend_block_means(key, v, means, sums, torch.tensor(keys, device=q.device), starts, block, impl="triton")
+    extend_means([key, v], means, sums, torch.tensor(keys, device=q.device), starts, block, block, impl="triton")
     out, _, _ = decode_attention(q, key, v, means[0], keys - starts, Selection(k, block), starts=starts, impl="triton")
     _finite([out])
 

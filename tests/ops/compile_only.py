@@ -41,7 +41,7 @@ from ssa.ops import (
     window_attention,
 )
 from ssa.ops.cross_entropy import linear_cross_entropy
-from ssa.ops.running_means import extend_block_means
+from ssa.ops.running_means import extend_means
 from ssa.ops.triton import key_side, reader_lists
 
 shared: dict[str, int] = {}
@@ -145,8 +145,15 @@ def vocabulary(tokens=64, width=32, words=1000):
 def running_means(kv_heads, size):
     k, v = torch.zeros(2, 1, 99, kv_heads, size, dtype=torch.bfloat16)
     means = [torch.zeros(1, 9, kv_heads, size, dtype=torch.bfloat16) for _ in range(2)]
-    sums = [torch.zeros(1, kv_heads, size) for _ in range(2)]
-    extend_block_means(k, v, means, sums, torch.tensor(9), torch.tensor([0]), 16, impl="triton")
+    sums = [torch.zeros(1, kv_heads, 1, size) for _ in range(2)]
+    extend_means([k, v], means, sums, torch.tensor(9), torch.tensor([0]), 16, 16, impl="triton")
+    sums = [torch.zeros(1, kv_heads, 2, size)]
+    extend_means([k], means[:1], sums, torch.tensor(9), torch.tensor([0]), 16, 8, impl="triton")
+    bias, sums, importance = torch.zeros(1, 99, kv_heads, 1), [torch.zeros(1, kv_heads, 2, 1)], torch.zeros(1, 7, kv_heads)
+    means = [torch.zeros(1, 12, kv_heads, 1)]
+    extend_means(
+        [bias], means, sums, torch.tensor(9), torch.tensor([0]), 16, 8, importance=importance, block_size=16, impl="triton"
+    )
 
 
 def heads_128() -> None:

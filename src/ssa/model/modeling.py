@@ -117,6 +117,13 @@ class SSAPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SSADecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["selector"]  # few weights, whose differences order the keys
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Selector):
+            module.reset_parameters()
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs) -> None:
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
