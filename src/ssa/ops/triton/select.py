@@ -49,11 +49,16 @@ def _bound_kernel(block_keys, key_bounds, N, K: tl.constexpr, D: tl.constexpr, D
 
 @triton.jit(do_not_specialize=["slab_start"])
 def _score_kernel(
-    q, block_keys, positions, first_blocks, key_bounds, lse_out, chunk_max,
+    q, block_keys, positions, first_blocks, key_bounds, lse_in, lse_out, chunk_max,
     scale2, slab_start, slab, T, S, N, row_length, num_chunks, q_b, q_t, q_h, R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, TP: tl.constexpr,
-    CHUNK: tl.constexpr, PLAIN: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, PLAIN: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    LOCAL: tl.constexpr, TAIL: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
+    """Keys are means of SIZE keys of the document, one every STRIDE; candidates start in the blocks of BS keys before the last LOCAL. TAIL: of
+    each chunk, the maximum of its last TAIL entries is stored, too, `num_chunks` places further. LSE: "own" sums up as above; "leave" does
+    that alone, with -inf where there is nothing to sum; "take" has it from `lse_in` where that is finite."""
+    PER: tl.constexpr = BS // STRIDE
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles have the most blocks: start them first
     row = tl.program_id(1)
     b = row // R
@@ -74,24 +79,29 @@ def _score_kernel(
         position = tl.where(t < T, S - T + t, 0)
         first = tl.zeros_like(t)
         low = 0
-        token_own = tl.where(token < T, (S - T + token) // BS, 0)
+        token_own = tl.where(token < T, tl.maximum((S - T + token) // BS - LOCAL, 0) * PER, 0)
         token_first = tl.zeros_like(token)
         # below `inner` every block is complete and seen by every query of the tile: no masks
         inner = tl.min(tl.where(token < T, token_own, N)) // BC * BC
     else:
         position = tl.load(positions + b * T + t, mask=t < T, other=0).to(tl.int32)
-        first = tl.load(first_blocks + b * T + t, mask=t < T, other=0).to(tl.int32)
+        first = tl.load(first_blocks + b * T + t, mask=t < T, other=0).to(tl.int32) * PER
         low = tl.min(tl.where(t < T, first, N)) // BC * BC
         token_position = tl.load(positions + b * T + token, mask=token < T, other=0).to(tl.int32)
-        token_first = tl.load(first_blocks + b * T + token, mask=token < T, other=0).to(tl.int32)
-        token_own = tl.where(token < T, token_first + token_position // BS, 0)
+        token_first = tl.load(first_blocks + b * T + token, mask=token < T, other=0).to(tl.int32) * PER
+        token_own = tl.where(token < T, token_first + tl.maximum(token_position // BS - LOCAL, 0) * PER, 0)
         inner = low
-    complete = tl.where(t < T, first + (position + 1) // BS, 0)
+    complete = tl.where(t < T, first + tl.maximum(position + 1 - SIZE + STRIDE, 0) // STRIDE, 0)
     stop = tl.max(complete)
     base = block_keys + (b.to(tl.int64) * N * K + kv) * D
     step = tl.arange(0, BC)
     lse = tl.zeros([GP * BT], tl.float32)
-    if SOFTMAX:
+    sum_up = SOFTMAX
+    lse_rows = (b * T + t).to(tl.int64) * (R * G) + head
+    if LSE == "take":
+        lse = tl.load(lse_in + lse_rows, mask=real, other=0.0)
+        sum_up = tl.min(lse, 0) == float("-inf")
+    if sum_up:
         # Queries are rows here, so that a thread has few of them to sum, and columns in the second sweep.
         total = tl.zeros([GP * BT], tl.float32)
         norm = tl.sqrt(tl.sum(q_C.to(tl.float32) * q_C.to(tl.float32), 1))
@@ -127,8 +137,12 @@ def _score_kernel(
                 higher = tl.maximum(peak, tl.max(logits, 1))
                 total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
                 peak = higher
-        lse = tl.where(complete > first, peak + tl.log2(total), 0.0)
-        tl.store(lse_out + (b * T + t).to(tl.int64) * (R * G) + head, lse, mask=real)
+        found = tl.where(complete > first, peak + tl.log2(total), float("-inf") if LSE == "leave" else 0.0)
+        lse = tl.where(lse == float("-inf"), found, lse) if LSE == "take" else found
+        if LSE != "take":
+            tl.store(lse_out + lse_rows, lse, mask=real)
+    if LSE == "leave":
+        return
     out = chunk_max + ((b * R + r).to(tl.int64) * slab + token - slab_start) * row_length
     chunk_step = tl.arange(0, BC // CHUNK)
     for c in range(low, inner, BC):
@@ -143,6 +157,10 @@ def _score_kernel(
         best = tl.max(tl.reshape(score, [BC // CHUNK, CHUNK, BT]), 1)
         chunk = c // CHUNK + chunk_step
         tl.store(out[None, :] + chunk[:, None], best, mask=(token < T)[None, :])
+        if TAIL > 0:
+            last = tl.where((step % CHUNK >= CHUNK - TAIL)[:, None], score, float("-inf"))
+            last = tl.max(tl.reshape(last, [BC // CHUNK, CHUNK, BT]), 1)
+            tl.store(out[None, :] + num_chunks + chunk[:, None], last, mask=(token < T)[None, :])
     for c in range(inner, tl.max(token_own), BC):
         n = c + step
         keys = tl.load(base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
@@ -156,6 +174,10 @@ def _score_kernel(
         best = tl.max(tl.reshape(tl.where(candidate, score, float("-inf")), [BC // CHUNK, CHUNK, BT]), 1)
         chunk = c // CHUNK + chunk_step
         tl.store(out[None, :] + chunk[:, None], best, mask=(token < T)[None, :] & (chunk < num_chunks)[:, None])
+        if TAIL > 0:
+            last = tl.where((step % CHUNK >= CHUNK - TAIL)[:, None], tl.where(candidate, score, float("-inf")), float("-inf"))
+            last = tl.max(tl.reshape(last, [BC // CHUNK, CHUNK, BT]), 1)
+            tl.store(out[None, :] + num_chunks + chunk[:, None], last, mask=(token < T)[None, :] & (chunk < num_chunks)[:, None])
 
 
 @triton.jit
@@ -323,10 +345,11 @@ def _run(
         here = min(slab, queries - start)
         launch(
             plan, _score_kernel, (ceil_div(here, per_tile), batch * selectors),
-            q, block_keys, positions_BT, first_block_BT, key_bounds, lse, chunk_max, scale2, start, slab, queries, num_keys, blocks,
+            q, block_keys, positions_BT, first_block_BT, key_bounds, None, lse, chunk_max, scale2, start, slab, queries, num_keys, blocks,
             row_length, num_chunks, *strides, GP=wide, BT=per_tile, BC=SCORE_TILE["blocks"], TP=power_of_two(tiles),
             num_warps=SCORE_TILE["warps"], num_stages=stages,
-            maxnreg=SCORE_TILE["registers"] if columns == SCORE_TILE["columns"] else None, **common,
+            maxnreg=SCORE_TILE["registers"] if columns == SCORE_TILE["columns"] else None, SIZE=block_size, STRIDE=block_size, LOCAL=0,
+            TAIL=0, LSE="own", **common,
         )  # fmt: skip
         launch(
             plan, _pick_kernel, (here, batch * selectors),
