@@ -24,7 +24,14 @@ NAN = float("nan")
 
 def windows(count, block_size, size, stride, sinks=1, local=1, by_query=None, **more):
     return Selection(
-        count, block_size, mean_size=size, mean_stride=stride, sink_blocks=sinks, local_blocks=local, query_blocks=by_query, **more
+        count,
+        block_size,
+        mean_size=size,
+        mean_stride=stride,
+        sink_blocks=sinks,
+        local_blocks=local,
+        query_blocks=by_query,
+        **more,
     )
 
 

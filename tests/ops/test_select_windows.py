@@ -25,7 +25,14 @@ INF = float("inf")
 
 def windows(count, block_size, size, stride, sinks=1, local=1, by_query=None, **more):
     return Selection(
-        count, block_size, mean_size=size, mean_stride=stride, sink_blocks=sinks, local_blocks=local, query_blocks=by_query, **more
+        count,
+        block_size,
+        mean_size=size,
+        mean_stride=stride,
+        sink_blocks=sinks,
+        local_blocks=local,
+        query_blocks=by_query,
+        **more,
     )
 
 
@@ -54,11 +61,14 @@ def chosen_by_hand(q_HD, k_SKD, bias_SK, i, selection):
     def best(values, among, count):
         """Each block by the best of the windows that touch it; ties to the lower."""
         touched = {
-            n: max(v for j, v in enumerate(values) if j * stride < (n + 1) * block and j * stride + size > n * block) for n in among
+            n: max(v for j, v in enumerate(values) if j * stride < (n + 1) * block and j * stride + size > n * block)
+            for n in among
         }
         return sorted(among, key=lambda n: (-touched[n], n))[:count]
 
-    forced = [n for n in range(own + 1) if n < selection.sink_blocks or n >= own - selection.local_blocks or i < selection.dense_length]
+    forced = [
+        n for n in range(own + 1) if n < selection.sink_blocks or n >= own - selection.local_blocks or i < selection.dense_length
+    ]
     free = selection.num_selected_blocks - selection.sink_blocks - selection.local_blocks - 1
     by_query = free if selection.query_blocks is None else selection.query_blocks
     rows = []
@@ -441,13 +451,13 @@ def test_kernels_equal_the_reference(name):
 
 
 @needs_triton
-@pytest.mark.parametrize("positions", [None, document_positions([90, 60])[:, -80:]], ids=["plain", "documents"])
+@pytest.mark.parametrize("positions", [None, document_positions([50, 40])[:, -45:]], ids=["plain", "documents"])
 def test_kernels_in_slabs(monkeypatch, positions):
-    """A tile of queries at a time."""
+    """A tile of queries at a time, 16 here."""
     from ssa.ops.triton import select_windows as kernels
 
     monkeypatch.setattr(kernels, "SCORE_BYTES", 1)
-    q, k, _, bias = tensors(1, 80, 2, 1, 16, keys=150, dtype=torch.float32)
+    q, k, _, bias = tensors(1, 45, 8, 1, 16, keys=90, dtype=torch.float32)
     check_kernels(q, k, windows(6, 4, 4, 2, 1, 1, 1, lse="coarse"), bias=bias, positions=positions)
 
 
@@ -487,13 +497,12 @@ def test_nothing_to_select():
 def test_the_operators_are_good_citizens_of_pytorch():
     from ssa.ops.triton.select_windows import select_windows_op
 
-    q, k, _, bias = tensors(1, 6, 2, 1, 16, keys=40, dtype=torch.float32)
+    q, k, _, bias = tensors(1, 2, 2, 1, 16, keys=40, dtype=torch.float32)
     means, coarse, importance = kept_of(k, bias, windows(5, 4, 4, 2, lse="coarse")).values()
     rest = (None, 40, 4, 5, 5, [4, 2, 1, 1, 1, 0], "group", "softmax", 0.25)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for operator in (select_windows_op, reference.select_windows_op):
         torch.library.opcheck(operator, (q, means, coarse, importance, None, None, *rest), test_utils=checks)
-        torch.library.opcheck(operator, (q, means, None, None, None, None, *rest), test_utils=checks)
 
 
 NOSA = windows(64, 64, 32, 16, 1, 16, 15)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ssa.budget import Selection
 from ssa.ops.documents import block_within_rows
@@ -216,12 +217,13 @@ class ImportanceState(MeansState):
         means_BWK = self.sets[0][:, :-1, :, 0]
         complete_BW = torch.arange(means_BWK.shape[1], device=end.device) < self._complete((end - start_B).clamp(min=0))[:, None]
         means_BWK = means_BWK.masked_fill(~complete_BW[..., None], float("-inf"))
-        found = block_importance(means_BWK, self.block_size // self.stride, self.size // self.stride - 1)
-        blocks = -(-room // self.block_size)
-        if self.importance is None or self.importance.shape[:2] != (len(start_B), blocks):
-            self.importance = found.new_empty(len(start_B), blocks, found.shape[2])
-        self.importance.fill_(float("-inf"))
-        self.importance[:, : found.shape[1]] = found[:, :blocks]
+        per_block, blocks = self.block_size // self.stride, -(-room // self.block_size)
+        # the last window may end in a block where none starts
+        means_BWK = pad(means_BWK, (0, 0, 0, blocks * per_block - means_BWK.shape[1]), value=float("-inf"))
+        found = block_importance(means_BWK, per_block, self.size // self.stride - 1)
+        if self.importance is None or self.importance.shape != found.shape:
+            self.importance = found.new_empty(found.shape)
+        self.importance.copy_(found)
 
 
 def taken(x: Tensor, rows: Tensor, length: int, dim: int) -> Tensor:
