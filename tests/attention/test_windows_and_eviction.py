@@ -60,8 +60,12 @@ def tokens(rows=2, length=70, seed=5):
         ("eviction", NOSA, {"budget": "5x4"}),
         ("eviction", NOSA | {"query_blocks": 2, "delta_bias": True}, {"budget": "6x4", "method": "moba"}),
         ("eviction", NOSA | {"dense_length": 30}, {"budget": "5x4", "method": "moba"}),
-        ("eviction", NOSA | {"query_blocks": 0}, {"num_attention_heads": 6, "method": "moba"}),
-        ("eviction", NOSA | {"lse": "coarse"}, {"budget": "5x4", "num_attention_heads": 3, "num_key_value_heads": 1}),
+        ("eviction", NOSA | {"query_blocks": 0}, {"num_attention_heads": 6, "hidden_size": 48, "method": "moba"}),
+        (
+            "eviction",
+            NOSA | {"lse": "coarse"},
+            {"budget": "5x4", "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48},
+        ),
     ],
     ids=str,
 )
@@ -516,9 +520,9 @@ def test_a_budget_below_what_is_always_read_is_one_line_wherever_it_is_given(bud
         tiny_model("moba", num_selected_blocks=count, **known)
     model, x = tiny_model("moba", num_selected_blocks=count + 1, **known), tokens(1, 20)
     model(x)
-    for given in (budget, ["full", budget]):
+    for reading in (budget, ["full", budget]):
         with pytest.raises(UserError, match=message) as error:
-            model(x, budget=given)
+            model(x, budget=reading)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=message):
         model.generate(x, max_new_tokens=2, budget=budget)
