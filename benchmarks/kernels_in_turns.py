@@ -131,10 +131,11 @@ def worker(device: str, settings: dict[str, Any]) -> None:
         def both() -> tuple[torch.Tensor, ...]:
             return of["gradients"](forward())
 
-        kept = of["attend"](index)[0]
-        found = {"backward": ms(lambda: of["gradients"](kept, keep=True)), "both": ms(both)}
-        del kept
-        found["both_gb"] = memory(both)
+        def backward() -> dict[str, float]:
+            kept = of["attend"](index)[0]
+            return {"backward": ms(lambda: of["gradients"](kept, keep=True))}
+
+        found = backward() | {"both": ms(both), "both_gb": memory(both)}
         with torch.no_grad():
             return found | {"attend": ms(lambda: of["attend"](index)), "forward": ms(forward), "forward_gb": memory(forward)}
 
@@ -198,7 +199,9 @@ def medians(turns: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         for side in turns[0]
     }
     ratios = {
-        side: {name: row[name] / rows["old"][name] for name in row if rows["old"][name]} for side, row in rows.items() if side != "old"
+        side: {name: row[name] / rows["old"][name] for name in row if rows["old"][name]}
+        for side, row in rows.items()
+        if side != "old"
     }
     return {"ms": rows, "over_old": ratios}
 

@@ -133,10 +133,8 @@ def _partial_kernel(
         if BIAS:
             out, log = softmax_end(total, out)
         else:
-            if part_o.dtype.element_ty == tl.float32:
-                out = out / total[:, None]
-            else:  # a division for each number takes 2 to 8 % of the kernel (measured)
-                out = out * (1.0 / total)[:, None]
+            # in half precision a reciprocal does: a division for each number takes 2 to 8 % of the kernel (measured)
+            out = out / total[:, None] if part_o.dtype.element_ty == tl.float32 else out * (1.0 / total)[:, None]
         slot = slot * G + g
         tl.store(part_o + (slot * D)[:, None] + d[None, :], out.to(part_o.dtype.element_ty), mask=mask)
         if not BIAS:
@@ -245,7 +243,8 @@ def span_of(
     length = max(64, room // per_query // 64 * 64, math.isqrt(one_query_each // per_query) // 64 * 64)
     if length >= queries:
         return queries, rows
-    return ceil_div(ceil_div(queries, ceil_div(queries, length)), 64) * 64, rows  # equally long: a short one keeps few programs busy
+    even = ceil_div(queries, ceil_div(queries, length))  # a short span at the end would keep few programs busy
+    return ceil_div(even, 64) * 64, rows
 
 
 def _room(
@@ -308,6 +307,7 @@ def forward(
     slots = lists.rows * lists.length * shape["M"] * (q.shape[2] // k.shape[2])
     part_o = torch.empty(slots, shape["D"], dtype=q.dtype, device=q.device)
     part_lse = torch.empty(slots if bias is None else 2 * slots, dtype=torch.float32, device=q.device)
+    # a single warp: more would hand the weights of a part to each other through shared memory, and its loads would wait for that
     few, small = max(1, 4 // shape["GP"]), of_a_query(shape)[1]
     # one stage, on compute capability 9.0: what it leaves of shared memory is worth more than tiles that come ahead (measured)
     stages = 1 if of_128(shape, q.element_size()) and capability(q.get_device()) // 10 == 9 else 2
@@ -324,5 +324,5 @@ def forward(
         launch(
             plan, _combine_kernel, (ceil_div(lists.length, few), choosing), block_indices, part_o, part_lse, out, lse,
             queries, first[0], span % lists.groups * choosing, lists.length, BT=few, MP=power_of_two(shape["M"]),
-            AT_ONCE=parts_at_once(shape, q.element_size()), BIAS=bias is not None, num_warps=2, **small,
+            AT_ONCE=parts_at_once(shape, q.element_size()), BIAS=bias is not None, num_warps=1, **small,
         )  # fmt: skip
