@@ -13,6 +13,13 @@ from ssa.ops import block_sparse_attention, decode_attention, dense_attention, g
 from ssa.ops.implementations import resolve
 
 
+def with_selection_loss(output: MethodOutput, selector: Selector, inputs: AttentionInputs, call: AttentionCall) -> MethodOutput:
+    """`output` and, in training, the selector's own loss, unless it is there already."""
+    if output.selection_loss is not None or not call.train or not selector.loss_weight:
+        return output
+    return output._replace(selection_loss=selector.loss(inputs, call))
+
+
 class AttentionMethod:
     """Which streams are computed and what is added to them. Its name, what it trains and its options stand in `ssa.methods`.
 

@@ -5,6 +5,8 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, N ke
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -130,11 +132,8 @@ def select_blocks(
             within_rows(selection.num_selected_blocks, block_size, k.shape[1], impl), selection.scope, selection.scoring, selection.rule,
             scale,
         )  # fmt: skip
-        # modules of one implementation are imported when it runs: without triton the reference still does
         if impl == "triton":
-            from ssa.ops.triton.select import select_blocks as by_triton
-
-            return by_triton(*arguments)
+            return _kernels().select_blocks(*arguments)
         with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
             return by_reference(*arguments)
 
@@ -179,11 +178,16 @@ def _select_windows(
             selection.num_selected_blocks, window_numbers(selection), selection.scope, selection.scoring, scale,
         )  # fmt: skip
         if impl == "triton":
-            from ssa.ops.triton.select_windows import select_windows as by_triton
-
-            return by_triton(*arguments)
+            return _kernels().select_windows(*arguments)
         with torch.autocast(q.device.type, enabled=False):
             return windows_by_reference(*arguments)
+
+
+def _kernels() -> Any:
+    """Imported when they run: without triton the reference still does; by a statement, which torch.compile traces."""
+    from ssa.ops.triton import select_windows
+
+    return select_windows
 
 
 def window_numbers(selection: Selection) -> list[int]:

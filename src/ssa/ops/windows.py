@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssa.budget import Selection
 from ssa.ops.documents import BlockGrid
+from ssa.ops.reference.select_windows import window_scores
 
 
 def window_means(x: Tensor, size: int, stride: int) -> Tensor:
@@ -61,6 +63,7 @@ def key_importance(bias: Tensor, grid: BlockGrid | None, block_size: int, size: 
     if grid is None:
         return block_importance(window_means(x, size, stride)[..., 0], per_block, before)
     means = grid_window_means(x, grid, size, stride)[..., 0].unflatten(1, (-1, per_block))  # [B, N, r, K]
+    assert grid.windows_BN is not None and grid.opens_document_BN is not None  # a grid of windows
     complete = torch.arange(per_block, device=bias.device) < grid.windows_BN[..., None]
     means = means.masked_fill(~complete[..., None], float("-inf"))
     own = means.amax(2)
@@ -69,3 +72,19 @@ def key_importance(bias: Tensor, grid: BlockGrid | None, block_size: int, size: 
     # the last windows of the block before, which ends in this one if it is of the same document
     tail = torch.nn.functional.pad(means[:, :-1, per_block - before :].amax(2), (0, 0, 1, 0), value=float("-inf"))
     return torch.where(grid.opens_document_BN[..., None], own, torch.maximum(own, tail))
+
+
+def block_scores(
+    q_BQHD: Tensor, means_BWKD: Tensor, first_BQ: Tensor, position_BQ: Tensor, selection: Selection, blocks: int
+) -> Tensor:
+    """By which blocks are chosen, of a few queries: [B, K, Q, N] in fp32, `first_BQ` the row block where a query's document begins. -inf where
+    no window is complete; the mean over query heads where each chooses for itself."""
+    per_block, before, kv_heads = selection.windows_per_block, selection.windows_before, means_BWKD.shape[2]
+    score = window_scores(
+        q_BQHD, means_BWKD, None, first_BQ * per_block, first_BQ, position_BQ, selection.mean_size, selection.mean_stride, selection.scope,
+        "softmax", q_BQHD.shape[-1] ** -0.5,
+    )  # fmt: skip
+    score = score.unflatten(1, (kv_heads, -1)).mean(2)
+    missing = max(0, blocks * per_block - score.shape[-1])
+    score = torch.nn.functional.pad(score, (before, missing), value=float("-inf"))
+    return score.unfold(-1, per_block + before, per_block)[..., :blocks, :].amax(-1)

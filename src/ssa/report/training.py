@@ -15,13 +15,26 @@ from ssa.report.svg import Series, line_chart, number
 
 POINTS = 240
 """A curve is drawn with so many points at most."""
-_KNOWN = {"kind", "step", "stream", "tokens", "loss", "cross_entropy", "sparsity_loss", "commitment_loss", "queries"}
+_KNOWN = {
+    "kind",
+    "step",
+    "stream",
+    "tokens",
+    "loss",
+    "cross_entropy",
+    "sparsity_loss",
+    "commitment_loss",
+    "selection_loss",
+    "queries",
+}
 
 _CURVES: tuple[tuple[tuple[str, ...], str, str, bool, str], ...] = (
     (("cross_entropy",), "Training loss", "cross-entropy (nats / token)", False,
      "The thick line is a running mean of the thin one. Lower is better. SSA's steps alternate at random between full and sparse attention."),
     (("sparsity_loss", "commitment_loss"), "Alignment loss", "sparsity + commitment", True,
      "How far the outputs of full and sparse attention are apart at the same layer (logarithmic). Only SSA trains on it."),
+    (("selection_loss",), "Selectors' loss", "nats", False,
+     "How far the importance of blocks is from the attention that they get (eviction_loss_weight)."),
     (("tokens_per_second",), "Speed", "tokens / second", False, "Training throughput, validations and checkpoints left out."),
     (("mfu",), "Model FLOPs utilisation", "share of the peak", False, "Arithmetic the model needs over what the device could do."),
     (("peak_memory_gb",), "Peak memory", "GB", False, "Largest memory in use so far on one device."),

@@ -49,6 +49,8 @@ class Selector(nn.Module):
     """Whether its matrices decay as the model's do."""
     muon: ClassVar[bool] = True
     """Whether Muon may train its matrices; otherwise AdamW does."""
+    loss_weight: float = 0.0
+    """What its own `loss` weighs beside the cross-entropy; 0: it has none."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -89,6 +91,10 @@ class Selector(nn.Module):
 
     def key_bias(self, k: Tensor, v: Tensor) -> Tensor | None:
         """fp32 [B, T, K], added to the logits of these keys in every stream; k after RoPE and v are [B, T, K, D] of new tokens."""
+        return None
+
+    def loss(self, inputs: AttentionInputs, call: AttentionCall) -> Tensor | None:
+        """fp32 scalar of one layer, a mean over what it looks at; asked for in training where `loss_weight` is not 0."""
         return None
 
     def flops(self, selection: Selection, position_ids: Tensor) -> float:

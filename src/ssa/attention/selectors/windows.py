@@ -12,7 +12,6 @@ from ssa.attention.selectors.means import MeansSelector
 from ssa.attention.selectors.selector import HeadShape, Kept
 from ssa.attention.state import CachedRows
 from ssa.budget import COARSER, Selection
-from ssa.errors import UserError
 
 
 class WindowsSelector(MeansSelector):
@@ -41,7 +40,13 @@ class WindowsSelector(MeansSelector):
 
     def flops(self, selection: Selection, position_ids: Tensor) -> float:
         rule = self.rule(selection)
-        windows = ((position_ids.double() + 1 - rule.mean_size + rule.mean_stride) / rule.mean_stride).floor().clamp(min=0).mean().item()
+        windows = (
+            ((position_ids.double() + 1 - rule.mean_size + rule.mean_stride) / rule.mean_stride)
+            .floor()
+            .clamp(min=0)
+            .mean()
+            .item()
+        )
         if rule.lse == "coarse":
             windows *= 1 + 1 / COARSER
         return 2 * self.shape.heads * self.shape.head_dim * windows

@@ -56,7 +56,7 @@ def _select_windows(
         cut = slice(t, t + chunk)
         position_BC = positions_BT[:, cut]
         own_BC = position_BC // block_size
-        score_BRCW = _window_scores(
+        score_BRCW = window_scores(
             q_BTHD[:, cut], means_BWKD, coarse_BVKD, first_block_BT[:, cut] * per_block, first_coarse_BT[:, cut], position_BC,
             size, stride, scope, scoring, scale,
         )  # fmt: skip
@@ -90,7 +90,7 @@ def _(q, means, coarse, importance, first_block, first_coarse, positions, num_ke
     return indices, torch.empty_like(indices, dtype=torch.float32)
 
 
-def _window_scores(
+def window_scores(
     q_BCHD: Tensor, means_BWKD: Tensor, coarse_BVKD: Tensor | None, first_BC: Tensor, first_coarse_BC: Tensor, position_BC: Tensor,
     size: int, stride: int, scope: str, scoring: str, scale: float,
 ) -> Tensor:  # fmt: skip
@@ -103,7 +103,9 @@ def _window_scores(
         logits_BKGCW = logits_BKGCW.masked_fill(~seen, float("-inf"))
         lse = logits_BKGCW.logsumexp(-1, keepdim=True)
         if coarse_BVKD is not None:
-            coarse, coarse_seen_BCV = _logits(q_BCHD, coarse_BVKD, first_coarse_BC, position_BC, COARSER * size, COARSER * stride, scale)
+            coarse, coarse_seen_BCV = _logits(
+                q_BCHD, coarse_BVKD, first_coarse_BC, position_BC, COARSER * size, COARSER * stride, scale
+            )
             coarse_lse = coarse.masked_fill(~coarse_seen_BCV[:, None, None], float("-inf")).logsumexp(-1, keepdim=True)
             # a document's first queries see no coarse window
             lse = torch.where(coarse_lse == float("-inf"), lse, coarse_lse)

@@ -382,8 +382,7 @@ def _score(
     scoring: str, rule: str, scale: float,
 ) -> _Choice:  # fmt: skip
     """`candidates`: the most blocks that come before a query's own; `complete`: the most that a row completes."""
-    batch, queries, heads, size = q.shape
-    kv_heads = block_means.shape[2]
+    batch, queries = q.shape[:2]
     selectors, num_selected = indices.shape[1], indices.shape[3]
     if num_selected == 1 or candidates < 1:
         return _Choice()
@@ -456,8 +455,8 @@ def _choose_windows(
     num_selected: int, windows: list[int], scope: str, scoring: str, scale: float, columns: int,
 ) -> Tensor:  # fmt: skip
     """int32 [B, R, T, M]; `columns`: the most tokens of a row."""
-    size, stride, sinks, local, _, _ = windows
-    batch, queries, heads, _ = q.shape
+    size, stride, _, local, _, _ = windows
+    batch, queries = q.shape[:2]
     kv_heads, per_block = means.shape[2], block_size // stride
     indices = _unfilled(q, kv_heads, places, scope)
     layout = (
@@ -571,7 +570,24 @@ def _(q, block_means, lengths, block_size, num_selected, scope, scoring, rule, s
 
 
 @decode_windows_op.register_fake
-def _(q, means, coarse_means, importance, lengths, block_size, places, num_selected, windows, scope, scoring, scale, k, v, starts, bias):
+def _(
+    q,
+    means,
+    coarse_means,
+    importance,
+    lengths,
+    block_size,
+    places,
+    num_selected,
+    windows,
+    scope,
+    scoring,
+    scale,
+    k,
+    v,
+    starts,
+    bias,
+):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), _unfilled(q, k.shape[2], places, scope)
 
 

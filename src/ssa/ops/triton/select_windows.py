@@ -18,7 +18,7 @@ from ssa.ops.triton.largest import NOTHING, ordered, take_largest
 from ssa.ops.triton.launch import Plan, ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E
 from ssa.ops.triton.operation import operation
-from ssa.ops.triton.select import BOUND_TILE, SCORE_BYTES, SCORE_TILE, _bound_kernel, _score_kernel
+from ssa.ops.triton.select import BOUND_TILE, SCORE_BYTES, SCORE_TILE, _bound_kernel, _score_kernel, select_blocks
 
 
 @triton.jit(do_not_specialize=["slab_start", "N"])
@@ -180,9 +180,7 @@ def _bounds(plan: Plan | None, means: Tensor, padded_size: int) -> tuple[Tensor,
     batch, windows, kv_heads, dim = means.shape
     tiles = ceil_div(windows, BOUND_TILE.value)
     bounds = torch.empty(batch * kv_heads, tiles, dtype=torch.float32, device=means.device)
-    launch(
-        plan, _bound_kernel, (tiles, batch * kv_heads), means, bounds, windows, K=kv_heads, D=dim, DP=padded_size, num_warps=4
-    )
+    launch(plan, _bound_kernel, (tiles, batch * kv_heads), means, bounds, windows, K=kv_heads, D=dim, DP=padded_size, num_warps=4)
     return bounds, tiles
 
 
@@ -196,4 +194,5 @@ def _(q, means, coarse, importance, first_block, first_coarse, positions, num_ke
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
 
 
+__all__ = ["pick", "select_blocks", "select_windows"]
 select_windows = operation(select_windows_op, _run)
