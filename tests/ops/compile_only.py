@@ -156,6 +156,26 @@ def running_means(kv_heads, size):
     )
 
 
+def windows(heads, kv_heads, size, tokens, packed=False, queries=1, dtype=torch.bfloat16, **more):
+    q, k, v = (x.detach() for x in tensors((1, tokens, heads, size), *[(1, tokens, kv_heads, size)] * 2, dtype=dtype))
+    selection = Selection(24, 64, mean_size=32, mean_stride=16, sink_blocks=1, local_blocks=16, query_blocks=3, **more)
+    bias = torch.zeros(1, tokens, kv_heads)
+    positions = torch.arange(tokens)[None] % (tokens // 2) if packed else None
+    select_blocks(q, k, selection, bias=bias, positions=positions, impl="triton")
+    means, coarse = torch.zeros(2, 2, tokens // 16, kv_heads, size, dtype=dtype)[:, :1]
+    importance = torch.zeros(1, tokens // 64, kv_heads)
+    decode_attention(
+        q[:, :queries], k, v, means, torch.tensor([tokens]), selection, bias=bias, coarse_means=coarse, importance=importance, impl="triton"
+    )  # fmt: skip
+
+
+def all_windows() -> None:
+    windows(32, 2, 64, 4096)
+    windows(32, 2, 128, 4096, packed=True, lse="coarse")
+    windows(8, 2, 128, 2048, queries=4, scope="head", dense_length=512)
+    windows(4, 2, 64, 2048, dtype=torch.float32)
+
+
 def heads_128() -> None:
     """Groups of 4 and 1, blocks of 128 and 64, heads that choose together and apart, as `ssa bench kernels` measures them."""
     sparse(8, 2, 128, 8, 128, tokens=2048)
@@ -173,6 +193,8 @@ def main(capability: int, what: str) -> None:
     implementations._triton_missing = lambda kind: None
     if what == "heads-128":
         heads_128()
+    elif what == "windows":
+        all_windows()
     else:
         every(what == "all")
     print(json.dumps({"shared": shared, "stack": stack, "missed": sorted(every_kernel() - set(shared))}))
@@ -188,6 +210,7 @@ def every(everything: bool) -> None:
     with patch.object(reader_lists, "MAP_BYTES", 0):  # lists of readers by sorting
         sparse(32, 2, 64, 16, 16)
     if everything:
+        all_windows()
         sparse(8, 2, 128, 8, 128, tokens=2048, packed=True, bias=True, scope="head")
         sparse(8, 2, 64, 4, 256, tokens=4096)
         nsa(32, 2, 64, 16)

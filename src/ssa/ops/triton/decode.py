@@ -424,11 +424,11 @@ class _Scored(NamedTuple):
         return cls(together, tile, span, max(1, ceil_div(count, span)), warps)
 
     def launch(
-        self, plan: Plan | None, q: Tensor, means: Tensor, lengths: Tensor, scores: Tensor | None, tops: Tensor | None, block_size: int,
+        self, plan: Plan | None, q: Tensor, means: Tensor, lengths: Tensor, scores: Tensor | None, tops: Tensor, block_size: int,
         selectors: int, scoring: str, scale: float, family: int, windows: tuple[int, int, int] | None = None,
-        coarse: tuple[Tensor, _Scored] | None = None,
+        coarse: tuple[Tensor, _Scored] | None = None, sums_alone: bool = False,
     ) -> Tensor | None:  # fmt: skip
-        """Writes scores, or with `tops` None leaves the heads' sums alone; returns those. `windows`: size, stride, local blocks."""
+        """Writes scores unless it is for the heads' sums alone; returns those. `windows`: size, stride, local blocks."""
         batch, queries, heads, size = q.shape
         kv_heads = means.shape[2]
         units = batch * kv_heads * ceil_div(queries, self.together)
@@ -436,7 +436,7 @@ class _Scored(NamedTuple):
         sums = torch.zeros(units, self.spans, self.tile, dtype=torch.int64, device=q.device) if softmax else None
         at_once = not softmax or self.spans <= _may_wait(q.device)
         length, stride, local = windows or (block_size, block_size, 0)
-        for leaves, writes in [(1, 0)] if tops is None else [(1, 1)] if at_once else [(1, 0), (0, 1)]:
+        for leaves, writes in [(1, 0)] if sums_alone else [(1, 1)] if at_once else [(1, 0), (0, 1)]:
             launch(
                 plan, _score_kernel, (units * self.spans,),
                 q, means, lengths, sums, None if coarse is None else coarse[0], scores, tops, scale * (LOG2E.value if softmax else 1.0),
@@ -465,18 +465,18 @@ def _choose_windows(
     plan = plan_of(*layout, "windows")
     softmax, selectors = scoring == "softmax", indices.shape[1]
     scored = _Scored.of(q, means, max(0, columns - size + stride) // stride, per_block)
+    pitch = scored.spans * scored.span // per_block
+    tops = _workspace(q, batch * selectors, queries, 2 * pitch)
     coarse = None
     if coarse_means is not None and softmax and coarse_means.shape[1]:
         wide = _Scored.of(q, coarse_means, coarse_means.shape[1])
         apart = (COARSER * size, COARSER * stride, 0)
         # of the same kernel, launched another way
         sums = wide.launch(
-            plan_of(*layout, "coarse"), q, coarse_means, lengths, None, None, apart[1], selectors, scoring, scale, 1, apart
-        )
+            plan_of(*layout, "coarse"), q, coarse_means, lengths, None, tops, apart[1], selectors, scoring, scale, 1, apart, sums_alone=True
+        )  # fmt: skip
         assert sums is not None
         coarse = sums, wide
-    pitch = scored.spans * scored.span // per_block
-    tops = _workspace(q, batch * selectors, queries, 2 * pitch)
     scored.launch(
         plan, q, means, lengths, None, tops, block_size, selectors, scoring, scale, per_block, (size, stride, local), coarse
     )

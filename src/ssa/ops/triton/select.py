@@ -141,8 +141,10 @@ def _score_kernel(
         lse = tl.where(lse == float("-inf"), found, lse) if LSE == "take" else found
         if LSE != "take":
             tl.store(lse_out + lse_rows, lse, mask=real)
+    last = tl.max(token_own)
     if LSE == "leave":
-        return
+        inner = low  # no second sweep
+        last = low
     out = chunk_max + ((b * R + r).to(tl.int64) * slab + token - slab_start) * row_length
     chunk_step = tl.arange(0, BC // CHUNK)
     for c in range(low, inner, BC):
@@ -158,10 +160,10 @@ def _score_kernel(
         chunk = c // CHUNK + chunk_step
         tl.store(out[None, :] + chunk[:, None], best, mask=(token < T)[None, :])
         if TAIL > 0:
-            last = tl.where((step % CHUNK >= CHUNK - TAIL)[:, None], score, float("-inf"))
-            last = tl.max(tl.reshape(last, [BC // CHUNK, CHUNK, BT]), 1)
-            tl.store(out[None, :] + num_chunks + chunk[:, None], last, mask=(token < T)[None, :])
-    for c in range(inner, tl.max(token_own), BC):
+            tail = tl.where((step % CHUNK >= CHUNK - TAIL)[:, None], score, float("-inf"))
+            tail = tl.max(tl.reshape(tail, [BC // CHUNK, CHUNK, BT]), 1)
+            tl.store(out[None, :] + num_chunks + chunk[:, None], tail, mask=(token < T)[None, :])
+    for c in range(inner, last, BC):
         n = c + step
         keys = tl.load(base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
         score = tl.dot(keys, q_T, input_precision=PRECISION) * scale2
@@ -175,9 +177,9 @@ def _score_kernel(
         chunk = c // CHUNK + chunk_step
         tl.store(out[None, :] + chunk[:, None], best, mask=(token < T)[None, :] & (chunk < num_chunks)[:, None])
         if TAIL > 0:
-            last = tl.where((step % CHUNK >= CHUNK - TAIL)[:, None], tl.where(candidate, score, float("-inf")), float("-inf"))
-            last = tl.max(tl.reshape(last, [BC // CHUNK, CHUNK, BT]), 1)
-            tl.store(out[None, :] + num_chunks + chunk[:, None], last, mask=(token < T)[None, :] & (chunk < num_chunks)[:, None])
+            tail = tl.where((step % CHUNK >= CHUNK - TAIL)[:, None], tl.where(candidate, score, float("-inf")), float("-inf"))
+            tail = tl.max(tl.reshape(tail, [BC // CHUNK, CHUNK, BT]), 1)
+            tl.store(out[None, :] + num_chunks + chunk[:, None], tail, mask=(token < T)[None, :] & (chunk < num_chunks)[:, None])
 
 
 @triton.jit
