@@ -69,7 +69,7 @@ def tokens(rows=2, length=70, seed=5):
     ],
     ids=str,
 )
-def test_they_do_what_a_selector_must(selector, options, fields):
+def test_they_do_what_a_selector_must(on_the_cpu, selector, options, fields):
     check_selector(selector, options, **({"budget": "4x4"} | fields))
 
 
