@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ssa.budget import Budget
+from ssa.budget import Reading
 from ssa.errors import UserError
 from ssa.eval.loglikelihood import encode_pairs
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather
-from ssa.eval.model_under_test import budget_name, provenance
+from ssa.eval.model_under_test import provenance
 from ssa.eval.questions import CHOICE_TASKS, LM_EVAL_VERSION, QuestionSet, is_right, read_questions
 from ssa.eval.results import TASKS_FILE, read_results
 from ssa.eval.scored import (
@@ -55,7 +55,7 @@ def _run_task(questions: QuestionSet, request: TaskRequest) -> dict[str, Any]:
         notes, source = ([OWN_POOL_NOTE], "the questions") if questions.is_own_pool else ([], "training file")
     entry = new_entry(request, {**setting, "seeds": seeds if num_fewshot else []}, count, notes, examples_from=source)
     efforts = {budget: {"scored": 0.0, "seconds": 0.0, "padding": 0.0} for budget in request.budgets}
-    logs: dict[tuple[Budget | None, int | None], ItemLog] = {}
+    logs: dict[tuple[Reading, int | None], ItemLog] = {}
     for seed in seeds:
         before = questions.examples(num_fewshot, seed or 0, count)
         for budget in request.budgets:
@@ -75,7 +75,7 @@ def _run_task(questions: QuestionSet, request: TaskRequest) -> dict[str, Any]:
         figures = _figures(questions, records)
         if figures is not None:
             new = {"metrics": figures, **efforts[budget], **provenance(request.subject)}
-            entry["budgets"][budget_name(budget)] = figures_of(request, entry, budget, new)
+            entry["budgets"][str(budget)] = figures_of(request, entry, budget, new)
     return keep_entry(request, entry)
 
 

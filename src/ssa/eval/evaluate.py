@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ssa.budget import Budget, parse_budgets
+from ssa.budget import FULL, Reading, parse_reading, parse_readings
 from ssa.collectives import meet
 from ssa.device import local_device
 from ssa.errors import UserError
@@ -29,7 +29,7 @@ def evaluate(
     *,
     data: str | Path | None = None,
     split: str = "valid",
-    budgets: str | Sequence[Budget | str | None] | None = None,
+    budgets: str | Sequence[Reading | str] | None = None,
     context: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
@@ -60,8 +60,7 @@ def evaluate(
     Args:
         data: A prepared directory, text files or "builtin:python"; by default the run's own data.
         split: Of a prepared directory.
-        budgets: "4x16,16x16,full" or a list of such; "full" (or None in a list) = full attention. By default the model's own budget
-            and full.
+        budgets: "4x16,16x16,full" or a list of such; "full" = full attention. By default the model's own budget and full.
         context: Window in tokens; by default the training context (at most `run_directory.DEFAULT_CONTEXT` for a model without a recipe).
         stride: New tokens per window; `context` by default.
         max_tokens: Score no more than so many tokens, from the beginning of the data.
@@ -112,7 +111,7 @@ def evaluate(
     subject = load_model_under_test(run, local_device(device), dtype)
     if rope_factor is not None:
         subject = scaled(subject, rope_factor)
-    chosen = list(dict.fromkeys([subject.model.config.budget, None] if asked is None else asked))
+    chosen = list(dict.fromkeys([subject.model.config.budget, FULL] if asked is None else asked))
     check_budgets(subject.model.config, chosen)
     directory = Path(out) if out is not None else subject.directory
     check_directory(directory)
@@ -161,10 +160,10 @@ def _context(subject: ModelUnderTest, context: int | None) -> int:
     return min(run_context(subject.path), limit)
 
 
-def _parsed(budgets: str | Sequence[Budget | str | None]) -> list[Budget | None]:
+def _parsed(budgets: str | Sequence[Reading | str]) -> list[Reading]:
     if isinstance(budgets, str):
-        return parse_budgets(budgets)
-    found = [b for item in budgets for b in (parse_budgets(item) if isinstance(item, str) else [item])]
+        return parse_readings(budgets)
+    found = [b for item in budgets for b in (parse_readings(item) if isinstance(item, str) else [parse_reading(item)])]
     if not found:
         raise UserError("no budget given; write e.g. 16x16,full")
     return found

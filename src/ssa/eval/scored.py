@@ -13,21 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssa.budget import Budget
+from ssa.budget import Reading
 from ssa.errors import UserError
 from ssa.eval.loglikelihood import Effort, Request, Score, check_max_length, log_likelihoods
 from ssa.eval.long.item_log import ItemLog
-from ssa.eval.model_under_test import attention, budget_name, description, progress_bar
+from ssa.eval.model_under_test import attention, description, progress_bar
 from ssa.eval.results import TASKS_FILE, add_results, read_results, result_key
 from ssa.eval.tables import print_task
 from ssa.eval.tasks import TaskRequest
 from ssa.ranks import Shard
 
 
-def item_log(request: TaskRequest, task: str, setting: dict[str, Any], budget: Budget | None, seed: int | None) -> ItemLog:
+def item_log(request: TaskRequest, task: str, setting: dict[str, Any], budget: Reading, seed: int | None) -> ItemLog:
     """Where the items of one pass are kept: `setting`, budget and seed decide every value in it."""
-    key = result_key({**setting, "budget": budget_name(budget), "seed": seed})
-    name = f"{task}-{budget_name(budget)}" + ("" if seed is None else f"-seed{seed}")
+    key = result_key({**setting, "budget": str(budget), "seed": seed})
+    name = f"{task}-{budget}" + ("" if seed is None else f"-seed{seed}")
     return ItemLog(request.directory / "items" / f"{name}-{key}", Shard.from_environment().rank)
 
 
@@ -38,7 +38,7 @@ def missing(log: ItemLog, count: int) -> list[int]:
 
 
 def score_items(
-    request: TaskRequest, what: str, items: dict[int, Sequence[Request]], log: ItemLog, budget: Budget | None, max_length: int
+    request: TaskRequest, what: str, items: dict[int, Sequence[Request]], log: ItemLog, budget: Reading, max_length: int
 ) -> dict[str, float]:
     """Score the items (number -> its requests) and append each to `log` as soon as all its requests are done.
 
@@ -53,7 +53,7 @@ def score_items(
         log.append([{"index": number, "log_likelihoods": [], "greedy": []} for number in empty])
     effort = Effort()
     started = time.perf_counter()
-    with progress_bar(request.console, f"{what}, {budget_name(budget)}", len(owners)) as progress:
+    with progress_bar(request.console, f"{what}, {budget}", len(owners)) as progress:
 
         def deliver(done: list[tuple[int, Score]]) -> None:
             finished = []
@@ -86,10 +86,10 @@ def score_items(
     }
 
 
-def figures_of(request: TaskRequest, entry: dict[str, Any], budget: Budget | None, new: dict[str, Any]) -> dict[str, Any]:
+def figures_of(request: TaskRequest, entry: dict[str, Any], budget: Reading, new: dict[str, Any]) -> dict[str, Any]:
     """What the entry says about the budget: `new`, or what the file said before if nothing had to be computed for it now."""
     before = read_results(request.directory / TASKS_FILE)["results"].get(result_key(entry["setting"]), {"budgets": {}})
-    return before["budgets"].get(budget_name(budget), new) if not new["scored"] else new
+    return before["budgets"].get(str(budget), new) if not new["scored"] else new
 
 
 def metric(by_seed: dict[int | None, float], stderr: Sequence[float] | None = None) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def keep_entry(request: TaskRequest, entry: dict[str, Any]) -> dict[str, Any]:
     if entry["budgets"]:
         entry = add_results(request.directory / TASKS_FILE, entry)
     if request.console is not None:
-        print_task(request.console, entry, [budget_name(budget) for budget in request.budgets])
+        print_task(request.console, entry, [str(budget) for budget in request.budgets])
     return entry
 
 

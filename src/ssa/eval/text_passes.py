@@ -13,12 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from ssa.budget import Budget
+from ssa.budget import FULL, Budget, Reading
 from ssa.data.shards import is_prepared
 from ssa.eval.documents import document_texts, fingerprint, read_documents
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather, run_items
-from ssa.eval.model_under_test import ModelUnderTest, attention, budget_name, description, progress_bar, provenance
+from ssa.eval.model_under_test import ModelUnderTest, attention, description, progress_bar, provenance
 from ssa.eval.needle import Haystack, NeedleBatches, score
 from ssa.eval.perplexity import Perplexity, WindowBatches, check_windows
 from ssa.eval.results import add_results, read_results, result_key
@@ -37,8 +37,7 @@ class TextRequest:
     source: str | Path
     """A prepared directory, or what `read_texts` reads."""
     split: str
-    budgets: Sequence[Budget | None]
-    """None = full attention."""
+    budgets: Sequence[Reading]
     directory: Path
     """For the results."""
     console: Console | None = None
@@ -76,7 +75,7 @@ def run_perplexity(
     if cut:
         entry["notes"].append(f"the data is longer: the first {total} tokens of it are scored (max_tokens)")
 
-    def compute(number: int, budget: Budget | None) -> dict[str, Any]:
+    def compute(number: int, budget: Reading) -> dict[str, Any]:
         return {"nats": batches.nats(subject.model, number, **attention(budget))}
 
     def figures(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def run_perplexity(
     work = _Work(request, path, entry, len(batches), batches.rows, compute, figures, _with_gaps)
     entry = work.run()
     if request.console is not None and work.is_done(entry):
-        print_perplexity(request.console, entry, [budget_name(b) for b in request.budgets])
+        print_perplexity(request.console, entry, [str(b) for b in request.budgets])
     return entry
 
 
@@ -113,7 +112,7 @@ def run_needles(
         "budgets": {},
     }  # fmt: skip
 
-    def compute(number: int, budget: Budget | None) -> dict[str, Any]:
+    def compute(number: int, budget: Reading) -> dict[str, Any]:
         found, log_p = score(subject.model, batches.cases(number), **attention(budget))
         return {"found": found.tolist(), "log_probability": log_p.tolist()}
 
@@ -126,7 +125,7 @@ def run_needles(
     entry = work.run()
     if request.console is not None and work.is_done(entry):
         for budget in request.budgets:
-            print_needles(request.console, entry, budget_name(budget))
+            print_needles(request.console, entry, str(budget))
     return entry
 
 
@@ -140,7 +139,7 @@ class _Work:
     count: int
     batch: int
     """How large the batches are: those of another size are other batches."""
-    compute: Callable[[int, Budget | None], dict[str, Any]]
+    compute: Callable[[int, Reading], dict[str, Any]]
     figures: Callable[[list[dict[str, Any]]], dict[str, Any]]
     add: Callable[[Path, Entry], Entry]
 
@@ -149,7 +148,7 @@ class _Work:
         shard, console = Shard.from_environment(), self.request.console
         fresh = set()
         for budget in self.request.budgets:
-            what = f"{self.path.stem}, {budget_name(budget)}"
+            what = f"{self.path.stem}, {budget}"
             with progress_bar(None if shard.rank else console, what, len(shard.share(self.count))) as progress:
                 if self._share(budget, shard, progress):
                     fresh.add(budget)
@@ -161,13 +160,13 @@ class _Work:
         return entry
 
     def is_done(self, entry: Entry) -> bool:
-        return all(budget_name(budget) in entry["budgets"] for budget in self.request.budgets)
+        return all(str(budget) in entry["budgets"] for budget in self.request.budgets)
 
-    def _log(self, budget: Budget | None) -> ItemLog:
-        key = result_key({**self.entry["setting"], "batch": self.batch, "attention": budget_name(budget)})
+    def _log(self, budget: Reading) -> ItemLog:
+        key = result_key({**self.entry["setting"], "batch": self.batch, "attention": str(budget)})
         return ItemLog(self.request.directory / "items" / self.path.stem / key, Shard.from_environment().rank)
 
-    def _share(self, budget: Budget | None, shard: Shard, progress: Callable[[int], None] | None) -> bool:
+    def _share(self, budget: Reading, shard: Shard, progress: Callable[[int], None] | None) -> bool:
         """Whether there was anything left to do."""
         log = self._log(budget)
         before = log.records().keys()
@@ -181,12 +180,12 @@ class _Work:
         )
         return any(number not in before for number in shard.share(self.count))
 
-    def _put_together(self, budgets: Sequence[Budget | None], fresh: set[Budget | None]) -> Entry:
+    def _put_together(self, budgets: Sequence[Reading], fresh: set[Reading]) -> Entry:
         """The entry with those of the budgets that every rank is done with; figures that are on file and had nothing to add stay."""
         known = read_results(self.path)["results"].get(result_key(self.entry["setting"]), self.entry)["budgets"]
         found = {}
         for budget in budgets:
-            name = budget_name(budget)
+            name = str(budget)
             if name in known and budget not in fresh:
                 found[name] = known[name]
             elif (records := gather(self._log(budget), self.count)) is not None:
@@ -203,8 +202,8 @@ def _setting(request: TextRequest) -> dict[str, Any]:
 
 def _notes(request: TextRequest, length: int) -> list[str]:
     config = request.subject.model.config
-    notes = config.attends.full_notes if None in request.budgets else []
-    idle = [str(b) for b in request.budgets if b is not None and b.tokens >= length and config.selection_rule == "exact"]
+    notes = config.attends.full_notes if FULL in request.budgets else []
+    idle = [str(b) for b in request.budgets if isinstance(b, Budget) and b.tokens >= length and config.selection_rule == "exact"]
     if idle:
         notes.append(f"{', '.join(idle)} reads everything there is in {length} tokens: selection drops nothing")
     return notes

@@ -13,7 +13,7 @@ from ssa.data.lines import read_objects, read_text
 from ssa.errors import UserError
 from ssa.eval.loglikelihood import encode, prefix_token, rolling_requests
 from ssa.eval.long.measure import gather
-from ssa.eval.model_under_test import budget_name, provenance
+from ssa.eval.model_under_test import provenance
 from ssa.eval.questions import LM_EVAL_VERSION
 from ssa.eval.results import TASKS_FILE, read_results
 from ssa.eval.scored import (
@@ -144,7 +144,7 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
         if records is not None:
             nats = -sum(sum(record["log_likelihoods"]) for record in records)
             new = {"metrics": _figures(nats, pages), **took, **provenance(subject)}
-            entry["budgets"][budget_name(budget)] = figures_of(request, entry, budget, new)
+            entry["budgets"][str(budget)] = figures_of(request, entry, budget, new)
     return {"wikitext": keep_entry(request, entry)}
 
 

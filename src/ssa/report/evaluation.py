@@ -6,7 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ssa.analysis.results import SAME_TEXT, budget_tokens, needle_grids, perplexities, perplexity_setting
+from ssa.analysis.results import SAME_TEXT, needle_grids, perplexities, perplexity_setting
+from ssa.budget import parse_reading
 from ssa.methods import look_of
 from ssa.report.collect import RunEvidence
 from ssa.report.page import Cell, Section, figure, table
@@ -71,7 +72,7 @@ def _by_budget(together: Sequence[Group], name: str) -> tuple[Found, list[dict]]
 
 
 def _budgets(found: Found) -> list[str]:
-    return sorted({b for _, by_budget in found for b in by_budget}, key=lambda b: (budget_tokens(b), b))
+    return sorted({b for _, by_budget in found for b in by_budget}, key=lambda b: (parse_reading(b).tokens, b))
 
 
 def _perplexity_table(what: str, found: Found) -> str:

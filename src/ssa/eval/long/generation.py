@@ -7,20 +7,19 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import Budget
+from ssa.budget import Reading
 from ssa.eval.long.items import Item
 from ssa.eval.model_under_test import attention
 from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
 from ssa.infer.transcript import Transcript
 
 
-def write(model: Any, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item], budget: Budget | None) -> list[str]:
+def write(model: Any, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item], budget: Reading) -> list[str]:
     """What `model` writes after each prompt, greedily; prompts of different lengths are padded on the left.
 
     Args:
         model: An `SSAForCausalLM`, or anything with its `generate`, `device` and `config`.
         items: Each is cut off at its own `max_new_tokens` and stop texts.
-        budget: None = full attention.
 
     Returns:
         One text per item, without prompt, end token and stop text.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import Budget
+from ssa.budget import Reading
 from ssa.errors import UserError
 from ssa.eval.long.generation import write
 from ssa.eval.long.item_log import ItemLog
@@ -51,14 +51,14 @@ def generate_items(
     task: GenerationTask,
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
-    budget: Budget | None,
+    budget: Reading,
     log: ItemLog,
     shard: Shard,
     *,
     tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Compute and log the items of `task` that are this rank's and not in the log; None = full attention.
+    """Compute and log the items of `task` that are this rank's and not in the log.
 
     Args:
         tokens: Prompts are computed together up to so many tokens, padding included.

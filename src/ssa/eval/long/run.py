@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ssa.budget import Budget
+from ssa.budget import Reading
 from ssa.errors import UserError
 from ssa.eval.documents import document_texts, read_documents
 from ssa.eval.long import longbench, longeval, ruler
@@ -37,7 +37,7 @@ class _Generated:
     def __len__(self) -> int:
         return len(self._task)
 
-    def compute(self, budget: Budget | None, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> None:
+    def compute(self, budget: Reading, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> None:
         subject = self._request.subject
         tokens = batch_tokens(subject.model.device, self._request.batch_tokens)
         generate_items(self._task, subject.model, subject.tokenizer, budget, log, shard, tokens=tokens, progress=progress)
@@ -56,7 +56,7 @@ class _Windows:
     def __len__(self) -> int:
         return len(self._windows.places)
 
-    def compute(self, budget: Budget | None, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> None:
+    def compute(self, budget: Reading, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> None:
         model = self._request.subject.model
         tokens = batch_tokens(model.device, self._request.batch_tokens)
         self._windows.measure(model, budget, log, shard, tokens=tokens, progress=progress)

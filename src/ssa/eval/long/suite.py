@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ssa.budget import Budget
+from ssa.budget import FULL, Reading
 from ssa.errors import UserError
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.measure import gather
-from ssa.eval.model_under_test import ModelUnderTest, budget_name, description, progress_bar, provenance
+from ssa.eval.model_under_test import ModelUnderTest, description, progress_bar, provenance
 from ssa.eval.results import add_results, read_results, result_key
 from ssa.eval.tasks import TaskRequest
 from ssa.files import write_atomically
@@ -29,7 +29,7 @@ class Job(Protocol):
 
     def __len__(self) -> int: ...
 
-    def compute(self, budget: Budget | None, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> None: ...
+    def compute(self, budget: Reading, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> None: ...
 
     def cells(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Figures of the finished job, each with the "task" and "length" it is for."""
@@ -69,18 +69,18 @@ def run_suite(suite: Suite, jobs: Sequence[Job], setting: dict[str, Any], reques
     entry: dict[str, Any] = {
         "setting": {**setting, **same},
         "model": description(subject),
-        "notes": subject.model.config.attends.full_notes if None in request.budgets else [],
+        "notes": subject.model.config.attends.full_notes if FULL in request.budgets else [],
         "budgets": {},
     }
 
-    def log(job: Job, budget: Budget | None) -> ItemLog:
-        key = result_key({**job.setting, **same, "attention": budget_name(budget)})
+    def log(job: Job, budget: Reading) -> ItemLog:
+        key = result_key({**job.setting, **same, "attention": str(budget)})
         return ItemLog(request.directory / "items" / suite.name / key, shard.rank)
 
     console = request.console if shard.rank == 0 else None
     for budget in request.budgets:
         total = sum(len(shard.share(len(job))) for job in jobs)
-        with progress_bar(console, f"{suite.name}, {budget_name(budget)}", total) as progress:
+        with progress_bar(console, f"{suite.name}, {budget}", total) as progress:
             for job in jobs:
                 job.compute(budget, log(job, budget), shard, progress)
     for budget in request.budgets:
@@ -88,7 +88,7 @@ def run_suite(suite: Suite, jobs: Sequence[Job], setting: dict[str, Any], reques
         if any(records is None for records in found):
             continue
         cells = [cell for job, records in zip(jobs, found, strict=True) for cell in job.cells(records or [])]
-        entry["budgets"][budget_name(budget)] = {
+        entry["budgets"][str(budget)] = {
             "cells": cells, **suite.average(cells),
             "seconds": sum(record["seconds"] for records in found for record in records or []), **provenance(subject),
         }  # fmt: skip
