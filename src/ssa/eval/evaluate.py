@@ -18,7 +18,7 @@ from ssa.eval.needle import check_grid
 from ssa.eval.perplexity import WINDOW_TOKENS
 from ssa.eval.table1 import COLUMNS, write_table1
 from ssa.eval.tasks import HARNESS, PAPER_SHOTS, TaskRequest, is_complete, run_tasks, runner_of
-from ssa.eval.text_passes import TextRequest, run_needles, run_perplexity
+from ssa.eval.text_passes import run_needles, run_perplexity
 from ssa.files import check_directory
 from ssa.infer.load import check_budgets
 from ssa.runs.home import run_context, run_data
@@ -119,25 +119,26 @@ def evaluate(
     if needle_lengths and max(needle_lengths) > positions:
         raise UserError(f"needle length {max(needle_lengths)} exceeds the model's {positions} positions")
     result: dict[str, Any] = {"perplexity": None, "needle": None, "tasks": {}, "files": []}
+    request = TaskRequest(
+        subject, chosen, directory, data_dir=data_dir, seeds=tuple(dict.fromkeys(seeds)),
+        num_fewshot=dict(num_fewshot) if isinstance(num_fewshot, Mapping) else num_fewshot, limit=limit, lengths=lengths,
+        max_length=max_length, batch_tokens=batch_tokens, haystack=haystack, console=console,
+    )  # fmt: skip
     if perplexity or needle_lengths:
-        text = TextRequest(subject, run_data(run) if data is None else data, split, chosen, directory, console)
+        source = run_data(run) if data is None else data
     if perplexity:
         context = _context(subject, context)
+        stride = context if stride is None else stride
         result["perplexity"] = run_perplexity(
-            text, context=context, stride=context if stride is None else stride, max_tokens=max_tokens, batch_size=batch_size
+            request, source, split, context=context, stride=stride, max_tokens=max_tokens, batch_size=batch_size
         )
     if needle_lengths:
         result["needle"] = run_needles(
-            text, lengths=needle_lengths, depths=needle_depths, cases=needle_cases, seed=seed,
+            request, source, split, lengths=needle_lengths, depths=needle_depths, cases=needle_cases, seed=seed,
             batch_tokens=WINDOW_TOKENS if batch_size is None else batch_size * max(needle_lengths),
         )  # fmt: skip
     result["files"] = [directory / f"{name}.json" for name in ("perplexity", "needle") if (result[name] or {}).get("budgets")]
     if tasks:
-        request = TaskRequest(
-            subject, chosen, directory, data_dir=data_dir, seeds=tuple(dict.fromkeys(seeds)),
-            num_fewshot=dict(num_fewshot) if isinstance(num_fewshot, Mapping) else num_fewshot, limit=limit, lengths=lengths,
-            max_length=max_length, batch_tokens=batch_tokens, haystack=haystack, console=console,
-        )  # fmt: skip
         result["tasks"] = run_tasks(tasks, request)
         if all(is_complete(entry, chosen) for name, entry in result["tasks"].items() if name in COLUMNS):
             result["files"] += write_table1(result["tasks"], others, directory)

@@ -5,8 +5,8 @@ import torch
 from ssa.budget import FULL, Budget
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
-from ssa.eval.long.generation import write
 from ssa.eval.long.items import Item
+from ssa.eval.long.measure import write
 from ssa.eval.long.rope import scale_rope, scaled
 from ssa.eval.model_under_test import load_model_under_test
 from ssa.infer.engine import Sampling, complete

@@ -23,7 +23,7 @@ from ssa.budget import Reading
 from ssa.errors import UserError
 from ssa.eval.documents import fingerprint
 from ssa.eval.long.item_log import ItemLog
-from ssa.eval.long.measure import run_items
+from ssa.eval.long.measure import chunks, run_items
 from ssa.eval.model_under_test import attention
 from ssa.eval.perplexity import Document
 from ssa.ranks import Shard
@@ -90,17 +90,10 @@ class BookWindows:
     def measure(
         self, model: Any, budget: Reading, log: ItemLog, shard: Shard, *, tokens: int,
         progress: Callable[[int], None] | None = None,
-    ) -> None:  # fmt: skip
-        """Compute and log this rank's windows that the log lacks, about `tokens` tokens at a time."""
-        rows = max(1, tokens // self.lengths[-1])
-        run_items(
-            len(self.places),
-            lambda pending: [pending[at : at + rows] for at in range(0, len(pending), rows)],
-            lambda batch: self._compute(model, budget, batch),
-            log,
-            shard,
-            progress,
-        )
+    ) -> bool:  # fmt: skip
+        """Compute and log this rank's windows that the log lacks, about `tokens` tokens at a time; whether there were any."""
+        rows = chunks(max(1, tokens // self.lengths[-1]))
+        return run_items(len(self.places), rows, lambda batch: self._compute(model, budget, batch), log, shard, progress)
 
     def _compute(self, model: Any, budget: Reading, batch: Sequence[int]) -> list[dict[str, Any]]:
         longest = self.lengths[-1]

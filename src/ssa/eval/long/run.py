@@ -37,10 +37,10 @@ class _Generated:
     def __len__(self) -> int:
         return len(self._task)
 
-    def compute(self, budget: Reading, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> None:
+    def compute(self, budget: Reading, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> bool:
         subject = self._request.subject
         tokens = batch_tokens(subject.model.device, self._request.batch_tokens)
-        generate_items(self._task, subject.model, subject.tokenizer, budget, log, shard, tokens=tokens, progress=progress)
+        return generate_items(self._task, subject.model, subject.tokenizer, budget, log, shard, tokens=tokens, progress=progress)
 
     def cells(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mean = Mean.of([record["score"] for record in records])
@@ -56,10 +56,10 @@ class _Windows:
     def __len__(self) -> int:
         return len(self._windows.places)
 
-    def compute(self, budget: Reading, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> None:
+    def compute(self, budget: Reading, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> bool:
         model = self._request.subject.model
         tokens = batch_tokens(model.device, self._request.batch_tokens)
-        self._windows.measure(model, budget, log, shard, tokens=tokens, progress=progress)
+        return self._windows.measure(model, budget, log, shard, tokens=tokens, progress=progress)
 
     def cells(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         cells = []

@@ -1,4 +1,4 @@
-"""What the four benchmarks share: logs by setting, results by budget, one Markdown table.
+"""What the four benchmarks share: cells of tasks and lengths, one Markdown table.
 
 DIRECTORY/ruler.json etc. are as `ssa.eval.results` says, with each budget's "cells"; DIRECTORY/ruler.md is the table;
 DIRECTORY/items/ruler/KEY/ holds the items with what the model wrote, one line each.
@@ -11,27 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ssa.budget import FULL, Reading
 from ssa.errors import UserError
-from ssa.eval.long.item_log import ItemLog
-from ssa.eval.long.measure import gather
-from ssa.eval.model_under_test import ModelUnderTest, description, progress_bar, provenance
-from ssa.eval.results import add_results, read_results, result_key
-from ssa.eval.tasks import TaskRequest
+from ssa.eval.engine import Entry, Job, Record, new_entry, run_jobs
+from ssa.eval.model_under_test import ModelUnderTest
+from ssa.eval.tasks import TaskRequest, is_complete
 from ssa.files import write_atomically
-from ssa.ranks import Shard
 
 
-class Job(Protocol):
-    """Items that are logged together."""
+class CellJob(Job, Protocol):
+    """A job of a suite."""
 
-    setting: dict[str, Any]
-
-    def __len__(self) -> int: ...
-
-    def compute(self, budget: Reading, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> None: ...
-
-    def cells(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def cells(self, records: list[Record]) -> list[dict[str, Any]]:
         """Figures of the finished job, each with the "task" and "length" it is for."""
         ...
 
@@ -56,52 +46,21 @@ def check_length(length: int, subject: ModelUnderTest) -> None:
         )
 
 
-def run_suite(suite: Suite, jobs: Sequence[Job], setting: dict[str, Any], request: TaskRequest) -> dict[str, Any]:
-    """Compute what is missing, and the entry of the results.
+def run_suite(suite: Suite, jobs: Sequence[CellJob], setting: dict[str, Any], request: TaskRequest) -> Entry:
+    """Compute what is missing, and the entry of the results; its table too, where no other rank has anything left to do."""
+    entry = new_entry(request, setting)
 
-    The ranks of a group share the items. Each waits for nobody: the one that finishes last finds all of them and writes the results;
-    for the others the entry lacks the budgets that are not complete.
-    """
-    subject, shard = request.subject, Shard.from_environment()
-    path = request.directory / f"{suite.name}.json"
-    read_results(path)  # a damaged file is better known now than after the work
-    same = {"model_sha256": subject.sha256, "dtype": subject.dtype}
-    entry: dict[str, Any] = {
-        "setting": {**setting, **same},
-        "model": description(subject),
-        "notes": subject.model.config.attends.full_notes if FULL in request.budgets else [],
-        "budgets": {},
-    }
+    def figures(records: list[list[Record]], seconds: float) -> dict[str, Any]:
+        cells = [cell for job, of_job in zip(jobs, records, strict=True) for cell in job.cells(of_job)]
+        return {"cells": cells, **suite.average(cells), "seconds": seconds}
 
-    def log(job: Job, budget: Reading) -> ItemLog:
-        key = result_key({**job.setting, **same, "attention": str(budget)})
-        return ItemLog(request.directory / "items" / suite.name / key, shard.rank)
-
-    console = request.console if shard.rank == 0 else None
-    for budget in request.budgets:
-        total = sum(len(shard.share(len(job))) for job in jobs)
-        with progress_bar(console, f"{suite.name}, {budget}", total) as progress:
-            for job in jobs:
-                job.compute(budget, log(job, budget), shard, progress)
-    for budget in request.budgets:
-        found = [gather(log(job, budget), len(job)) for job in jobs]
-        if any(records is None for records in found):
-            continue
-        cells = [cell for job, records in zip(jobs, found, strict=True) for cell in job.cells(records or [])]
-        entry["budgets"][str(budget)] = {
-            "cells": cells, **suite.average(cells),
-            "seconds": sum(record["seconds"] for records in found for record in records or []), **provenance(subject),
-        }  # fmt: skip
-    if len(entry["budgets"]) < len(request.budgets):
+    entry = run_jobs(request, suite.name, entry, jobs, figures)
+    if is_complete(entry, request.budgets):
+        table = suite.show(entry)
+        write_atomically(request.directory / f"{suite.name}.md", table)
         if request.console is not None:
-            request.console.print(f"rank {shard.rank} is done; the rank that finishes last writes {path}", highlight=False)
-        return entry
-    entry = add_results(path, entry)
-    table = suite.show(entry)
-    write_atomically(path.with_suffix(".md"), table)
-    if request.console is not None:
-        request.console.print()
-        request.console.print(table, markup=False, highlight=False, soft_wrap=True)
+            request.console.print()
+            request.console.print(table, markup=False, highlight=False, soft_wrap=True)
     return entry
 
 
