@@ -5,8 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from ssa.budget import parse_reading
-from ssa.eval.table1 import AVERAGED, COLUMNS
+from ssa.eval.table1 import AVERAGED, COLUMNS, full_first, inference
 from ssa.report.charts import heat_figure, line_figure, marked
 from ssa.report.page import Cell, Section, table
 from ssa.report.scores import Column, Figure, Group, merged, scores_of
@@ -82,7 +81,7 @@ def _table(title: str, note: str, scores: Scores, together: Sequence[Group], col
         averaged = shares if len(shares) > 1 else []
     rows: list[tuple[str, Sequence[Cell | str]]] = []
     parts = []
-    for budget in sorted({b for b, _ in scores}, key=lambda b: (b != "full", parse_reading(b).tokens)):
+    for budget in sorted({b for b, _ in scores}, key=full_first):
         parts.append(len(rows))
         part = {g: scores[budget, g] for g in range(len(together)) if (budget, g) in scores}
         complete = {g: row for g, row in part.items() if averaged and all(c in row for c in averaged)}
@@ -94,7 +93,7 @@ def _table(title: str, note: str, scores: Scores, together: Sequence[Group], col
                 best = g in means and len(set(means.values())) > 1 and means[g] == max(means.values())
                 cells.append(Cell(f"{100 * means[g]:.2f}" if g in means else "–", best))
             cells += [_score(c, row, list(part.values())) for c in others]
-            rows.append(("full" if budget == "full" else f"sparse {parse_reading(budget).tokens} ({budget})", cells))
+            rows.append((inference(budget), cells))
     average = "average" if len(averaged) == len(shares) else "average of " + ", ".join(COLUMNS[c.task][0] for c in averaged)
     head = ["inference", "run", *map(_heading, shares), *([average] if averaged else []), *map(_heading, others)]
     return table(title, note, head, rows, parts)
@@ -134,7 +133,7 @@ def _curve(title: str, by_length: Scores, together: Sequence[Group]) -> str | No
     if len(lengths) < 2:
         return None
     share = all(c.is_share for row in by_length.values() for c in row)
-    sparse = sorted({b for b, _ in by_length if b != "full"}, key=lambda b: parse_reading(b).tokens)[:1]
+    sparse = sorted({b for b, _ in by_length if b != "full"}, key=full_first)[:1]
     series, shown = [], []
     for (budget, g), row in by_length.items():
         if budget != "full" and budget not in sparse:

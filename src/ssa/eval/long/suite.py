@@ -7,7 +7,6 @@ DIRECTORY/items/ruler/KEY/ holds the items with what the model wrote, one line e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,17 +25,6 @@ class CellJob(Job, Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Suite:
-    """A benchmark's name and how its cells are shown."""
-
-    name: str
-    show: Callable[[dict[str, Any]], str]
-    """An entry to its Markdown table."""
-    average: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    """The cells of a budget to the figures over them."""
-
-
 def check_length(length: int, subject: ModelUnderTest) -> None:
     """Raises `UserError` where the model has no such position."""
     limit = subject.model.config.max_position_embeddings
@@ -46,28 +34,30 @@ def check_length(length: int, subject: ModelUnderTest) -> None:
         )
 
 
-def run_suite(suite: Suite, jobs: Sequence[CellJob], setting: dict[str, Any], request: TaskRequest) -> Entry:
-    """Compute what is missing, and the entry of the results; its table too, where no other rank has anything left to do."""
+def run_suite(
+    name: str, jobs: Sequence[CellJob], setting: dict[str, Any], request: TaskRequest, show: Callable[[Entry], str],
+    average: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda cells: {},
+) -> Entry:  # fmt: skip
+    """Compute what is missing, and the entry of the results; its table too, where no other rank has anything left to do.
+
+    Args:
+        show: The entry to its Markdown table.
+        average: The cells of a budget to the figures over them.
+    """
     entry = new_entry(request, setting)
 
     def figures(records: list[list[Record]], seconds: float) -> dict[str, Any]:
         cells = [cell for job, of_job in zip(jobs, records, strict=True) for cell in job.cells(of_job)]
-        return {"cells": cells, **suite.average(cells), "seconds": seconds}
+        return {"cells": cells, **average(cells), "seconds": seconds}
 
-    entry = run_jobs(request, suite.name, entry, jobs, figures)
+    entry = run_jobs(request, name, entry, jobs, figures)
     if is_complete(entry, request.budgets):
-        table = suite.show(entry)
-        write_atomically(request.directory / f"{suite.name}.md", table)
+        table = show(entry)
+        write_atomically(request.directory / f"{name}.md", table)
         if request.console is not None:
             request.console.print()
             request.console.print(table, markup=False, highlight=False, soft_wrap=True)
     return entry
-
-
-def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = [list(headings), ["---", *["---:"] * (len(headings) - 1)], *map(list, rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def title(entry: dict[str, Any], text: str) -> str:
