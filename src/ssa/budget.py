@@ -42,7 +42,7 @@ class Budget:
     def parse(cls, text: str | Budget) -> Budget:
         if isinstance(text, Budget):
             return text
-        found = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
+        found = isinstance(text, str) and re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)
         if not found:
             raise UserError(f"budget {text!r} is not BLOCKSxSIZE; write e.g. 16x16 for 16 blocks of 16 keys")
         return cls(int(found[1]), int(found[2]))
@@ -73,12 +73,12 @@ def parse_reading(text: str | Reading) -> Reading:
     return FULL if isinstance(text, str) and text.strip() == "full" else Budget.parse(text)
 
 
-def parse_budgets(text: str) -> list[Budget | None]:
-    """ "4x16,16x16,full" -> [Budget(4, 16), Budget(16, 16), None]; None stands for full attention."""
-    budgets = [None if part.strip() == "full" else Budget.parse(part) for part in text.split(",") if part.strip()]
-    if not budgets:
+def parse_readings(text: str) -> list[Reading]:
+    """ "4x16,16x16,full" -> [Budget(4, 16), Budget(16, 16), FULL]."""
+    readings = [parse_reading(part) for part in text.split(",") if part.strip()]
+    if not readings:
         raise UserError(f"budgets {text!r} names none; write e.g. 4x16,16x16,full")
-    return budgets
+    return readings
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
-from ssa.budget import Budget
+from ssa.budget import parse_reading
 from ssa.cli.metavars import BUDGET, DEVICE, DTYPE, FILE, OPTIONAL_RUN, OUT, RUN, SOURCE, TEXT
 from ssa.terminal import Visible, say
 
@@ -47,8 +47,8 @@ def generate(
         device: auto, cpu, cuda, cuda:1, ...
         dtype: auto, float32 or bfloat16.
     """
-    if budget and budget != "full":
-        Budget.parse(budget)
+    if budget:
+        parse_reading(budget)
     from ssa.infer import engine
 
     # On a terminal what a model writes must not move the cursor; into a pipe or a file it goes as it is.
