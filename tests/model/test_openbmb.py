@@ -227,6 +227,8 @@ def test_nosa_of_another_selection_says_so(tmp_path):
     assert read(tmp_path / "again")[1]["selector_options"] == NOSA_OPTIONS | {"local_blocks": 8}
     fields = ("method", "selector", "block_size", "num_selected_blocks", "attention_mode")
     assert [read(tmp_path / "again")[1][name] for name in fields] == ["ssa", "eviction", 64, 80, "full"]
+    convert(tmp_path / "back", tmp_path / "moba", method="moba")  # which reads its budget, whatever ssa did
+    assert [read(tmp_path / "moba")[1][name] for name in fields] == ["moba", "eviction", 64, 80, "sparse"]
 
 
 @pytest.mark.parametrize(
@@ -292,6 +294,12 @@ def test_a_llama_becomes_nosa_and_keeps_its_function(tmp_path, method, trained):
     assert all(torch.equal(theirs[name], llama[name]) for name in llama)
 
 
+def test_a_new_nosa_starts_as_unbiased_attention():
+    model = SSAForCausalLM(SSAConfig(**TINY, method="nosa", block_size=64, num_selected_blocks=64))
+    for layer in model.model.layers:  # nothing has drawn them anew since their class made them
+        assert layer.self_attn.selector.A.tolist() == [1, 1] and not layer.self_attn.selector.delta.weight.any()
+
+
 def test_our_own_gets_another_selector_only_where_nothing_is_lost(tmp_path):
     random_llama().save_pretrained(tmp_path / "llama")
     convert(tmp_path / "llama", tmp_path / "means", block_size=64, num_selected_blocks=64)
@@ -307,6 +315,17 @@ def test_our_own_gets_another_selector_only_where_nothing_is_lost(tmp_path):
     del tensors["model.layers.1.self_attn.selector.A"]
     with pytest.raises(UserError, match=r"no tensor 'model\.layers\.1\.self_attn\.selector\.A'"):
         convert(write(tmp_path / "damaged", tensors, config), tmp_path / "out")
+
+
+def test_a_released_checkpoint_gets_another_selector(tmp_path):
+    random_llama().save_pretrained(tmp_path / "llama")
+    convert(tmp_path / "llama", tmp_path / "theirs", to="llama-nsa", block_size=64, num_selected_blocks=64)
+    report = convert(tmp_path / "theirs", tmp_path / "ours", method="ssa", selector="eviction", selection_rule="exact")
+    assert "new selector eviction" in str(report)
+    tensors = read(tmp_path / "ours")[0]
+    assert tensors["model.layers.1.self_attn.selector.A"].tolist() == [1, 1]
+    with pytest.raises(UserError, match="eviction cannot be exported to llama-nsa"):
+        convert(tmp_path / "ours", tmp_path / "out", to="llama-nsa")
 
 
 # MiniCPM4
@@ -399,6 +418,17 @@ def test_minicpm_without_sparse_config_is_dense(tmp_path):
     config = SSAConfig.from_pretrained(tmp_path / "means")
     assert (config.attention_name, config.attention_gate, str(config.budget)) == ("moba", True, "16x16")
     torch.testing.assert_close(ours(tmp_path / "means", attention_mode="full"), logits(oracle), rtol=0, atol=2e-5)
+
+
+def test_another_selector_does_not_inherit_options(tmp_path):
+    source, oracle = save_minicpm(tmp_path / "source")
+    convert(source, tmp_path / "nosa", selector="eviction")
+    convert(source, tmp_path / "windows")
+    convert(tmp_path / "windows", tmp_path / "own", selector="eviction", gate=False)
+    assert_same_tensors(tmp_path / "nosa", tmp_path / "own")
+    for name in ("nosa", "own"):
+        assert read(tmp_path / name)[1]["selector_options"] is None
+        torch.testing.assert_close(ours(tmp_path / name, attention_mode="full"), logits(oracle), rtol=0, atol=2e-5)
 
 
 def test_minicpm_that_is_always_sparse(tmp_path):
