@@ -76,7 +76,7 @@ def nosa_json(values: dict[str, Any], config: SSAConfig) -> tuple[dict[str, Any]
     return values | {
         "architectures": [NOSA_CLASS], "method": config.method, "attention_mode": config.attention_mode,
         "block_size": config.block_size, "num_selected_blocks": config.num_selected_blocks,
-        "selector_options": {name: value for name, value in options.items() if name != "delta_bias"},
+        "selector_options": {name: value for name, value in (config.selector_options or {}).items() if name != "delta_bias"},
     }, notes  # fmt: skip
 
 
