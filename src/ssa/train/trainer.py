@@ -131,8 +131,9 @@ class _Run:
             rows = t.batch_size * t.accumulation
             self.loader = PackedLoader(self.data.train, recipe.data.context, rows, t.seed, ranks.data_rank, ranks.data_world)
             _seed_everything(t.seed)
+            notes: list[str] = []
             if found is None:
-                self.model = build_model(recipe, self.data.tokenizer)
+                self.model, notes = build_model(recipe, self.data.tokenizer)
             else:
                 config = read_config(found)
                 check_weights(found, config)
@@ -183,10 +184,8 @@ class _Run:
             self._say(f"one process: train.parallel = {t.parallel!r} has no effect (torchrun --nproc-per-node N starts N)")
         if t.alignment_warmup and not (aligned and recipe.model.alignment_weight):
             self._say(f"no alignment to warm up: train.alignment_warmup = {t.alignment_warmup} has no effect")
-        if recipe.model.init_from and found is None and recipe.model.rope_factor > 1:
-            self._say(
-                f"model.rope_factor = {recipe.model.rope_factor:g} scales the positions of {recipe.model.init_from}; 1 keeps them as they are"
-            )
+        for note in notes:
+            self._say(note)
         self._say(model_line(self.model, self.data))
         if resume:
             self._say(f"resuming from {found}" if found is not None else f"nothing to resume in {out}: starting at step 0")
