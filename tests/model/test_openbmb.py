@@ -11,9 +11,7 @@ from torch import nn
 from torch.nn.functional import softplus
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from ssa.attention.selectors.means import MeansSelector
 from ssa.errors import UserError
-from ssa.methods import Option, SelectorKind, register_alias, register_selector, selectors, unregister
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.model.convert import convert
 from ssa.model.openbmb import NOSA_OPTIONS
@@ -29,41 +27,6 @@ TINY = {
     "eos_token_id": [2, 256], "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
 SPARSE = {"kernel_size": 32, "kernel_stride": 16, "init_blocks": 1, "block_size": 64, "window_size": 2048, "topk": 64, "use_nope": False, "dense_len": 8192}  # fmt: skip
-
-
-class StubWindows(MeansSelector):
-    def __init__(self, shape, **options):
-        super().__init__(shape)
-
-
-class StubEviction(StubWindows):
-    adds_bias = True
-
-    def __init__(self, shape, delta_bias, **options):
-        super().__init__(shape)
-        self.A, self.delta = nn.Parameter(torch.ones(shape.kv_heads)), nn.Module()
-        self.delta.weight = nn.Parameter(torch.zeros(shape.kv_heads, shape.kv_heads * shape.head_dim))
-        self.delta.bias = nn.Parameter(torch.zeros(shape.kv_heads)) if delta_bias else None
-
-    def key_bias(self, k, v):
-        return self.A * softplus(nn.functional.linear(v.flatten(2), self.delta.weight, self.delta.bias)).float()
-
-
-@pytest.fixture(autouse=True)
-def stand_ins():
-    """Selectors of these names, as long as there are none."""
-    if "eviction" in selectors():
-        yield
-        return
-    options = {name: Option(value, "") for name, value in NOSA_OPTIONS.items() if name != "query_blocks"}
-    mine = options | {"query_blocks": Option(15, ""), "delta_bias": Option(False, "")}
-    register_selector(SelectorKind("windows", "windows", f"{__name__}:StubWindows", options))
-    register_selector(SelectorKind("eviction", "eviction", f"{__name__}:StubEviction", mine))
-    register_alias("nosa", "moba", "eviction")
-    register_alias("infllmv2", "moba", "windows")
-    yield
-    for name in ("windows", "eviction", "nosa", "infllmv2"):
-        unregister(name)
 
 
 def write(path: Path, tensors, config) -> Path:
@@ -202,8 +165,6 @@ def test_nosa_keeps_a_and_delta_in_float32(tmp_path):
 
 
 def test_a_model_loaded_in_bfloat16_keeps_a_and_delta_in_float32(tmp_path):
-    if selectors()["eviction"].load() is StubEviction:
-        pytest.skip("the selector eviction is not there yet")
     convert(save_nosa(tmp_path / "nosa")[0], tmp_path / "ours", dtype="bfloat16")
     model = SSAForCausalLM.from_pretrained(tmp_path / "ours")
     assert model.dtype == torch.bfloat16
