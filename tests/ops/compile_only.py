@@ -173,6 +173,7 @@ def all_windows() -> None:
     windows(32, 2, 64, 4096)
     windows(32, 2, 128, 4096, packed=True, lse="coarse")
     windows(8, 2, 128, 2048, queries=4, scope="head", dense_length=512)
+    windows(8, 2, 64, 2048, scoring="logit")
     windows(4, 2, 64, 2048, dtype=torch.float32)
 
 

@@ -47,6 +47,52 @@ def _bound_kernel(block_keys, key_bounds, N, K: tl.constexpr, D: tl.constexpr, D
     tl.store(key_bounds + row * tl.num_programs(0) + tile, tl.sqrt(tl.max(tl.sum(keys * keys, 1), 0)))
 
 
+@triton.jit
+def _log_sum(
+    q_C, base, bounds, first, complete, low, inner, stop, scale2, N, tiles, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BC: tl.constexpr, TP: tl.constexpr, PRECISION: tl.constexpr, NONE: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp, in powers of two, of the logits of each row of q over the keys first ... complete - 1 at `base`; NONE where there are none.
+    Below `inner` all rows see all keys."""
+    d = tl.arange(0, DP)
+    step = tl.arange(0, BC)
+    part = tl.arange(0, TP)
+    # Queries are rows here, so that a thread has few of them to sum, and columns in the second sweep.
+    total = tl.zeros([q_C.shape[0]], tl.float32)
+    norm = tl.sqrt(tl.sum(q_C.to(tl.float32) * q_C.to(tl.float32), 1))
+    longest = tl.max(tl.load(bounds + part, mask=part < tiles, other=0.0), 0)
+    bound = norm * longest * scale2  # Cauchy-Schwarz: no logit exceeds it
+    if tl.max(bound) <= _SAFE_BOUND:
+        # 2^(logit - peak) neither overflows nor loses the largest term, whatever the logits: no running maximum needed
+        peak = bound - 100.0
+        for c in range(low, inner, BC):
+            n = c + step
+            keys = tl.load(base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(d < D)[None, :], other=0.0)
+            logits = tl.dot(q_C, tl.trans(keys), input_precision=PRECISION) * scale2
+            total += tl.sum(tl.exp2(logits - peak[:, None]), 1)
+        for c in range(inner, stop, BC):
+            n = c + step
+            keys = tl.load(
+                base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
+            )
+            seen = (n[None, :] >= first[:, None]) & (n[None, :] < complete[:, None])
+            logits = tl.dot(q_C, tl.trans(keys), input_precision=PRECISION) * scale2
+            total += tl.sum(tl.where(seen, tl.exp2(logits - peak[:, None]), 0.0), 1)
+    else:
+        peak = tl.full([q_C.shape[0]], -1e30, tl.float32)
+        for c in range(low, stop, BC):
+            n = c + step
+            keys = tl.load(
+                base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
+            )
+            seen = (n[None, :] >= first[:, None]) & (n[None, :] < complete[:, None])
+            logits = tl.where(seen, tl.dot(q_C, tl.trans(keys), input_precision=PRECISION) * scale2, float("-inf"))
+            higher = tl.maximum(peak, tl.max(logits, 1))
+            total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
+            peak = higher
+    return tl.where(complete > first, peak + tl.log2(total), NONE)
+
+
 @triton.jit(do_not_specialize=["slab_start"])
 def _score_kernel(
     q, block_keys, positions, first_blocks, key_bounds, lse_in, lse_out, chunk_max,
@@ -96,50 +142,22 @@ def _score_kernel(
     base = block_keys + (b.to(tl.int64) * N * K + kv) * D
     step = tl.arange(0, BC)
     lse = tl.zeros([GP * BT], tl.float32)
-    sum_up = SOFTMAX
     lse_rows = (b * T + t).to(tl.int64) * (R * G) + head
-    if LSE == "take":
-        lse = tl.load(lse_in + lse_rows, mask=real, other=0.0)
-        sum_up = tl.min(lse, 0) == float("-inf")
-    if sum_up:
-        # Queries are rows here, so that a thread has few of them to sum, and columns in the second sweep.
-        total = tl.zeros([GP * BT], tl.float32)
-        norm = tl.sqrt(tl.sum(q_C.to(tl.float32) * q_C.to(tl.float32), 1))
+    if SOFTMAX:
         tiles = tl.cdiv(N, BOUND_TILE)
-        part = tl.arange(0, TP)
-        longest = tl.max(tl.load(key_bounds + (b * K + kv) * tiles + part, mask=part < tiles, other=0.0), 0)
-        bound = norm * longest * scale2  # Cauchy-Schwarz: no logit exceeds it
-        if tl.max(bound) <= _SAFE_BOUND:
-            # 2^(logit - peak) neither overflows nor loses the largest term, whatever the logits: no running maximum needed
-            peak = bound - 100.0
-            for c in range(low, inner, BC):
-                n = c + step
-                keys = tl.load(base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(d < D)[None, :], other=0.0)
-                logits = tl.dot(q_C, tl.trans(keys), input_precision=PRECISION) * scale2
-                total += tl.sum(tl.exp2(logits - peak[:, None]), 1)
-            for c in range(inner, stop, BC):
-                n = c + step
-                keys = tl.load(
-                    base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
-                )
-                seen = (n[None, :] >= first[:, None]) & (n[None, :] < complete[:, None])
-                logits = tl.dot(q_C, tl.trans(keys), input_precision=PRECISION) * scale2
-                total += tl.sum(tl.where(seen, tl.exp2(logits - peak[:, None]), 0.0), 1)
+        bounds = key_bounds + (b * K + kv) * tiles
+        if LSE == "take":
+            lse = tl.load(lse_in + lse_rows, mask=real, other=0.0)
+            if tl.min(lse, 0) == float("-inf"):
+                found = _log_sum(
+                    q_C, base, bounds, first, complete, low, inner, stop, scale2, N, tiles, K, D, DP, BC, TP, PRECISION, 0.0
+                )  # fmt: skip
+                lse = tl.where(lse == float("-inf"), found, lse)
         else:
-            peak = tl.full([GP * BT], -1e30, tl.float32)
-            for c in range(low, stop, BC):
-                n = c + step
-                keys = tl.load(
-                    base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
-                )
-                seen = (n[None, :] >= first[:, None]) & (n[None, :] < complete[:, None])
-                logits = tl.where(seen, tl.dot(q_C, tl.trans(keys), input_precision=PRECISION) * scale2, float("-inf"))
-                higher = tl.maximum(peak, tl.max(logits, 1))
-                total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
-                peak = higher
-        found = tl.where(complete > first, peak + tl.log2(total), float("-inf") if LSE == "leave" else 0.0)
-        lse = tl.where(lse == float("-inf"), found, lse) if LSE == "take" else found
-        if LSE != "take":
+            NONE: tl.constexpr = float("-inf") if LSE == "leave" else 0.0
+            lse = _log_sum(
+                q_C, base, bounds, first, complete, low, inner, stop, scale2, N, tiles, K, D, DP, BC, TP, PRECISION, NONE
+            )
             tl.store(lse_out + lse_rows, lse, mask=real)
     last = tl.max(token_own)
     if LSE == "leave":

@@ -158,7 +158,7 @@ def _run(
             coarse_plan, _score_kernel, (ceil_div(queries, per_tile), batch * selectors),
             q, coarse, positions_BT, first_coarse_BT, coarse_bounds[0], None, given, best, scale2, 0, queries, queries, num_keys,
             coarse.shape[1], 0, 0, *strides, BS=COARSER * stride, TP=power_of_two(coarse_bounds[1]), CHUNK=1, SIZE=COARSER * size,
-            STRIDE=COARSER * stride, LOCAL=0, TAIL=0, LSE="leave", **common,
+            STRIDE=COARSER * stride, LOCAL=size // stride - 1, TAIL=0, LSE="leave", **common,
         )  # fmt: skip
     for start in range(0, queries, slab):
         here = min(slab, queries - start)
