@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,8 @@ def main(arguments: list[str]) -> int:
         chosen.out, Deadline(0), suite="windows", unit="ms, median", dtype="bfloat16", failures=[],
         **environment(f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"),
     )  # fmt: skip
+
+    report.data["command"] = shlex.join(["python", "benchmarks/windows.py", *arguments])
 
     def measure() -> None:
         prefills = [(Shape.parse("32/2/128:64x64"), int(n)) for n in chosen.tokens.split(",")]
