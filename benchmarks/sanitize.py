@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -42,7 +42,8 @@ from ssa.ops import (
     window_attention,
 )
 from ssa.ops.cross_entropy import linear_cross_entropy
-from ssa.ops.running_means import extend_block_means
+from ssa.ops.running_means import extend_means
+from ssa.ops.windows import key_importance, window_means
 from ssa.testing import document_positions, random_qkv
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -80,10 +81,31 @@ def decode(heads: int, kv_heads: int, size: int, block: int, k: int, dtype: torc
     keys = blocks * block + 3
     q, key, v = (x.detach() for x in random_qkv(2, 2, keys, heads, kv_heads, size, dtype=dtype))
     means = [torch.zeros(2, blocks + 1, kv_heads, size, dtype=dtype, device=q.device) for _ in range(2)]
-    sums = [torch.zeros(2, kv_heads, size, dtype=torch.float32, device=q.device) for _ in range(2)]
+    sums = [torch.zeros(2, kv_heads, 1, size, dtype=torch.float32, device=q.device) for _ in range(2)]
     starts = torch.tensor([0, block + 1], device=q.device)
-    extend_block_means(key, v, means, sums, torch.tensor(keys, device=q.device), starts, block, impl="triton")
+    extend_means([key, v], means, sums, torch.tensor(keys, device=q.device), starts, block, block, impl="triton")
     out, _, _ = decode_attention(q, key, v, means[0], keys - starts, Selection(k, block), starts=starts, impl="triton")
+    _finite([out])
+
+
+def windows(heads: int, kv_heads: int, size: int, dtype: torch.dtype, lse: Literal["exact", "coarse"] = "exact") -> None:
+    """Windows and importance: of packed and of whole rows, token by token, and in decoding over ragged rows."""
+    selection = Selection(6, 16, mean_size=8, mean_stride=4, sink_blocks=1, local_blocks=1, query_blocks=2, lse=lse)
+    q, key, v = (x.detach() for x in random_qkv(2, 133, 133, heads, kv_heads, size, dtype=dtype))
+    bias = torch.randn(2, 133, kv_heads, 1, device=q.device)
+    for positions in (None, torch.cat([torch.arange(90), torch.arange(43)])[None].repeat(2, 1).to(q.device)):
+        select_blocks(q, key, selection, positions=positions, bias=bias[..., 0], impl="triton")
+    means, coarse = (window_means(key, 8 * c, 4 * c) for c in (1, 4))
+    importance = key_importance(bias[..., 0], None, 16, 8, 4)
+    ends, starts = torch.tensor(133, device=q.device), torch.tensor([0, 17], device=q.device)
+    for x, more in ((key, {}), (bias, {"importance": importance, "block_size": 16})):
+        kept = [torch.zeros(2, 33, kv_heads, x.shape[3], dtype=x.dtype, device=q.device)]
+        sums = [torch.zeros(2, kv_heads, 2, x.shape[3], dtype=torch.float32, device=q.device)]
+        extend_means([x], kept, sums, ends, starts, 8, 4, impl="triton", **more)
+    out, _, _ = decode_attention(
+        q[:, -2:], key, v, means, 133 - starts, selection, starts=starts, bias=bias[..., 0], coarse_means=coarse,
+        importance=importance, impl="triton",
+    )  # fmt: skip
     _finite([out])
 
 
@@ -131,6 +153,8 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         "decode": lambda: decode(32, 2, 64, 16, 4, dtype),
         "decode, programs that wait for each other": lambda: decode(2, 1, 256, 16, 4, dtype, blocks=130),
         "decode, few heads a kv head, a large budget": lambda: decode(4, 2, 64, 128, 16, dtype),
+        "windows and importance": lambda: windows(8, 2, 64, dtype),
+        "windows, a coarse normaliser": lambda: windows(3, 1, 64, dtype, "coarse"),
         "compression, window, gates": lambda: branches(8, 2, 64, 16, dtype),
         "alignment": lambda: alignment(4, 64, dtype),
         "vocabulary": lambda: vocabulary(19, 24, 5003, dtype),
@@ -171,11 +195,13 @@ def recorded_launches(run: bool = True) -> Iterator[tuple[set[str], set[str]]]:
         for info in pkgutil.iter_modules(ssa.ops.triton.__path__):
             module = importlib.import_module(f"ssa.ops.triton.{info.name}")
             for name, kernel in list(vars(module).items()):
-                inner = getattr(kernel, "fn", None)
-                if not name.endswith("_kernel") or getattr(inner, "__module__", module.__name__) != module.__name__:
+                if not name.endswith("_kernel") or not hasattr(kernel, "fn"):
                     continue
-                known.add(f"{info.name}.{name}")
-                stack.enter_context(mock.patch.object(module, name, _Recorded(kernel, f"{info.name}.{name}", seen, run)))
+                full_name = (
+                    f"{kernel.fn.__module__.rpartition('.')[2]}.{name}"  # of the module that has it, wherever it is launched
+                )
+                known.add(full_name)
+                stack.enter_context(mock.patch.object(module, name, _Recorded(kernel, full_name, seen, run)))
         yield known, seen
 
 

@@ -24,9 +24,10 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ssa
-from ssa.budget import parse_budgets
+from ssa.budget import FULL, parse_readings
 from ssa.data.lines import read_objects
 from ssa.data.tokenizer import load_tokenizer
+from ssa.eval.model_under_test import attention
 from ssa.model import SSAForCausalLM
 from ssa.model.convert import convert
 
@@ -112,10 +113,9 @@ def main() -> None:
 
     few = min(texts)
     measure("source", "full", few, source_nll)
-    for budget in parse_budgets(arguments.budgets):
-        mode, label = ("full", "full") if budget is None else ("sparse", str(budget))
-        for count in sorted(texts) if budget is None else [few]:
-            measure("converted", label, count, partial(model.token_nll, attention_mode=mode, budget=budget))
+    for budget in parse_readings(arguments.budgets):
+        for count in sorted(texts) if budget is FULL else [few]:
+            measure("converted", str(budget), count, partial(model.token_nll, **attention(budget)))
 
 
 if __name__ == "__main__":

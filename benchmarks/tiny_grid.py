@@ -20,10 +20,11 @@ import torch
 import torch.multiprocessing as processes
 
 from ssa.analysis.measure import measure_model
-from ssa.budget import Budget
+from ssa.budget import FULL, Budget
 from ssa.config import TrainRecipe
 from ssa.data.loader import PackedLoader
 from ssa.data.shards import TokenShards
+from ssa.eval.model_under_test import attention
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.model.streams import draw_stream
 from ssa.train.optim import learning_rate
@@ -81,15 +82,17 @@ def run(settings: dict[str, Any], data: Path) -> dict[str, Any]:
     batches = [{n: x.cuda() for n, x in held_out.batch(i).items()} for i in range(min(12, held_out.steps_per_epoch))]
     result: dict[str, Any] = {}
     with torch.no_grad():
-        for budget in (None, *(Budget(k, s["bs"]) for k in (s["k"] // 2, s["k"], 2 * s["k"]))):
-            attention = {"attention_mode": "full"} if budget is None else {"attention_mode": "sparse", "budget": budget}
+        for budget in (FULL, *(Budget(k, s["bs"]) for k in (s["k"] // 2, s["k"], 2 * s["k"]))):
             total = count = 0.0
             for batch in batches:
                 total += (
-                    model.token_nll(batch["input_ids"], position_ids=batch["position_ids"], **attention).double().sum().item()
+                    model.token_nll(batch["input_ids"], position_ids=batch["position_ids"], **attention(budget))
+                    .double()
+                    .sum()
+                    .item()
                 )
                 count += (batch["position_ids"][:, 1:] != 0).sum().item()
-            result["full" if budget is None else str(budget)] = total / count
+            result[str(budget)] = total / count
     figures = measure_model(
         model, batches[0]["input_ids"].cpu(), batches[0]["position_ids"].cpu(), Budget(s["k"], s["bs"]), seed=0
     )["inference"]

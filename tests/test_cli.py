@@ -47,6 +47,29 @@ def test_help_is_there_and_imports_nothing_heavy(arguments, says):
     assert done.returncode == 0 and done.stderr == "" and says in done.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("eval no-such-run", "no model at no-such-run: it is not a directory; name a run"),
+        ("eval {model} --beside no-such-run", "no model at no-such-run: it is not a directory"),
+        ("eval {model} --data no-such-text", "no such file or directory: no-such-text"),
+        ("analyze {model} no-such-run", "no model at no-such-run: it is not a directory"),
+        ("analyze {model} --data no-such-text", "no such file or directory: no-such-text"),
+        ("generate no-such-run --prompt a", "no model at no-such-run: it is not a directory"),
+        ("train no-such-recipe", "no recipe 'no-such-recipe'"),
+        ("train no-such-run --resume", "no recipe 'no-such-run'"),
+        ("train tiny --data.path no-such-text --out {model}/x", "no such file or directory: no-such-text"),
+        ("train tiny --model.init_from no-such-run --out {model}/x", "no model at no-such-run"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_heavy_is_imported(arguments, says, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    words = arguments.format(model=tmp_path).split()
+    done = subprocess.run([sys.executable, "-c", NO_TORCH, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"ssa: error: {says}") and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_every_verb_and_argument_is_explained(capsys):
     main([])
     overview = capsys.readouterr().out
@@ -375,8 +398,8 @@ def test_what_the_library_says_names_what_was_typed(tmp_path, monkeypatch, capsy
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.jsonl").write_text('{"body": "words"}\n')
+    save_checkpoint(tmp_path / "run", 1, tiny_model(), None, None, {})
     if command.startswith("generate"):
-        save_checkpoint(tmp_path / "run", 1, tiny_model(), None, None, {})
         command += " --prompt x"
     assert main(command.split()) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssa.budget import Budget, parse_budgets
+from ssa.budget import FULL, Budget, parse_reading, parse_readings
 from ssa.config import Recipe, find_recipe, load_recipe, override, read_recipe
 from ssa.errors import UserError
 
@@ -56,10 +56,12 @@ def test_presets_follow_table_a1():
 
 def test_budget():
     assert Budget.parse("4x16") == Budget(4, 16) and str(Budget(4, 16)) == "4x16" and Budget(4, 16).tokens == 64
-    assert parse_budgets("4x16, full,16X16") == [Budget(4, 16), None, Budget(16, 16)]
+    assert parse_readings("4x16, full,16X16") == [Budget(4, 16), FULL, Budget(16, 16)]
     for text in ("", ",", "4", "4x", "0x16", "4x0", "-4x16", "4x16x2", "fulll"):
         with pytest.raises(UserError):
-            parse_budgets(text)
+            parse_readings(text)
+    with pytest.raises(UserError, match="budget None"):
+        parse_reading(None)
 
 
 def test_json_round_trip():

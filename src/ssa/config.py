@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from ssa.arguments import parse_arguments
-from ssa.budget import Rule, Scope, Scoring, released_rule_check
+from ssa.budget import Rule, Scope, Scoring, Selection, released_rule_check
 from ssa.checked_json import parse_json, read_bytes, typed
 from ssa.errors import UserError
 from ssa.methods import checked_options, method_named, resolve_alias, selector_named
@@ -224,7 +224,11 @@ def _check(recipe: Recipe) -> None:
     need(m.rope_theta > 0, "model.rope_theta", m.rope_theta, "must be positive")
     method = method_named(m.method, "model.method")
     checked_options(method, m.method_options, "model.method_options")
-    checked_options(selector_named(m.selector, "model.selector"), m.selector_options, "model.selector_options")
+    options = checked_options(selector_named(m.selector, "model.selector"), m.selector_options, "model.selector_options")
+    if "mean_size" in options:  # of a selector by windows, whose options are fields of a selection
+        chosen = {f.name: options[f.name] for f in dataclasses.fields(Selection) if f.name in options}
+        rest: dict[str, Any] = {"scope": m.selection_scope, "scoring": m.selection_scoring, "rule": m.selection_rule}
+        Selection(m.num_selected_blocks, m.block_size, **(rest | chosen))
     need(m.selection_scope in method.scopes, "model.selection_scope", m.selection_scope,
          f"does not go with method {m.method}; use {' or '.join(method.scopes)}")  # fmt: skip
     if m.selection_rule == "released":

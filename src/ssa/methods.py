@@ -281,3 +281,25 @@ register_method(
     )
 )  # fmt: skip
 register_selector(SelectorKind("means", "block means", "ssa.attention.selectors.means:MeansSelector"))
+_WINDOWS = {
+    "mean_size": Option(32, "keys of a window, whose mean key is scored"),
+    "mean_stride": Option(16, "a window starts every so many keys"),
+    "sink_blocks": Option(1, "first blocks of a document, which everybody reads"),
+    "local_blocks": Option(16, "blocks right before a query's own, which it always reads"),
+    "lse": Option("exact", "the scores' softmax is normalised over the windows (exact) or over coarser ones (coarse)"),
+    "dense_length": Option(0, "queries at earlier positions read everything"),
+}
+register_selector(SelectorKind("windows", "windows", "ssa.attention.selectors.windows:WindowsSelector", _WINDOWS))
+register_selector(
+    SelectorKind(
+        "eviction", "windows + importance", "ssa.attention.selectors.eviction:EvictionSelector",
+        _WINDOWS | {
+            "query_blocks": Option(15, "blocks chosen by query; the rest of the budget is chosen by importance"),
+            "delta_bias": Option(False, "the importance's projection has a bias"),
+            "eviction_loss_weight": Option(0.0, "weight of a loss that teaches the importance to rank blocks as attention does"),
+            "eviction_loss_queries": Option(64, "that loss looks at so many queries of a row"),
+        },
+    )
+)  # fmt: skip
+register_alias("infllmv2", "moba", "windows")
+register_alias("nosa", "moba", "eviction")

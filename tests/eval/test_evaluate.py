@@ -14,7 +14,8 @@ from ssa.errors import UserError
 from ssa.eval import text_passes
 from ssa.eval.documents import read_documents
 from ssa.eval.evaluate import evaluate
-from ssa.eval.perplexity import WindowBatches, perplexity
+from ssa.eval.perplexity import WINDOW_TOKENS, WindowBatches, perplexity
+from ssa.eval.results import result_key
 from ssa.eval.tables import print_perplexity
 from ssa.infer.load import load_model
 from ssa.methods import methods
@@ -56,6 +57,10 @@ def test_budgets_of_one_setting_gather_and_other_settings_stay_apart(make_run):
     second = evaluate(run, budgets=["full", Budget(1, 16)])["perplexity"]
     assert set(second["budgets"]) == {"2x4", "full", "1x16"}
     assert second["budgets"]["2x4"]["gap_to_full"] is not None  # known now
+    # what the logs of all versions are named after
+    named = {**first["setting"], "batch": WINDOW_TOKENS // (first["setting"]["context"] + 1)}
+    logs = {result_key({**named, "attention": name}) for name in ("2x4", "full", "1x16")}
+    assert {log.name for log in (run / "eval" / "items" / "perplexity").iterdir()} == logs
     for other in ({"context": 32}, {"stride": 16}, {"split": "train"}, {"max_tokens": 50}, {"dtype": "bfloat16"}):
         evaluate(run, budgets="2x4", **other)
     file = saved(run)

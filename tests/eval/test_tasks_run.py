@@ -175,13 +175,13 @@ def test_wikitext_by_hand(make_run, data_dir):
 def test_the_rank_that_finishes_last_writes_the_whole_table(make_run, data_dir, monkeypatch):
     run = make_run()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    ask = choices.score_items
+    ask = scored.score_items
 
     def with_the_other_rank_behind(request, what, items, log, budget, max_length):
         """Rank 0 finishes piqa before rank 1, and hellaswag after it."""
         took = ask(request, what, items, log, budget, max_length)
         if what == "hellaswag" and log.path.name == "rank-0000.jsonl":
-            monkeypatch.setattr(choices, "score_items", ask)
+            monkeypatch.setattr(scored, "score_items", ask)
             monkeypatch.setenv("RANK", "1")
             other = run_tasks(run, data_dir, ["piqa", "hellaswag"], budgets="full", limit=9)
             assert other["piqa"]["budgets"].keys() == other["hellaswag"]["budgets"].keys() == {"full"}
@@ -189,7 +189,7 @@ def test_the_rank_that_finishes_last_writes_the_whole_table(make_run, data_dir, 
             monkeypatch.setenv("RANK", "0")
         return took
 
-    monkeypatch.setattr(choices, "score_items", with_the_other_rank_behind)
+    monkeypatch.setattr(scored, "score_items", with_the_other_rank_behind)
     monkeypatch.setenv("RANK", "0")
     found = run_tasks(run, data_dir, ["piqa", "hellaswag"], budgets="full", limit=9)
     assert [len(entry["budgets"]) for entry in found.values()] == [1, 1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ssa.budget import Budget
+from ssa.budget import FULL, Budget
 from ssa.data.tokenizer import train_bpe
 from ssa.device import resolve_device
 from ssa.errors import UserError
@@ -34,9 +34,11 @@ def test_mode_budget_and_dtype(saved):
     "mode, budget, expected",
     [
         (None, None, (None, None)),
-        ("full", None, ("full", None)),
+        ("full", None, ("full", FULL)),
+        ("full", FULL, ("full", FULL)),
+        ("sparse", None, ("sparse", None)),
         (None, "4x16", ("sparse", Budget(4, 16))),
-        (None, " full", ("full", None)),
+        (None, " full", ("full", FULL)),
     ],
 )
 def test_attention_choice(mode, budget, expected):

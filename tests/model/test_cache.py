@@ -110,7 +110,8 @@ def filled(lengths, max_length=None, block_size=4, rows=2):
 
 
 def check_means(layer, starts, block_size=4):
-    means, (room, all_means) = rows_of(layer, starts).means(block_size), rows_of(layer, starts).room(block_size)
+    seen = rows_of(layer, starts)
+    means, room, all_means = seen.means(block_size), seen.buffers(), seen.means(block_size, room=True)
     length = layer.get_seq_length()
     assert torch.equal(room.lengths_B, length - starts) and torch.equal(room.starts_B, starts)
     assert all_means.keys.shape[1] == room.k_BSKD.shape[1] // block_size
@@ -164,7 +165,7 @@ def test_crop_reorder_repeat_select_and_reset_keep_the_means_right(max_length):
 
 def test_a_cache_of_fixed_length_stays_where_it_is():
     def addresses(layer):
-        room, means = rows_of(layer, starts).room(4)
+        room, means = rows_of(layer, starts).buffers(), rows_of(layer, starts).means(4, room=True)
         return [x.data_ptr() for x in (*room[:2], *means, layer._end)]
 
     layer, starts = filled([30], 60)
@@ -188,7 +189,7 @@ def test_a_step_is_in_place_and_costs_one_token(max_length):
     new = torch.randn(2, 2, 1, 8)
     with LargestNew() as seen:
         layer.update(new, new)
-        rows_of(layer, starts).room(4)
+        rows_of(layer, starts).means(4, room=True)
     assert seen.elements <= new.numel()
 
 
@@ -214,7 +215,8 @@ def test_a_captured_step_can_be_replayed():
 
     def step(keys, values):
         layer.update(keys, values)
-        return rows_of(layer, starts).room(4)[0].lengths_B
+        rows_of(layer, starts).means(4)
+        return rows_of(layer, starts).buffers().lengths_B
 
     new = [torch.randn(2, 2, 1, 8) for _ in range(2)]
     graph = make_fx(step)(*new)  # runs the step once

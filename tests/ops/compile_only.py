@@ -41,7 +41,7 @@ from ssa.ops import (
     window_attention,
 )
 from ssa.ops.cross_entropy import linear_cross_entropy
-from ssa.ops.running_means import extend_block_means
+from ssa.ops.running_means import extend_means
 from ssa.ops.triton import key_side, reader_lists
 
 shared: dict[str, int] = {}
@@ -145,8 +145,36 @@ def vocabulary(tokens=64, width=32, words=1000):
 def running_means(kv_heads, size):
     k, v = torch.zeros(2, 1, 99, kv_heads, size, dtype=torch.bfloat16)
     means = [torch.zeros(1, 9, kv_heads, size, dtype=torch.bfloat16) for _ in range(2)]
-    sums = [torch.zeros(1, kv_heads, size) for _ in range(2)]
-    extend_block_means(k, v, means, sums, torch.tensor(9), torch.tensor([0]), 16, impl="triton")
+    sums = [torch.zeros(1, kv_heads, 1, size) for _ in range(2)]
+    extend_means([k, v], means, sums, torch.tensor(9), torch.tensor([0]), 16, 16, impl="triton")
+    sums = [torch.zeros(1, kv_heads, 2, size)]
+    extend_means([k], means[:1], sums, torch.tensor(9), torch.tensor([0]), 16, 8, impl="triton")
+    bias, sums, importance = torch.zeros(1, 99, kv_heads, 1), [torch.zeros(1, kv_heads, 2, 1)], torch.zeros(1, 7, kv_heads)
+    means = [torch.zeros(1, 12, kv_heads, 1)]
+    extend_means(
+        [bias], means, sums, torch.tensor(9), torch.tensor([0]), 16, 8, importance=importance, block_size=16, impl="triton"
+    )
+
+
+def windows(heads, kv_heads, size, tokens, packed=False, queries=1, dtype=torch.bfloat16, **more):
+    q, k, v = (x.detach() for x in tensors((1, tokens, heads, size), *[(1, tokens, kv_heads, size)] * 2, dtype=dtype))
+    selection = Selection(24, 64, mean_size=32, mean_stride=16, sink_blocks=1, local_blocks=16, query_blocks=3, **more)
+    bias = torch.zeros(1, tokens, kv_heads)
+    positions = torch.arange(tokens)[None] % (tokens // 2) if packed else None
+    select_blocks(q, k, selection, bias=bias, positions=positions, impl="triton")
+    means, coarse = torch.zeros(2, 2, tokens // 16, kv_heads, size, dtype=dtype)[:, :1]
+    importance = torch.zeros(1, tokens // 64, kv_heads)
+    decode_attention(
+        q[:, :queries], k, v, means, torch.tensor([tokens]), selection, bias=bias, coarse_means=coarse, importance=importance, impl="triton"
+    )  # fmt: skip
+
+
+def all_windows() -> None:
+    windows(32, 2, 64, 4096)
+    windows(32, 2, 128, 4096, packed=True, lse="coarse")
+    windows(8, 2, 128, 2048, queries=4, scope="head", dense_length=512)
+    windows(8, 2, 64, 2048, scoring="logit")
+    windows(4, 2, 64, 2048, dtype=torch.float32)
 
 
 def heads_128() -> None:
@@ -155,6 +183,9 @@ def heads_128() -> None:
     sparse(8, 2, 128, 8, 128, tokens=2048, scope="head")
     sparse(2, 2, 128, 8, 128, tokens=2048)
     sparse(8, 2, 128, 16, 64, tokens=2048)
+    with patch.object(key_side, "SPAN_BYTES", {"forward": 1, "backward": 1}):  # in spans, whose gradients add up
+        sparse(8, 2, 128, 8, 128, tokens=2048)
+        sparse(8, 2, 128, 16, 64, tokens=2048)
 
 
 def main(capability: int, what: str) -> None:
@@ -163,6 +194,8 @@ def main(capability: int, what: str) -> None:
     implementations._triton_missing = lambda kind: None
     if what == "heads-128":
         heads_128()
+    elif what == "windows":
+        all_windows()
     else:
         every(what == "all")
     print(json.dumps({"shared": shared, "stack": stack, "missed": sorted(every_kernel() - set(shared))}))
@@ -178,6 +211,7 @@ def every(everything: bool) -> None:
     with patch.object(reader_lists, "MAP_BYTES", 0):  # lists of readers by sorting
         sparse(32, 2, 64, 16, 16)
     if everything:
+        all_windows()
         sparse(8, 2, 128, 8, 128, tokens=2048, packed=True, bias=True, scope="head")
         sparse(8, 2, 64, 4, 256, tokens=4096)
         nsa(32, 2, 64, 16)

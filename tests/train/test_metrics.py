@@ -9,7 +9,7 @@ from ssa.errors import UserError
 from ssa.train import metrics as module
 from ssa.train.metrics import Metrics, SpikeDetector
 
-VALUES = [2.0, 1.5, 0.02, 0.03, 0.7]
+VALUES = [2.0, 1.5, 0.02, 0.03, 0.4, 0.7]
 
 
 def common(step):
@@ -31,6 +31,14 @@ def test_nothing_is_fetched_before_it_is_asked_for(tmp_path):
     metrics.fetch()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
     assert rows(tmp_path)[0]["sparsity_loss"] == pytest.approx(0.02)
+    assert "selection_loss" not in rows(tmp_path)[0]
+
+
+def test_a_selectors_loss_is_written_where_it_is_trained(tmp_path):
+    metrics = Metrics(tmp_path, 0, 10, aligned=False, distils=True)
+    add(metrics, 1)
+    metrics.fetch()
+    assert rows(tmp_path)[0]["selection_loss"] == pytest.approx(0.4)
 
 
 def test_resuming_cuts_later_and_torn_lines(tmp_path):
@@ -48,7 +56,7 @@ def test_resuming_cuts_later_and_torn_lines(tmp_path):
     assert rows(tmp_path)[0]["commitment_loss"] is None
 
 
-@pytest.mark.parametrize("place, name", [(0, "loss"), (4, "grad_norm")])
+@pytest.mark.parametrize("place, name", [(0, "loss"), (5, "grad_norm")])
 def test_the_first_value_that_is_not_finite_is_named(tmp_path, place, name):
     metrics = Metrics(tmp_path, 0, 10, aligned=True)
     bad = [*VALUES]
@@ -125,12 +133,12 @@ def test_few_or_constant_losses_make_no_spikes():
 def test_spikes_are_flagged_and_said_and_known_after_resuming(tmp_path, capsys):
     metrics = Metrics(tmp_path, 0, 100, aligned=True)
     for step, loss in enumerate(losses(50), start=1):
-        add(metrics, step, [loss, loss, 0, 0, 1])
+        add(metrics, step, [loss, loss, 0, 0, 0, 1])
     metrics.fetch()
     metrics.probe(50, {"kept_mass_full": 0.5, "kept_mass_sparse": 0.75})
     metrics.close()
     resumed = Metrics(tmp_path, 50, 100, aligned=True)
-    add(resumed, 51, [3.5, 3.5, 0, 0, 1]), add(resumed, 52, [3.0, 3.0, 0, 0, 1])
+    add(resumed, 51, [3.5, 3.5, 0, 0, 0, 1]), add(resumed, 52, [3.0, 3.0, 0, 0, 0, 1])
     resumed.fetch()
     assert [row["loss_spike"] for row in rows(tmp_path) if row["kind"] == "train"] == [False] * 50 + [True, False]
     assert "step 51: loss spike, cross-entropy 3.5000 where 3.0" in capsys.readouterr().out

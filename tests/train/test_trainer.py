@@ -240,7 +240,7 @@ def test_without_a_warm_up_the_alignment_weighs_what_it_did(recipe, tmp_path, mo
         own = torch.where(is_target(rows), rows["labels"][:, 1:], -100)
         nll = self.model.summed_nll(output.last_hidden_state, own) / targets
         loss = nll + self.alignment_weight / self.parts * output.alignment.sum()
-        return loss, torch.cat([nll.detach().view(1), output.alignment.detach() / self.parts])
+        return loss, torch.cat([nll.detach().view(1), output.alignment.detach() / self.parts, nll.new_zeros(1)])
 
     now = train(recipe(steps=4, accumulation=2), tmp_path / "now")
     monkeypatch.setattr(StepLoss, "forward", constant)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ssa.budget import Budget
+from ssa.budget import parse_reading
 from ssa.checked_json import parse_json, typed
 from ssa.errors import UserError
 from ssa.eval.results import read_results as read_evaluation
@@ -214,7 +213,7 @@ def perplexities(entry: dict[str, Any]) -> list[BudgetPerplexity]:
     for name, figures in entry["budgets"].items():
         if figures["perplexity"] is not None:  # too large for a float
             known.append(
-                BudgetPerplexity(name, budget_tokens(name), float(figures["nats_per_token"]), float(figures["perplexity"]))
+                BudgetPerplexity(name, parse_reading(name).tokens, float(figures["nats_per_token"]), float(figures["perplexity"]))
             )
     return sorted(known, key=lambda p: (p.tokens, p.budget))
 
@@ -225,11 +224,6 @@ def perplexity_setting(entry: dict[str, Any]) -> dict[str, Any]:
         "tokens": entry.get("tokens"),
         "step": entry["model"].get("step"),
     }
-
-
-def budget_tokens(name: str) -> float:
-    """Receptive field in keys of a budget's name; infinite for "full"."""
-    return math.inf if name == "full" else Budget.parse(name).tokens
 
 
 def _needles(path: Path) -> list[NeedleGrid]:

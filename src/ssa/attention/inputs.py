@@ -26,6 +26,8 @@ class AttentionCall:
     selection: Selection
     align: bool = False
     """SSA in training: compute the other stream too and compare them."""
+    train: bool = False
+    """A training pass: selectors that have a loss of their own compute it."""
     positions_BT: Tensor | None = None
     """Document-relative query positions; None = plain rows (see `ssa.ops.documents`)."""
     padding_BT: Tensor | None = None
@@ -61,6 +63,8 @@ class MethodOutput(NamedTuple):
     block_indices: Tensor | None
     alignment: Tensor | None
     """fp32 [2]: sparsity loss, commitment loss."""
+    selection_loss: Tensor | None = None
+    """fp32 scalar, the selector's own."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,13 @@ from ssa.ops import block_sparse_attention, decode_attention, dense_attention, g
 from ssa.ops.implementations import resolve
 
 
+def with_selection_loss(output: MethodOutput, selector: Selector, inputs: AttentionInputs, call: AttentionCall) -> MethodOutput:
+    """`output` and, in training, the selector's own loss, unless it is there already."""
+    if output.selection_loss is not None or not call.train or not selector.loss_weight:
+        return output
+    return output._replace(selection_loss=selector.loss(inputs, call))
+
+
 class AttentionMethod:
     """Which streams are computed and what is added to them. Its name, what it trains and its options stand in `ssa.methods`.
 
@@ -49,10 +56,10 @@ class AttentionMethod:
             return dense_attention(q, k, v, positions=call.positions_BT, cu_seqlens=call.cu_seqlens, bias=bias), None
         cached = inputs.cached
         if selector.fused and cached is not None and cached.few and resolve(call.impl, q) == "triton":
-            buffers, means = cached.room(call.selection.block_size)
+            buffers, kept = cached.buffers(), selector.kept(cached, call.selection, room=True)
             out, _, block_indices = decode_attention(
-                q, buffers.k_BSKD, buffers.v_BSKD, means.keys, buffers.lengths_B, call.selection,
-                starts=buffers.starts_B, bias=buffers.bias_BSK, impl=call.impl,
+                q, buffers.k_BSKD, buffers.v_BSKD, kept.means, buffers.lengths_B, selector.rule(call.selection), starts=buffers.starts_B,
+                bias=buffers.bias_BSK, coarse_means=kept.coarse, importance=kept.importance, impl=call.impl,
             )  # fmt: skip
             return out, block_indices
         block_indices = selector.select(inputs, call)

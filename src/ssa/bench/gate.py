@@ -129,7 +129,7 @@ def _layer_results(
         selector.select = lambda *_: index  # type: ignore[method-assign, assignment]
     call = AttentionCall(mode, shape.selection, align=True, impl=impl)
     q, k, v, gates = leaves
-    out, _, _, alignment = SSA()(selector, AttentionInputs(q, k, v, gates), call)
+    out, _, _, alignment, _ = SSA()(selector, AttentionInputs(q, k, v, gates), call)
     assert alignment is not None  # asked for
     # the sum over elements keeps the alignment's gradient as large as the output's
     loss = (out.double() * weight).sum() + out.numel() * alignment.double().sum()

@@ -29,7 +29,7 @@ def layer_step(method: str, mode: AttentionMode, shape: Shape, inputs: tuple[Ten
     call = AttentionCall(mode, shape.selection, align=method_named(method).draws_stream, impl="auto")
 
     def losses(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, _, _, alignment = attention(selector, AttentionInputs(q, k, v, gates), call)
+        out, _, _, alignment, _ = attention(selector, AttentionInputs(q, k, v, gates), call)
         return out, None if alignment is None else ALIGNMENT_WEIGHT * alignment.sum()
 
     run = torch.compile(losses, dynamic=False) if compiled else losses

@@ -12,6 +12,7 @@ from types import GenericAlias
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ssa.arguments import is_option, parse_arguments
+from ssa.cli.inputs import CHECKS
 from ssa.config import TABLES, load_recipe, recipe_flags
 from ssa.errors import UserError
 
@@ -40,22 +41,28 @@ def call_verb(verb: str, function: Verb, words: list[str]) -> int:
             with contextlib.suppress(SystemExit):
                 load_recipe(words[0], ["--help"])
         return 0
-    _check_given(parameters, call)
+    _check_given(function, parameters, call)
     try:
         return call() or 0
     except UserError as error:
         raise UserError(_with_flags(str(error), function)) from error
 
 
-def _check_given(parameters: list[inspect.Parameter], call: functools.partial[int | None]) -> None:
-    """Refuse '' for what has to be given: `ssa prepare "$TEXTS"` with no such variable would mean the current directory."""
+def _check_given(function: Verb, parameters: list[inspect.Parameter], call: functools.partial[int | None]) -> None:
+    """Refuse what is not there, and '' for what has to be given: `ssa prepare "$TEXTS"` with no such variable would mean the current directory."""
     given = dict(zip((p.name for p in parameters), call.args, strict=False)) | call.keywords
+    hints = get_type_hints(function, include_extras=True)
     for parameter in parameters:
         value = given.get(parameter.name)
-        if parameter.default is parameter.empty and "" in (value if isinstance(value, tuple) else (value,)):
+        values = value if isinstance(value, tuple) else (value,)
+        check = CHECKS.get(_metavar(hints[parameter.name], parameter.name, False)[1])
+        if parameter.default is parameter.empty and "" in values:
             flag = parameter.name.replace("_", "-")
             name = flag.upper() if parameter.kind is parameter.POSITIONAL_ONLY else f"--{flag}"
             raise UserError(f"{name} is '' (a shell variable that is not set?)")
+        if check:
+            for one in filter(None, values):
+                check(one)
 
 
 def _with_flags(message: str, function: Verb) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ssa.budget import Budget, parse_budgets
+from ssa.budget import Budget, parse_readings
 from ssa.cli.metavars import BUDGET, BUDGETS, DATA, DEVICE, DIRECTORY, DTYPE, FILE, NAME, NAMES, NUMBERS, PATH, RUN, SHOTS
 from ssa.errors import UserError
 from ssa.ranks import Shard
@@ -75,7 +75,7 @@ def evaluate(
     needle_at = _numbers(needle_lengths, int, "--needle-lengths")
     depths = _numbers(needle_depths, float, "--needle-depths")
     if budgets:
-        parse_budgets(budgets)  # before anything slow
+        parse_readings(budgets)  # before anything slow
     from ssa.eval.tasks import parse_shots, parse_tasks
 
     names = parse_tasks(tasks, data_dir or None) if tasks else []

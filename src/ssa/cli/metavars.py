@@ -1,4 +1,7 @@
-"""What a text argument stands for: types of verbs' parameters, by the word that help shows for them."""
+"""What a text argument stands for: types of verbs' parameters, by the word that help shows for them.
+
+`ssa.cli.inputs.CHECKS` says of which words the value has to be there.
+"""
 
 from typing import Annotated
 

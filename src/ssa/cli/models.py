@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
-from ssa.budget import Budget
+from ssa.budget import parse_reading
 from ssa.cli.metavars import BUDGET, DEVICE, DTYPE, FILE, OPTIONAL_RUN, OUT, RUN, SOURCE, TEXT
 from ssa.terminal import Visible, say
 
@@ -47,8 +47,8 @@ def generate(
         device: auto, cpu, cuda, cuda:1, ...
         dtype: auto, float32 or bfloat16.
     """
-    if budget and budget != "full":
-        Budget.parse(budget)
+    if budget:
+        parse_reading(budget)
     from ssa.infer import engine
 
     # On a terminal what a model writes must not move the cursor; into a pipe or a file it goes as it is.
@@ -65,8 +65,9 @@ def convert(
     source: SOURCE,
     out: OUT,
     /,
-    to: Literal["ssa", "llama", "llama-nsa"] = "ssa",
+    to: Literal["ssa", "llama", "llama-nsa", "nosa", "minicpm"] = "ssa",
     method: str = "",
+    selector: str = "",
     block_size: int = 0,
     num_selected_blocks: int = 0,
     selection_rule: Literal["", "exact", "released"] = "",
@@ -74,25 +75,27 @@ def convert(
     dtype: Literal["", "float32", "bfloat16", "float16"] = "",
     overwrite: bool = False,
 ) -> None:
-    """Turn a Llama or released SSA checkpoint into ours, or ours into theirs.
+    """Turn a Llama, or a released SSA, NOSA or MiniCPM4 checkpoint into ours, or ours into theirs.
 
     Args:
         source: A run, a model directory, a .gguf file, or the name of a model on the hub.
         out: Directory for the result.
         to: The layout to write.
-        method: How the result attends: full, moba, nsa, ssa, or one that another package registers. A Llama becomes ssa, a released checkpoint keeps its own.
+        method: How the result attends: full, moba, nsa, ssa, or one that another package registers. A Llama becomes ssa, NOSA and MiniCPM4 become moba, a released checkpoint keeps its own.
+        selector: How blocks are chosen; the source's if left out. One that is new to the source starts with fresh weights.
         block_size: Tokens of a block; the source's if 0.
         num_selected_blocks: Blocks a query may read; the source's if 0.
         selection_rule: exact, or released as the authors' kernel selects; released checkpoints keep released.
-        gate: Give the result a gate; it starts constant, so that the function is preserved.
+        gate: Give the result a gate; it starts constant, so that the function is preserved. NOSA and MiniCPM4 get none.
         dtype: Precision of the weights; the source's if left out.
         overwrite: Replace the model that is in OUT.
     """
     from ssa.model.convert import convert as convert_model
 
     report = convert_model(
-        source, out, to=to, method=method or None, block_size=block_size or None, num_selected_blocks=num_selected_blocks or None,
-        selection_rule=selection_rule or None, gate=gate, dtype=dtype or None, overwrite=overwrite,
+        source, out, to=to, method=method or None, selector=selector or None, block_size=block_size or None,
+        num_selected_blocks=num_selected_blocks or None, selection_rule=selection_rule or None, gate=None if gate else False,
+        dtype=dtype or None, overwrite=overwrite,
     )  # fmt: skip
     say(report)
 

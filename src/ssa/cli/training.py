@@ -7,12 +7,14 @@ import signal
 import time
 from pathlib import Path
 
+from ssa.cli.inputs import check_data
 from ssa.cli.metavars import DIRECTORY, INPUT, NAME, RECIPE, TOKENIZER
 from ssa.config import Recipe, check_seed, load_recipe
 from ssa.data.lines import MAX_LINE_BYTES
 from ssa.errors import UserError
 from ssa.methods import method_named
 from ssa.ranks import SharedError
+from ssa.runs.checkpoints import resolve_checkpoint
 from ssa.terminal import lasting_output, say, warn
 
 PATIENCE = 5.0
@@ -73,6 +75,11 @@ def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrit
         config, out = os.path.join(config, "recipe.json"), config
     try:
         recipe = load_recipe(config, overrides)
+        run = Path(out) if out else Path("runs") / f"{Path(config).stem}-{recipe.model.method}"
+        if not resume and (overwrite or not (run / "data").is_dir()):
+            check_data(recipe.data.path)
+        if not resume and recipe.model.init_from:
+            resolve_checkpoint(recipe.model.init_from)
     except UserError:
         if rank:  # all ranks read the same words: one of them complains
             return _after_the_first_rank()
@@ -82,7 +89,6 @@ def train(config: RECIPE, /, out: DIRECTORY = "", resume: bool = False, overwrit
         warn(warning)
     from ssa.train.trainer import train as train_model
 
-    run = Path(out) if out else Path("runs") / f"{Path(config).stem}-{recipe.model.method}"
     try:
         result = train_model(recipe, run, resume=resume, overwrite=overwrite)
     except SharedError:

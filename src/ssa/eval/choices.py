@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from ssa.budget import Budget
 from ssa.errors import UserError
-from ssa.eval.loglikelihood import encode_pairs
-from ssa.eval.long.item_log import ItemLog
-from ssa.eval.long.measure import gather
-from ssa.eval.model_under_test import budget_name, provenance
+from ssa.eval.loglikelihood import Request, encode_pairs
 from ssa.eval.questions import CHOICE_TASKS, LM_EVAL_VERSION, QuestionSet, is_right, read_questions
 from ssa.eval.results import TASKS_FILE, read_results
-from ssa.eval.scored import (
-    base_setting,
-    data_directory,
-    figures_of,
-    item_log,
-    keep_entry,
-    limited,
-    metric,
-    missing,
-    new_entry,
-    score_items,
-    standard_error,
-)
+from ssa.eval.scored import Records, base_setting, data_directory, limited, metric, new_entry, run_scored, standard_error
 from ssa.eval.tasks import TaskRequest, shots
 
 ONE_SEED_NOTE = "0 examples: seeds change nothing, one pass serves them all"
@@ -54,44 +39,29 @@ def _run_task(questions: QuestionSet, request: TaskRequest) -> dict[str, Any]:
     if num_fewshot:
         notes, source = ([OWN_POOL_NOTE], "the questions") if questions.is_own_pool else ([], "training file")
     entry = new_entry(request, {**setting, "seeds": seeds if num_fewshot else []}, count, notes, examples_from=source)
-    efforts = {budget: {"scored": 0.0, "seconds": 0.0, "padding": 0.0} for budget in request.budgets}
-    logs: dict[tuple[Budget | None, int | None], ItemLog] = {}
-    for seed in seeds:
+
+    def requests(numbers: list[int], seed: int | None) -> dict[int, list[Request]]:
         before = questions.examples(num_fewshot, seed or 0, count)
-        for budget in request.budgets:
-            logs[budget, seed] = item_log(request, task.name, setting, budget, seed)
-        lacking = {budget: missing(logs[budget, seed], count) for budget in request.budgets}
-        encoded: dict[int, list[Any]] = {i: [] for i in sorted(set().union(*lacking.values()))}
-        pairs = [(i, pair) for i in encoded for pair in questions.questions[i].pairs(before[i])]
+        pairs = [(i, pair) for i in numbers for pair in questions.questions[i].pairs(before[i])]
+        encoded: dict[int, list[Request]] = {i: [] for i in numbers}
         for (i, _), made in zip(pairs, encode_pairs(request.subject.tokenizer, [pair for _, pair in pairs]), strict=True):
             encoded[i].append(made)
-        for budget, numbers in lacking.items():
-            what = task.name if seed is None else f"{task.name}, seed {seed}"
-            took = score_items(request, what, {i: encoded[i] for i in numbers}, logs[budget, seed], budget, setting["max_length"])
-            for key, value in took.items():
-                efforts[budget][key] = max(efforts[budget][key], value) if key == "padding" else efforts[budget][key] + value
-    for budget in request.budgets:
-        records = {seed: gather(logs[budget, seed], count) for seed in seeds}
-        figures = _figures(questions, records)
-        if figures is not None:
-            new = {"metrics": figures, **efforts[budget], **provenance(request.subject)}
-            entry["budgets"][budget_name(budget)] = figures_of(request, entry, budget, new)
-    return keep_entry(request, entry)
+        return encoded
+
+    return run_scored(request, entry, setting, seeds, requests, partial(_figures, questions))
 
 
-def _figures(questions: QuestionSet, records: dict[int | None, list[dict[str, Any]] | None]) -> dict[str, Any] | None:
-    """{metric: figures}, None while a rank is not done."""
+def _figures(questions: QuestionSet, records: Records) -> dict[str, Any]:
+    """{metric: figures}."""
     figures = {}
     for name in questions.task.metrics:
-        right: dict[int | None, list[float]] = {}
-        for seed, of_seed in records.items():
-            if of_seed is None:
-                return None
-            asked = questions.questions[: len(of_seed)]
-            right[seed] = [
+        right = {
+            seed: [
                 float(is_right(question, record["log_likelihoods"], name))
-                for question, record in zip(asked, of_seed, strict=True)
+                for question, record in zip(questions.questions, of_seed, strict=False)
             ]
+            for seed, of_seed in records.items()
+        }
         figures[name] = metric(
             {seed: sum(values) / len(values) for seed, values in right.items()}, [standard_error(v) for v in right.values()]
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ssa.budget import Budget, parse_budgets
+from ssa.budget import FULL, Reading, parse_reading, parse_readings
 from ssa.collectives import meet
 from ssa.device import local_device
 from ssa.errors import UserError
@@ -18,7 +18,7 @@ from ssa.eval.needle import check_grid
 from ssa.eval.perplexity import WINDOW_TOKENS
 from ssa.eval.table1 import COLUMNS, write_table1
 from ssa.eval.tasks import HARNESS, PAPER_SHOTS, TaskRequest, is_complete, run_tasks, runner_of
-from ssa.eval.text_passes import TextRequest, run_needles, run_perplexity
+from ssa.eval.text_passes import run_needles, run_perplexity
 from ssa.files import check_directory
 from ssa.infer.load import check_budgets
 from ssa.runs.home import run_context, run_data
@@ -29,7 +29,7 @@ def evaluate(
     *,
     data: str | Path | None = None,
     split: str = "valid",
-    budgets: str | Sequence[Budget | str | None] | None = None,
+    budgets: str | Sequence[Reading | str] | None = None,
     context: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
@@ -60,8 +60,7 @@ def evaluate(
     Args:
         data: A prepared directory, text files or "builtin:python"; by default the run's own data.
         split: Of a prepared directory.
-        budgets: "4x16,16x16,full" or a list of such; "full" (or None in a list) = full attention. By default the model's own budget
-            and full.
+        budgets: "4x16,16x16,full" or a list of such; "full" = full attention. By default the model's own budget and full.
         context: Window in tokens; by default the training context (at most `run_directory.DEFAULT_CONTEXT` for a model without a recipe).
         stride: New tokens per window; `context` by default.
         max_tokens: Score no more than so many tokens, from the beginning of the data.
@@ -112,7 +111,7 @@ def evaluate(
     subject = load_model_under_test(run, local_device(device), dtype)
     if rope_factor is not None:
         subject = scaled(subject, rope_factor)
-    chosen = list(dict.fromkeys([subject.model.config.budget, None] if asked is None else asked))
+    chosen = list(dict.fromkeys([subject.model.config.budget, FULL] if asked is None else asked))
     check_budgets(subject.model.config, chosen)
     directory = Path(out) if out is not None else subject.directory
     check_directory(directory)
@@ -120,25 +119,26 @@ def evaluate(
     if needle_lengths and max(needle_lengths) > positions:
         raise UserError(f"needle length {max(needle_lengths)} exceeds the model's {positions} positions")
     result: dict[str, Any] = {"perplexity": None, "needle": None, "tasks": {}, "files": []}
+    request = TaskRequest(
+        subject, chosen, directory, data_dir=data_dir, seeds=tuple(dict.fromkeys(seeds)),
+        num_fewshot=dict(num_fewshot) if isinstance(num_fewshot, Mapping) else num_fewshot, limit=limit, lengths=lengths,
+        max_length=max_length, batch_tokens=batch_tokens, haystack=haystack, console=console,
+    )  # fmt: skip
     if perplexity or needle_lengths:
-        text = TextRequest(subject, run_data(run) if data is None else data, split, chosen, directory, console)
+        source = run_data(run) if data is None else data
     if perplexity:
         context = _context(subject, context)
+        stride = context if stride is None else stride
         result["perplexity"] = run_perplexity(
-            text, context=context, stride=context if stride is None else stride, max_tokens=max_tokens, batch_size=batch_size
+            request, source, split, context=context, stride=stride, max_tokens=max_tokens, batch_size=batch_size
         )
     if needle_lengths:
         result["needle"] = run_needles(
-            text, lengths=needle_lengths, depths=needle_depths, cases=needle_cases, seed=seed,
+            request, source, split, lengths=needle_lengths, depths=needle_depths, cases=needle_cases, seed=seed,
             batch_tokens=WINDOW_TOKENS if batch_size is None else batch_size * max(needle_lengths),
         )  # fmt: skip
     result["files"] = [directory / f"{name}.json" for name in ("perplexity", "needle") if (result[name] or {}).get("budgets")]
     if tasks:
-        request = TaskRequest(
-            subject, chosen, directory, data_dir=data_dir, seeds=tuple(dict.fromkeys(seeds)),
-            num_fewshot=dict(num_fewshot) if isinstance(num_fewshot, Mapping) else num_fewshot, limit=limit, lengths=lengths,
-            max_length=max_length, batch_tokens=batch_tokens, haystack=haystack, console=console,
-        )  # fmt: skip
         result["tasks"] = run_tasks(tasks, request)
         if all(is_complete(entry, chosen) for name, entry in result["tasks"].items() if name in COLUMNS):
             result["files"] += write_table1(result["tasks"], others, directory)
@@ -161,10 +161,10 @@ def _context(subject: ModelUnderTest, context: int | None) -> int:
     return min(run_context(subject.path), limit)
 
 
-def _parsed(budgets: str | Sequence[Budget | str | None]) -> list[Budget | None]:
+def _parsed(budgets: str | Sequence[Reading | str]) -> list[Reading]:
     if isinstance(budgets, str):
-        return parse_budgets(budgets)
-    found = [b for item in budgets for b in (parse_budgets(item) if isinstance(item, str) else [item])]
+        return parse_readings(budgets)
+    found = [b for item in budgets for b in (parse_readings(item) if isinstance(item, str) else [parse_reading(item)])]
     if not found:
         raise UserError("no budget given; write e.g. 16x16,full")
     return found

@@ -38,7 +38,7 @@ except ImportError as error:
 
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import AttentionMode, Budget
+from ssa.budget import AttentionMode, Reading
 from ssa.collectives import gather, meet
 from ssa.device import local_device
 from ssa.errors import UserError, one_line
@@ -82,7 +82,7 @@ class SSALM(TemplateLM):
         self,
         pretrained: Any = None,
         attention_mode: str | None = None,
-        budget: Budget | str | None = None,
+        budget: Reading | str | None = None,
         batch_size: int | str = "auto",
         device: str | None = None,
         dtype: str = "auto",
@@ -96,7 +96,7 @@ class SSALM(TemplateLM):
         Args:
             pretrained: A run, a checkpoint or a model directory; or a model in memory, together with `tokenizer`.
             attention_mode: "sparse" or "full"; the model's own by default.
-            budget: "kxs"; the model's own by default. "full" is another way to say attention_mode=full.
+            budget: "kxs" or "full"; the model's own by default.
             batch_size: Rows computed at once; "auto" packs as many as have about a fixed number of tokens.
             device, dtype: See `ssa.infer.load.load_model`; "cuda:0", lm-eval's default, is the GPU of the local rank under torchrun.
             max_length: Longest input in tokens; the model's positions by default.

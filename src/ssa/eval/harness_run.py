@@ -9,11 +9,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ssa.budget import Budget
+from ssa.budget import Reading
 from ssa.collectives import gather
 from ssa.errors import UserError
 from ssa.eval.choices import ONE_SEED_NOTE
-from ssa.eval.model_under_test import attention, budget_name, provenance
+from ssa.eval.model_under_test import attention, provenance
 from ssa.eval.results import TASKS_FILE, read_results
 from ssa.eval.scored import base_setting, item_log, keep_entry, metric, new_entry
 from ssa.eval.tasks import TaskRequest, shots
@@ -53,8 +53,8 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
     subject, common = request.subject, base_setting(request, "lm_eval")
     entries = {}
     for name in names:
-        outcomes: dict[Budget | None, dict[int, Outcome]] = {}
-        seconds: dict[Budget | None, float] = {}
+        outcomes: dict[Reading, dict[int, Outcome]] = {}
+        seconds: dict[Reading, float] = {}
         for budget in request.budgets:
             model = SSALM(subject.model, **attention(budget), max_length=common["max_length"], tokenizer=subject.tokenizer)
             model.log = item_log(request, "lm_eval", common, budget, None)
@@ -97,7 +97,7 @@ def _num_fewshot(outcome: Outcome, name: str) -> int:
 
 
 def _entry(
-    name: str, request: TaskRequest, outcomes: dict[Budget | None, dict[int, Outcome]], seconds: dict[Budget | None, float], version: str
+    name: str, request: TaskRequest, outcomes: dict[Reading, dict[int, Outcome]], seconds: dict[Reading, float], version: str
 ) -> dict[str, Any]:  # fmt: skip
     first = next(iter(next(iter(outcomes.values())).values()))
     num_fewshot = _num_fewshot(first, name)
@@ -118,5 +118,5 @@ def _entry(
             errors = [o["results"][name].get(f"{metric_name}_stderr,{filtered}") for o in by_seed.values()]
             known = [float(error) for error in errors if isinstance(error, float)]
             figures[metric_name if filtered == "none" else key] = metric(values, known)
-        entry["budgets"][budget_name(budget)] = {"metrics": figures, "seconds": seconds[budget], **provenance(request.subject)}
+        entry["budgets"][str(budget)] = {"metrics": figures, "seconds": seconds[budget], **provenance(request.subject)}
     return entry

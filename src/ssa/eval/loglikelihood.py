@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import AttentionMode, Budget
+from ssa.budget import AttentionMode, Reading
 from ssa.data.tokenizer import encoded
 from ssa.errors import UserError
 from ssa.ranks import ALONE, Shard
@@ -147,7 +147,7 @@ def log_likelihoods(
     *,
     max_length: int,
     attention_mode: AttentionMode | None = None,
-    budget: Budget | str | None = None,
+    budget: Reading | str | None = None,
     batch_tokens: int | None = None,
     batch_rows: int | None = None,
     deliver: Callable[[list[tuple[int, Score]]], None] | None = None,
@@ -216,7 +216,7 @@ def log_likelihoods(
 
 def _score_batch(
     model: Any, rows: Sequence[np.ndarray], continuations: Sequence[np.ndarray], width: int, device: torch.device,
-    attention_mode: AttentionMode | None, budget: Budget | str | None,
+    attention_mode: AttentionMode | None, budget: Reading | str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(sums fp64 [B], greedy bool [B]) on the device; nothing here waits for it."""
     lengths = np.array([len(c) for c in continuations])

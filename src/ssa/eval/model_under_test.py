@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import Budget
+from ssa.budget import FULL, Reading
 from ssa.device import device_name
 from ssa.files import sha256_of_file
 from ssa.infer.load import load_model
@@ -92,13 +92,9 @@ def provenance(subject: ModelUnderTest) -> dict[str, Any]:
     }
 
 
-def budget_name(budget: Budget | None) -> str:
-    return "full" if budget is None else str(budget)
-
-
-def attention(budget: Budget | None) -> dict[str, Any]:
-    """The arguments of a model's call that make it attend so; None = full attention."""
-    return {"attention_mode": "full"} if budget is None else {"attention_mode": "sparse", "budget": budget}
+def attention(budget: Reading) -> dict[str, Any]:
+    """The arguments of a model's call that make it attend so, whatever it does by itself."""
+    return {"budget": FULL} if budget is FULL else {"attention_mode": "sparse", "budget": budget}
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import AttentionMode, Budget
+from ssa.budget import AttentionMode, Reading
 from ssa.data.tokenizer import encoded
 from ssa.errors import UserError
 from ssa.infer.engine import first_ids
@@ -135,7 +135,7 @@ def make_case(haystack: Haystack, tokenizer: PreTrainedTokenizerFast, length: in
 
 
 def score(
-    model: Any, cases: Sequence[Case], attention_mode: AttentionMode | None = None, budget: Budget | str | None = None
+    model: Any, cases: Sequence[Case], attention_mode: AttentionMode | None = None, budget: Reading | str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(found bool [cases], natural log-probability of the value fp64 [cases]); the cases have one length.
 
@@ -210,7 +210,7 @@ def needle_grid(
     cases: int,
     seed: int,
     attention_mode: AttentionMode | None = None,
-    budget: Budget | str | None = None,
+    budget: Reading | str | None = None,
     batch_tokens: int = 16384,
     progress: Callable[[int], None] | None = None,
 ) -> list[Cell]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ssa.budget import AttentionMode, Budget
+from ssa.budget import AttentionMode, Reading
 from ssa.errors import UserError
 from ssa.model import SSAForCausalLM
 
@@ -122,7 +122,7 @@ class WindowBatches:
         return sum(w.stop - w.first for _, w in self._batches[number])
 
     def nats(
-        self, model: SSAForCausalLM, number: int, attention_mode: AttentionMode | None = None, budget: Budget | str | None = None
+        self, model: SSAForCausalLM, number: int, attention_mode: AttentionMode | None = None, budget: Reading | str | None = None
     ) -> float:
         """The summed negative log-likelihood of batch `number`."""
         batch = self._batches[number]
@@ -164,7 +164,7 @@ def perplexity(
     context: int,
     stride: int | None = None,
     attention_mode: AttentionMode | None = None,
-    budget: Budget | str | None = None,
+    budget: Reading | str | None = None,
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Perplexity:

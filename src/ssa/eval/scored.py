@@ -9,36 +9,72 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssa.budget import Budget
+from ssa.budget import Reading
 from ssa.errors import UserError
 from ssa.eval.loglikelihood import Effort, Request, Score, check_max_length, log_likelihoods
 from ssa.eval.long.item_log import ItemLog
-from ssa.eval.model_under_test import attention, budget_name, description, progress_bar
+from ssa.eval.long.measure import gather
+from ssa.eval.model_under_test import attention, description, progress_bar, provenance
 from ssa.eval.results import TASKS_FILE, add_results, read_results, result_key
 from ssa.eval.tables import print_task
 from ssa.eval.tasks import TaskRequest
 from ssa.ranks import Shard
 
+Records = dict[int | None, list[dict[str, Any]]]
 
-def item_log(request: TaskRequest, task: str, setting: dict[str, Any], budget: Budget | None, seed: int | None) -> ItemLog:
+
+def run_scored(
+    request: TaskRequest, entry: dict[str, Any], setting: dict[str, Any], seeds: Sequence[int | None],
+    requests: Callable[[list[int], int | None], dict[int, list[Request]]], figures: Callable[[Records], dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """Score what the logs lack of `entry`'s items at every budget, and keep and show the entry.
+
+    Args:
+        setting: What decides the score of an item, budget and seed aside.
+        seeds: [None] where they decide nothing.
+        requests: Numbers of items and a seed to each item's requests; asked once for all budgets.
+        figures: The records of all items by seed to the metrics.
+    """
+    task, count = setting["task"], entry["items"]
+    efforts = {budget: {"scored": 0.0, "seconds": 0.0, "padding": 0.0} for budget in request.budgets}
+    logs = {(budget, seed): item_log(request, task, setting, budget, seed) for seed in seeds for budget in request.budgets}
+    for seed in seeds:
+        lacking = {budget: _missing(logs[budget, seed], count) for budget in request.budgets}
+        encoded = requests(sorted(set().union(*lacking.values())), seed)
+        for budget, numbers in lacking.items():
+            what = task if seed is None else f"{task}, seed {seed}"
+            took = score_items(request, what, {i: encoded[i] for i in numbers}, logs[budget, seed], budget, setting["max_length"])
+            for key, value in took.items():
+                efforts[budget][key] = max(efforts[budget][key], value) if key == "padding" else efforts[budget][key] + value
+    known = read_results(request.directory / TASKS_FILE)["results"].get(result_key(entry["setting"]), entry)["budgets"]
+    for budget in request.budgets:
+        records = {seed: found for seed in seeds if (found := gather(logs[budget, seed], count)) is not None}
+        if len(records) < len(seeds):  # a rank is not done
+            continue
+        new = {"metrics": figures(records), **efforts[budget], **provenance(request.subject)}
+        entry["budgets"][str(budget)] = new if new["scored"] else known.get(str(budget), new)
+    return keep_entry(request, entry)
+
+
+def item_log(request: TaskRequest, task: str, setting: dict[str, Any], budget: Reading, seed: int | None) -> ItemLog:
     """Where the items of one pass are kept: `setting`, budget and seed decide every value in it."""
-    key = result_key({**setting, "budget": budget_name(budget), "seed": seed})
-    name = f"{task}-{budget_name(budget)}" + ("" if seed is None else f"-seed{seed}")
+    key = result_key({**setting, "budget": str(budget), "seed": seed})
+    name = f"{task}-{budget}" + ("" if seed is None else f"-seed{seed}")
     return ItemLog(request.directory / "items" / f"{name}-{key}", Shard.from_environment().rank)
 
 
-def missing(log: ItemLog, count: int) -> list[int]:
+def _missing(log: ItemLog, count: int) -> list[int]:
     """Numbers of this rank's items, of 0 .. count - 1, that the log lacks."""
     done = log.records()
     return [i for i in Shard.from_environment().share(count) if i not in done]
 
 
 def score_items(
-    request: TaskRequest, what: str, items: dict[int, Sequence[Request]], log: ItemLog, budget: Budget | None, max_length: int
+    request: TaskRequest, what: str, items: dict[int, Sequence[Request]], log: ItemLog, budget: Reading, max_length: int
 ) -> dict[str, float]:
     """Score the items (number -> its requests) and append each to `log` as soon as all its requests are done.
 
@@ -53,7 +89,7 @@ def score_items(
         log.append([{"index": number, "log_likelihoods": [], "greedy": []} for number in empty])
     effort = Effort()
     started = time.perf_counter()
-    with progress_bar(request.console, f"{what}, {budget_name(budget)}", len(owners)) as progress:
+    with progress_bar(request.console, f"{what}, {budget}", len(owners)) as progress:
 
         def deliver(done: list[tuple[int, Score]]) -> None:
             finished = []
@@ -84,12 +120,6 @@ def score_items(
         "seconds": time.perf_counter() - started,
         "padding": 1 - effort.tokens / effort.padded_tokens if effort.padded_tokens else 0.0,
     }
-
-
-def figures_of(request: TaskRequest, entry: dict[str, Any], budget: Budget | None, new: dict[str, Any]) -> dict[str, Any]:
-    """What the entry says about the budget: `new`, or what the file said before if nothing had to be computed for it now."""
-    before = read_results(request.directory / TASKS_FILE)["results"].get(result_key(entry["setting"]), {"budgets": {}})
-    return before["budgets"].get(budget_name(budget), new) if not new["scored"] else new
 
 
 def metric(by_seed: dict[int | None, float], stderr: Sequence[float] | None = None) -> dict[str, Any]:
@@ -127,7 +157,7 @@ def keep_entry(request: TaskRequest, entry: dict[str, Any]) -> dict[str, Any]:
     if entry["budgets"]:
         entry = add_results(request.directory / TASKS_FILE, entry)
     if request.console is not None:
-        print_task(request.console, entry, [budget_name(budget) for budget in request.budgets])
+        print_task(request.console, entry, [str(budget) for budget in request.budgets])
     return entry
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssa.budget import Budget
+from ssa.budget import parse_reading
 from ssa.errors import UserError
 from ssa.eval.results import TASKS_FILE, read_results
-from ssa.eval.tables import figure
+from ssa.eval.tables import figure, markdown
 from ssa.files import write_atomically
 from ssa.methods import label
 
@@ -26,11 +27,14 @@ AVERAGED = ("piqa", "hellaswag", "arc_easy", "arc_challenge")
 
 @dataclass(frozen=True)
 class Row:
-    inference: str
-    """ "full", or "sparse" with the receptive field and the budget."""
+    budget: str
     method: str
     cells: Mapping[str, Mapping[str, Any]]
     """Heading -> {"mean", "std", ...} in the units of tasks.json."""
+
+    @property
+    def inference(self) -> str:
+        return inference(self.budget)
 
 
 def write_table1(entries: Mapping[str, Mapping[str, Any]], beside: Sequence[Path], directory: Path) -> list[Path]:
@@ -50,7 +54,7 @@ def write_table1(entries: Mapping[str, Mapping[str, Any]], beside: Sequence[Path
     if not own:
         return []
     models: list[Mapping[str, Mapping[str, Any]]] = [own, *(_same_settings(own, path) for path in beside)]
-    rows = sorted((row for model in models for row in _rows(model)), key=lambda row: _order(row.inference))
+    rows = sorted((row for model in models for row in _rows(model)), key=lambda row: full_first(row.budget))
     notes = _notes(own)
     files = {"table1.md": to_markdown(rows, notes), "table1.tex": to_latex(rows, notes)}
     for name, text in files.items():
@@ -60,19 +64,11 @@ def write_table1(entries: Mapping[str, Mapping[str, Any]], beside: Sequence[Path
 
 def to_markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
     headings = _headings(rows)
-    lines = [_line(["inference", "method", *headings]), _line(["---", "---", *["---:"] * len(headings)])]
-    for row in rows:
-        cells = (_text(h, row) for h in headings)
-        lines.append(
-            _line(
-                [
-                    row.inference,
-                    row.method,
-                    *(f"**{t}**" if _is_best(h, row, rows) else t for h, t in zip(headings, cells, strict=True)),
-                ]
-            )
-        )
-    return "\n".join([*lines, "", *notes]) + "\n"
+    lines = [
+        [row.inference, row.method, *(f"**{text}**" if best else text for text, best in _cells(row, rows, headings))]
+        for row in rows
+    ]
+    return markdown(["inference", "method", *headings], lines, words=2) + "\n" + "".join(f"{note}\n" for note in notes)
 
 
 def to_latex(rows: Sequence[Row], notes: Sequence[str]) -> str:
@@ -88,12 +84,24 @@ def to_latex(rows: Sequence[Row], notes: Sequence[str]) -> str:
     for row in rows:
         if row.inference != before:
             lines.append(r"\midrule")
-        texts = [_text(h, row).replace(" ± ", r" {\scriptsize $\pm$ ") + ("}" if "±" in _text(h, row) else "") for h in headings]
-        cells = [rf"\textbf{{{t}}}" if _is_best(h, row, rows) else t for h, t in zip(headings, texts, strict=True)]
+        cells = []
+        for text, best in _cells(row, rows, headings):
+            text = re.sub(" ± (.*)", r" {\\scriptsize $\\pm$ \1}", text)
+            cells.append(rf"\textbf{{{text}}}" if best else text)
         first = row.inference.replace("x", r"$\times$") if row.inference != before else ""
         lines.append(" & ".join([first, row.method, *cells]) + r" \\")
         before = row.inference
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def inference(budget: str) -> str:
+    """ "16x16" -> "sparse 256 (16x16)", "full" -> "full"."""
+    return budget if budget == "full" else f"sparse {parse_reading(budget).tokens} ({budget})"
+
+
+def full_first(budget: str) -> tuple[bool, float]:
+    """A key to sort by: full attention, then the smallest budget."""
+    return budget != "full", parse_reading(budget).tokens
 
 
 def _rows(entries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
@@ -111,7 +119,7 @@ def _rows(entries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
             cells["avg"] = _average([figures[task] for task in AVERAGED])
         if "wikitext" in figures:
             cells["PPL"] = figures["wikitext"]
-        rows.append(Row(_inference(name), label(method), cells))
+        rows.append(Row(name, label(method), cells))
     return rows
 
 
@@ -140,31 +148,24 @@ def _comparable(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in entry["setting"].items() if k not in ("model_sha256", "dtype")}
 
 
-def _inference(budget: str) -> str:
-    return budget if budget == "full" else f"sparse {Budget.parse(budget).tokens} ({budget})"
-
-
-def _order(inference: str) -> tuple[bool, int]:
-    return inference != "full", 0 if inference == "full" else int(inference.split()[1])
-
-
 def _headings(rows: Sequence[Row]) -> list[str]:
     order = [heading for heading, _ in COLUMNS.values() if heading != "PPL"]
     order.insert(len(AVERAGED), "avg")
     return [heading for heading in [*order, "PPL"] if any(heading in row.cells for row in rows)]
 
 
-def _text(heading: str, row: Row) -> str:
-    if heading not in row.cells:
-        return "-"
-    return figure("word_perplexity" if heading == "PPL" else "acc", dict(row.cells[heading]))
-
-
-def _is_best(heading: str, row: Row, rows: Sequence[Row]) -> bool:
-    """Among the methods of one way of inference, where there are several."""
-    known = [r.cells[heading]["mean"] for r in rows if r.inference == row.inference and heading in r.cells]
-    pick: Callable[[Sequence[float]], float] = min if heading == "PPL" else max
-    return len(known) > 1 and heading in row.cells and row.cells[heading]["mean"] == pick(known)
+def _cells(row: Row, rows: Sequence[Row], headings: Sequence[str]) -> list[tuple[str, bool]]:
+    """(text, whether it is the best among the methods of one way of inference, where there are several)."""
+    cells = []
+    for heading in headings:
+        known = [r.cells[heading]["mean"] for r in rows if r.inference == row.inference and heading in r.cells]
+        if heading not in row.cells:
+            cells.append(("-", False))
+            continue
+        best = (min if heading == "PPL" else max)(known)
+        text = figure("word_perplexity" if heading == "PPL" else "acc", dict(row.cells[heading]))
+        cells.append((text, len(known) > 1 and row.cells[heading]["mean"] == best))
+    return cells
 
 
 def _notes(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -184,7 +185,3 @@ def _notes(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
         seeds = f", seeds {', '.join(map(str, setting['seeds']))}" if setting["seeds"] else ""
         notes.append(shots + source + seeds + ".")
     return notes
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

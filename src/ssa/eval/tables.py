@@ -1,4 +1,4 @@
-"""Evaluation results as rich tables."""
+"""Evaluation results as rich tables, and Markdown."""
 
 from __future__ import annotations
 
@@ -80,6 +80,12 @@ def figure(metric: str, value: dict[str, Any]) -> str:
     scale = 100 if metric.startswith(("acc", "exact_match")) else 1
     spread = f" ± {scale * value['std']:.2f}" if value["std"] else ""
     return f"{scale * value['mean']:.2f}{spread}"
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A Markdown table; the first `words` columns are text, the others are numbers."""
+    lines = [list(headings), ["---"] * words + ["---:"] * (len(headings) - words), *map(list, rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _table() -> Table:

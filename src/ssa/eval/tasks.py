@@ -18,10 +18,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ssa.budget import Budget
+from ssa.budget import Reading
 from ssa.errors import UserError
 from ssa.eval import long
-from ssa.eval.model_under_test import ModelUnderTest, budget_name
+from ssa.eval.model_under_test import ModelUnderTest
 
 CHOICE_TASKS = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "copa")
 
@@ -31,8 +31,7 @@ class TaskRequest:
     """What `ssa eval` asks of a runner."""
 
     subject: ModelUnderTest
-    budgets: Sequence[Budget | None]
-    """None = full attention."""
+    budgets: Sequence[Reading]
     directory: Path
     """For the results."""
     data_dir: Path | None = None
@@ -103,9 +102,9 @@ def shots(request: TaskRequest, name: str) -> int | None:
     return request.num_fewshot.get(name) if isinstance(request.num_fewshot, dict) else request.num_fewshot
 
 
-def is_complete(entry: dict[str, Any], budgets: Sequence[Budget | None]) -> bool:
+def is_complete(entry: dict[str, Any], budgets: Sequence[Reading]) -> bool:
     """Whether it has every budget: no other rank has any items of them left to do."""
-    return all(budget_name(budget) in entry["budgets"] for budget in budgets)
+    return all(str(budget) in entry["budgets"] for budget in budgets)
 
 
 def runner_of(name: str, data_dir: Path | None) -> str:

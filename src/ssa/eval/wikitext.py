@@ -11,23 +11,10 @@ from typing import Any, NamedTuple, TypedDict
 from ssa.checked_json import typed
 from ssa.data.lines import read_objects, read_text
 from ssa.errors import UserError
-from ssa.eval.loglikelihood import encode, prefix_token, rolling_requests
-from ssa.eval.long.measure import gather
-from ssa.eval.model_under_test import budget_name, provenance
+from ssa.eval.loglikelihood import Request, encode, prefix_token, rolling_requests
 from ssa.eval.questions import LM_EVAL_VERSION
 from ssa.eval.results import TASKS_FILE, read_results
-from ssa.eval.scored import (
-    base_setting,
-    data_directory,
-    figures_of,
-    item_log,
-    keep_entry,
-    limited,
-    metric,
-    missing,
-    new_entry,
-    score_items,
-)
+from ssa.eval.scored import Records, base_setting, data_directory, limited, metric, new_entry, run_scored
 from ssa.eval.tasks import TaskRequest
 from ssa.files import sha256_of_file
 
@@ -130,22 +117,16 @@ def run(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str, Any]]
     subject, (pages, notes, sha256) = request.subject, read_pages(data_directory(request))
     pages = pages[: limited(len(pages), request.limit)]
     setting = {**base_setting(request, "wikitext"), "version": VERSION, "lm_eval": LM_EVAL_VERSION, "data_sha256": sha256}
-    max_length = setting["max_length"]
-    entry = new_entry(request, setting, len(pages), notes)
     prefix = prefix_token(subject.tokenizer)
-    windows = {
-        i: rolling_requests(token_ids, prefix, max_length)
-        for i, token_ids in enumerate(encode(subject.tokenizer, [page.text for page in pages]))
-    }
-    for budget in request.budgets:
-        log = item_log(request, "wikitext", setting, budget, None)
-        took = score_items(request, "wikitext", {i: windows[i] for i in missing(log, len(pages))}, log, budget, max_length)
-        records = gather(log, len(pages))
-        if records is not None:
-            nats = -sum(sum(record["log_likelihoods"]) for record in records)
-            new = {"metrics": _figures(nats, pages), **took, **provenance(subject)}
-            entry["budgets"][budget_name(budget)] = figures_of(request, entry, budget, new)
-    return {"wikitext": keep_entry(request, entry)}
+
+    def requests(numbers: list[int], seed: int | None) -> dict[int, list[Request]]:
+        texts = encode(subject.tokenizer, [pages[i].text for i in numbers])
+        return {i: rolling_requests(ids, prefix, setting["max_length"]) for i, ids in zip(numbers, texts, strict=True)}
+
+    def figures(records: Records) -> dict[str, Any]:
+        return _figures(-sum(sum(record["log_likelihoods"]) for record in records[None]), pages)
+
+    return {"wikitext": run_scored(request, new_entry(request, setting, len(pages), notes), setting, [None], requests, figures)}
 
 
 def _figures(nats: float, pages: Sequence[Page]) -> dict[str, Any]:

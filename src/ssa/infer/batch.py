@@ -21,7 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )  # fmt: skip
 
-from ssa.budget import AttentionMode, Budget
+from ssa.budget import AttentionMode, Reading
 from ssa.errors import UserError
 from ssa.infer.transcript import Transcript
 
@@ -34,7 +34,7 @@ def generate_batch(
     *,
     pad_id: int,
     attention_mode: AttentionMode | None = None,
-    budget: Budget | None = None,
+    budget: Reading | None = None,
     sampling: Mapping[str, Any] | None = None,
     show: Callable[[int, str], None] | None = None,
 ) -> float:

@@ -11,7 +11,7 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import AttentionMode, Budget
+from ssa.budget import AttentionMode, Reading
 from ssa.config import check_seed
 from ssa.data.lines import read_text, without_surrogates
 from ssa.data.tokenizer import encoded
@@ -65,7 +65,7 @@ def generate(
     prompts: Sequence[str],
     *,
     mode: AttentionMode | None = None,
-    budget: Budget | str | None = None,
+    budget: Reading | str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -84,7 +84,7 @@ def generate(
     Args:
         prompts: An empty one starts from the tokenizer's first-token (bos or, without one, the end of a document).
         mode: "sparse" or "full"; None = the model's own.
-        budget: `Budget` or "kxs", also one the model was not trained with; alone it means sparse. None = the model's own.
+        budget: `Budget` or "kxs", also one the model was not trained with; alone it means sparse. "full" is mode "full". None = the model's own.
         max_new_tokens ... stop: See `Sampling`. `seed` decides all draws of the call; with another `batch_size` or other prompts
             beside it, a prompt gets other draws. Greedy completions do not depend on their neighbours.
         batch_size: Prompts computed together, left-padded.
@@ -129,7 +129,7 @@ def complete(
     sampling: Sampling | None = None,
     *,
     mode: AttentionMode | None = None,
-    budget: Budget | str | None = None,
+    budget: Reading | str | None = None,
     batch_size: int = 16,
     live: TextIO | None = None,
 ) -> list[Completion]:
@@ -182,7 +182,7 @@ class _Clock:
 
 def _complete(
     model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], sampling: Sampling, batch_size: int,
-    live: TextIO | None, clock: _Clock, mode: AttentionMode | None = None, budget: Budget | None = None,
+    live: TextIO | None, clock: _Clock, mode: AttentionMode | None = None, budget: Reading | None = None,
 ) -> Iterator[list[Completion]]:  # fmt: skip
     """The completions, a batch at a time."""
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
@@ -204,7 +204,7 @@ def _complete(
 
 def _batch(
     model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], encoded: list[list[int]],
-    sampling: Sampling, live: TextIO | None, clock: _Clock, mode: AttentionMode | None, budget: Budget | None,
+    sampling: Sampling, live: TextIO | None, clock: _Clock, mode: AttentionMode | None, budget: Reading | None,
 ) -> list[Completion]:  # fmt: skip
     end_ids = end_ids_of(model, tokenizer)
     transcripts = [Transcript(tokenizer, end_ids, sampling.stop) for _ in encoded]

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import AttentionMode, Budget, released_rule_check
+from ssa.budget import FULL, AttentionMode, Budget, Reading, parse_reading, released_rule_check
 from ssa.data.tokenizer import load_tokenizer, vocabulary_size
 from ssa.device import resolve_device, resolve_dtype
 from ssa.errors import UserError
@@ -22,7 +22,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     mode: AttentionMode | None = None,
-    budget: Budget | str | None = None,
+    budget: Reading | str | None = None,
 ) -> tuple[SSAForCausalLM, PreTrainedTokenizerFast]:
     """The model of `run` in eval mode, and its tokenizer.
 
@@ -36,7 +36,7 @@ def load_model(
     Raises:
         UserError: No model there, a damaged or foreign one, or a device, precision, mode or budget that does not exist.
     """
-    mode, budget = attention_choice(mode, budget)
+    mode, reading = attention_choice(mode, budget)
     the_device = resolve_device(device)
     the_dtype = resolve_dtype(dtype, the_device)
 
@@ -44,9 +44,9 @@ def load_model(
     model = load_pretrained(path, read_config(path), the_dtype)
     if mode is not None:
         model.config.attention_mode = mode
-    if budget is not None:
-        check_budgets(model.config, [budget])
-        model.config.num_selected_blocks, model.config.block_size = budget.num_selected_blocks, budget.block_size
+    if isinstance(reading, Budget):
+        check_budgets(model.config, [reading])
+        model.config.num_selected_blocks, model.config.block_size = reading.num_selected_blocks, reading.block_size
     tokenizer = load_tokenizer(path)
     if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise UserError(
@@ -56,24 +56,25 @@ def load_model(
     return model.to(the_device).eval(), tokenizer
 
 
-def attention_choice(mode: str | None, budget: Budget | str | None) -> tuple[AttentionMode | None, Budget | None]:
-    """(mode, budget) as a user may write them: a budget alone means sparse attention, the budget "full" means full."""
+def attention_choice(mode: str | None, budget: Reading | str | None) -> tuple[AttentionMode | None, Reading | None]:
+    """(mode, budget) as a user may write them, made to agree: a budget alone means sparse attention, and mode "full" is the budget FULL.
+
+    None stays where the model's own is meant.
+    """
     if mode not in (None, "sparse", "full"):
         raise UserError(f"mode {mode!r} is neither 'sparse' nor 'full'")
-    if isinstance(budget, str) and budget.strip() == "full":
-        if mode == "sparse":
-            raise UserError("mode 'sparse' and budget 'full' contradict each other; drop one of them")
-        return "full", None
-    if mode == "full" and budget is not None:
-        raise UserError(f"mode 'full' and budget {str(budget)!r} contradict each other; drop one of them")
     if budget is None:
-        return mode, None  # type: ignore[return-value]
-    return mode or "sparse", Budget.parse(budget)  # type: ignore[return-value]
+        return ("full", FULL) if mode == "full" else (mode, None)  # type: ignore[return-value]
+    reading = parse_reading(budget)
+    wanted: AttentionMode = "full" if reading is FULL else "sparse"
+    if mode not in (None, wanted):
+        raise UserError(f"mode {mode!r} and budget {str(reading)!r} contradict each other; drop one of them")
+    return wanted, reading
 
 
-def check_budgets(config: Any, budgets: Sequence[Budget | None]) -> None:
-    """A `UserError` for the first budget that the model's selection rule cannot serve; None stands for full attention."""
+def check_budgets(config: Any, budgets: Sequence[Reading | None]) -> None:
+    """A `UserError` for the first budget that the model's selection rule cannot serve."""
     if config.selection_rule == "released":
         for budget in budgets:
-            if budget is not None:
+            if isinstance(budget, Budget):
                 released_rule_check(budget.num_selected_blocks, budget.block_size)

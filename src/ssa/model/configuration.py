@@ -43,7 +43,15 @@ class SSAConfig(LlamaConfig):
 
     model_type = "ssa"
     # what `Trainer` leaves out of predictions: all but the logits (and hidden states where they are asked for)
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "cross_entropy", "sparsity_loss", "commitment_loss", "alignment"]
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "cross_entropy",
+        "sparsity_loss",
+        "commitment_loss",
+        "alignment",
+        "selection_loss",
+    ]
     base_model_tp_plan = {**(LlamaConfig.base_model_tp_plan or {}), "layers.*.self_attn.g_proj": "colwise"}
     base_model_pp_plan = None
 

@@ -1,13 +1,14 @@
 """Configurations of other checkpoints as ours, and ours as theirs.
 
 llama, mistral, qwen2: transformers' models whose blocks are ours without the gate. llama-nsa: the layout in which the method's
-authors published SSA, MoBA, NSA and FullAttn; always three gates a head, whichever the method uses.
+authors published SSA, MoBA, NSA and FullAttn; always three gates a head, whichever the method uses. nosa, minicpm: see
+`ssa.model.openbmb`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
@@ -16,7 +17,9 @@ from ssa.budget import Budget, released_rule_check
 from ssa.config import SIZE_LIMITS
 from ssa.errors import UserError, one_line
 from ssa.methods import method_named
+from ssa.model import openbmb
 from ssa.model.configuration import SSAConfig
+from ssa.model.openbmb import MINICPM, NOSA
 from ssa.model.stored import make_config, own_fields
 
 Gates = Literal["none", "own", "three"]
@@ -31,6 +34,7 @@ _CLASSES: dict[str, Any] = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     RELEASED: LlamaConfig,
+    MINICPM: LlamaConfig,
     "ssa": SSAConfig,
 }
 _SHARED = (
@@ -52,6 +56,7 @@ _DIFFERS = {
     "qwen3": "normalises queries and keys", "olmo2": "normalises queries and keys, and norms after the blocks",
     "phi3": "fuses its projections", "gemma": "scales its embeddings and norms", "gemma2": "scales, caps and slides",
     "gemma3_text": "scales, normalises and slides", "granite": "scales its embeddings, residuals and logits",
+    "minicpm3": "compresses its keys and values", "minicpm_sala": "has layers of linear attention",
     "cohere": "has parallel blocks and a logit scale", "smollm3": "has layers without RoPE", "mixtral": "is a mixture of experts",
 }  # fmt: skip
 
@@ -61,9 +66,14 @@ class Choices:
     """What the caller asks of the result; None = as the source has it, or the default."""
 
     method: str | None = None
+    selector: str | None = None
     block_size: int | None = None
     num_selected_blocks: int | None = None
     selection_rule: str | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -76,10 +86,22 @@ class Layout:
     missing_o_bias: bool
     """Biases on q, k and v but none on o: ours has all four or none, so o gets zeros."""
     notes: tuple[str, ...] = ()
+    dense: bool = False
+    """The source attends to everything."""
+    new_selector: bool = False
+    """The result's selector is not the source's, so that its weights start fresh."""
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """By the last two parts of a tensor's name: what it is multiplied by."""
+
+    def source_name(self, name: str) -> str:
+        """What the source calls a tensor of ours."""
+        return openbmb.nosa_name(name) if self.model_type == NOSA else name
 
 
-def read_layout(raw: Mapping[str, Any], choices: Choices, origin: str) -> Layout:
+def read_layout(raw: Mapping[str, Any], choices: Choices, origin: str, names: Callable[[], Iterable[str]]) -> Layout:
     """`raw`, a config.json, as ours with `choices` applied; `origin` is the hub name or path it came from.
+
+    names: those of the source's tensors, asked only where config.json does not tell.
 
     Raises:
         UserError: an architecture that ours cannot express (the difference is named), values that make no sense, or a method
@@ -99,7 +121,11 @@ def read_layout(raw: Mapping[str, Any], choices: Choices, origin: str) -> Layout
             raise UserError(f"config.json: {name} = {value!r} is not a positive integer of at most {most}")
     if model_type == "ssa":
         return _read_own(raw, choices)
-    theirs = _parse(model_type, {k: v for k, v in raw.items() if k in _READ})
+    known = {k: v for k, v in raw.items() if k in _READ}
+    if model_type == MINICPM:
+        # their class ties where config.json is silent, unlike Llama's
+        known = {"tie_word_embeddings": True} | known | {"rope_scaling": openbmb.minicpm_rope(raw.get("rope_scaling"))}
+    theirs = _parse(model_type, known)
     fields = {name: getattr(theirs, name) for name in _SHARED if hasattr(theirs, name)}
     if model_type == RELEASED:
         return _read_released(raw, fields, choices, origin)
@@ -110,23 +136,43 @@ def read_layout(raw: Mapping[str, Any], choices: Choices, origin: str) -> Layout
         )
     if model_type == "qwen2":
         fields["attention_bias"] = True
-    notes = ("attention dropout in training is not kept",) if fields.get("attention_dropout") else ()
-    changed = {"method": "ssa"} | {k: v for k, v in vars(choices).items() if v is not None}
-    config = make_config(fields | changed | {"attention_gate": False})
-    return Layout(model_type, config, "none", model_type == "qwen2", notes)
+    notes = ["attention dropout in training is not kept"] if fields.get("attention_dropout") else []
+    factors: dict[str, float] = {}
+    dense = True
+    attends: dict[str, Any] = {"method": "ssa"}
+    if model_type == MINICPM:
+        attends, more = openbmb.read_minicpm(raw)
+        factors, dense = openbmb.minicpm_factors(raw, theirs), raw.get("sparse_config") is None
+        notes += more
+    elif model_type == "llama" and openbmb.is_nosa(raw, names()):
+        model_type, dense, attends = NOSA, False, openbmb.read_nosa(raw, names())
+        if choices.selector not in (None, "eviction"):
+            raise UserError(f"NOSA's A and delta belong to the selector eviction; {choices.selector} has no place for them")
+    elif choices.selector in ("windows", "eviction"):
+        attends |= {"block_size": openbmb.NOSA_BUDGET.block_size, "num_selected_blocks": openbmb.NOSA_BUDGET.num_selected_blocks}
+    if choices.method not in (None, attends["method"]):
+        attends.pop("attention_mode", None)
+    fresh = choices.selector not in (None, attends.get("selector", "means"))
+    if fresh:
+        attends.pop("selector_options", None)
+    config = make_config(fields | attends | choices.given | {"attention_gate": False})
+    return Layout(model_type, config, "none", model_type == "qwen2", tuple(notes), dense, fresh, factors)
 
 
 def _read_own(raw: Mapping[str, Any], choices: Choices) -> Layout:
     fields = {name: value for name, value in own_fields(raw).items() if name != "transformers_version"}
     had = _parse("ssa", dict(fields))
-    if choices.method and choices.method != had.method:
+    if choices.method not in (None, had.method):
         if method_named(choices.method).branches != had.attends.branches:
             raise UserError(
                 f"method {had.method} cannot become {choices.method}: one has branches and gates that the other has not"
             )
         fields["attention_mode"] = None
-    changed = {k: v for k, v in vars(choices).items() if v is not None}
-    return Layout("ssa", make_config(fields | changed), "own" if had.attention_gate else "none", False)
+    fresh = choices.selector not in (None, had.selector)
+    if fresh:
+        fields["selector_options"] = None
+    config = make_config(fields | choices.given)
+    return Layout("ssa", config, "own" if had.attention_gate else "none", False, new_selector=fresh)
 
 
 def _read_released(raw: Mapping[str, Any], fields: dict[str, Any], choices: Choices, origin: str) -> Layout:
@@ -167,9 +213,13 @@ def _read_released(raw: Mapping[str, Any], fields: dict[str, Any], choices: Choi
     }  # fmt: skip
     if windowed:
         fields["window_size"] = window
+    if choices.selector is not None:
+        fields["selector"] = choices.selector
     if not windowed and method_named(method).streams != "full" and raw.get("inference_mode") is not None:
         fields["attention_mode"] = raw["inference_mode"]
-    return Layout(RELEASED, make_config(fields), "three", False, tuple(notes))
+    return Layout(
+        RELEASED, make_config(fields), "three", False, tuple(notes), new_selector=choices.selector not in (None, "means")
+    )
 
 
 def llama_json(config: SSAConfig) -> dict[str, Any]:
@@ -178,12 +228,28 @@ def llama_json(config: SSAConfig) -> dict[str, Any]:
     return values | _names_of_transformers_4(config)
 
 
-def released_json(config: SSAConfig) -> tuple[dict[str, Any], list[str]]:
-    """(config.json in the authors' layout, notes). `method` and `selection_rule` are ours: theirs ignores them."""
+def exported_json(config: SSAConfig, to: str) -> tuple[dict[str, Any], list[str]]:
+    """(config.json in the layout `to` of a method's authors, notes).
+
+    Raises:
+        UserError: A selection that their code does not have.
+    """
+    selector = {RELEASED: "means", NOSA: "eviction", MINICPM: "windows"}[to]
+    if config.selector != selector:
+        raise UserError(
+            f"the selector {config.selector} cannot be exported to {to}, which knows {selector} alone; convert to ssa"
+        )
     if config.attends.streams != "full" and (config.selection_scope, config.selection_scoring) != ("group", "softmax"):
         raise UserError(
-            f"selection by {config.selection_scope} and {config.selection_scoring} cannot be exported: the {RELEASED} kernel knows group and softmax alone"
+            f"selection by {config.selection_scope} and {config.selection_scoring} cannot be exported: {to}'s kernel knows group and softmax alone"
         )
+    if to == RELEASED:
+        return _released_json(config)
+    return (openbmb.nosa_json if to == NOSA else openbmb.minicpm_json)(llama_json(config), config)
+
+
+def _released_json(config: SSAConfig) -> tuple[dict[str, Any], list[str]]:
+    """`method` and `selection_rule` are ours: theirs ignores them."""
     notes = [
         "transformers loads it only with the authors' LlamaNSAConfig and LlamaNSAForCausalLM, which are not part of this package"
     ]

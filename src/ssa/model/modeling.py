@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from transformers.utils.generic import can_return_tuple
 
 from ssa.attention import AttentionCall, AttentionInputs, AttentionRecord, Selector
+from ssa.attention.method import with_selection_loss
 from ssa.budget import AttentionMode, Budget, Full, Reading, parse_reading
 from ssa.errors import UserError
 from ssa.files import follow_umask
@@ -57,7 +58,8 @@ class SSAAttention(nn.Module):
 
     def forward(
         self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall, cache: BlockCache | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(output, alignment losses, the selector's loss)"""
         q, k, v = self._project(x_BTC, rope, call)
         gates = None
         if self.g_proj is not None:
@@ -65,14 +67,15 @@ class SSAAttention(nn.Module):
         bias, cached = self.selector.key_bias(k, v), None
         if cache is not None:
             k, v, bias, cached = cache.append(self.layer_idx, k, v, bias, call.positions_BT)
-        result = self.method(self.selector, AttentionInputs(q, k, v, gates, bias, cached), call)
+        inputs = AttentionInputs(q, k, v, gates, bias, cached)
+        result = with_selection_loss(self.method(self.selector, inputs, call), self.selector, inputs, call)
         if call.observer is not None:
             main_gate = None if gates is None else gates[..., self.main_gate]
             seen = AttentionRecord(
                 q, k, v, main_gate, call.positions_BT, result.block_indices, call.mode, call.selection, result.ungated_BTHD, bias
             )
             call.observer(self.layer_idx, seen)
-        return self.o_proj(result.out_BTHD.flatten(2)), result.alignment
+        return self.o_proj(result.out_BTHD.flatten(2)), result.alignment, result.selection_loss
 
     def _project(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, D] and k, v [B, T, K, D], q and k after RoPE."""
@@ -104,10 +107,10 @@ class SSADecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall, cache: BlockCache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        attended, alignment = self.self_attn(self.input_layernorm(x_BTC), rope, call, cache)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        attended, alignment, selection_loss = self.self_attn(self.input_layernorm(x_BTC), rope, call, cache)
         x_BTC = x_BTC + attended
-        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC)), alignment
+        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC)), alignment, selection_loss
 
 
 class SSAPreTrainedModel(PreTrainedModel):
@@ -117,6 +120,13 @@ class SSAPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SSADecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["selector"]  # few weights, whose differences order the keys
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Selector):
+            module.reset_parameters()
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs) -> None:
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
@@ -141,6 +151,8 @@ class SSAModelOutput(CacheByEitherName, BaseModelOutputWithPast):
     alignment: Tensor | None = None
     """fp32 [2], mean over layers of (sparsity loss, commitment loss), with its graph. In training the hidden states carry it into
     whatever loss they end up in; who adds it to a loss passes `carry_alignment=False`."""
+    selection_loss: Tensor | None = None
+    """fp32 scalar, mean over layers of the selectors' own loss, with its graph; carried likewise."""
 
 
 class SSAModel(SSAPreTrainedModel):
@@ -218,12 +230,15 @@ class SSAModel(SSAPreTrainedModel):
         rope = self.rotary_emb(x_BTC, absolute_BT)
         hidden_states: tuple[Tensor, ...] = ()
         alignments: list[Tensor] = []
+        selection_losses: list[Tensor] = []
         for layer, call in zip(self.layers, calls, strict=True):
             if output_hidden_states:
                 hidden_states += (x_BTC,)
-            x_BTC, alignment = layer(x_BTC, rope, call, cache=cache)
+            x_BTC, alignment, selection_loss = layer(x_BTC, rope, call, cache=cache)
             if alignment is not None:
                 alignments.append(alignment)
+            if selection_loss is not None:
+                selection_losses.append(selection_loss)
         x_BTC = self.norm(x_BTC)
         alignment = torch.stack(alignments).mean(0) if alignments else None
         weight = self.config.alignment_weight if self.config.aligns else 0
@@ -233,12 +248,16 @@ class SSAModel(SSAPreTrainedModel):
             weight and not self.training and attention_mode is None and x_BTC.requires_grad and not torch.compiler.is_compiling()
         ):
             warn_of_eval_mode(x_BTC)
+        selection_loss = torch.stack(selection_losses).mean() if selection_losses else None
+        if selection_loss is not None and carry_alignment:
+            x_BTC = carry(x_BTC, selection_loss, self.selector.loss_weight, self.train_step, self.parameters())
         if output_hidden_states:
             hidden_states += (x_BTC,)
         return SSAModelOutput(
             last_hidden_state=x_BTC,
             hidden_states=hidden_states or None,
             alignment=alignment,
+            selection_loss=selection_loss,
             **{CACHE_FIELD: cache if use_cache else None},
         )
 
@@ -251,16 +270,17 @@ class SSAModel(SSAPreTrainedModel):
         for name, value in (("attention_mode", attention_mode), ("stream", stream)):
             if value not in (None, "sparse", "full"):
                 raise UserError(f"{name} = {value!r} is neither 'sparse' nor 'full'")
-        align = False
+        align = train = False
         # Without gradients nobody trains, whatever the module's mode: a policy that generates, a reference, a metric.
         if self.training and attention_mode is None and (stream is not None or torch.is_grad_enabled()):
             mode: AttentionMode = config.attends.training_mode
+            train = torch.is_grad_enabled()
             if config.attends.draws_stream:
                 mode = stream or self.train_step.draw(config.stream_seed, config.full_ratio)
                 align = True
         else:
             mode = attention_mode or config.attention_mode
-        return AttentionCall(mode, config.selection(), align, positions_BT, padding_BT, cu_seqlens, self.impl, observer)
+        return AttentionCall(mode, config.selection(), align, train, positions_BT, padding_BT, cu_seqlens, self.impl, observer)
 
     @property
     def selector(self) -> Selector:
@@ -349,6 +369,8 @@ class SSACausalLMOutput(CacheByEitherName, CausalLMOutputWithPast):
     commitment_loss: Tensor | None = None
     alignment: Tensor | None = None
     """fp32 [2], sparsity and commitment loss with their graph, for callers that compose the loss themselves."""
+    selection_loss: Tensor | None = None
+    """fp32 scalar, the selectors' own loss with its graph."""
 
 
 class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
@@ -467,6 +489,10 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
                 result.alignment = outputs.alignment
                 weight = weight_in_loss(self.config.alignment_weight, self.train_step, count, num_items_in_batch)
                 result.loss = result.loss + weight * outputs.alignment.sum()
+            if outputs.selection_loss is not None:
+                result.selection_loss = outputs.selection_loss
+                weight = weight_in_loss(self.model.selector.loss_weight, self.train_step, count, num_items_in_batch)
+                result.loss = result.loss + weight * outputs.selection_loss
         if targets is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             result.logits = self.lm_head(hidden_BTC[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep])

@@ -15,16 +15,19 @@ from types import NoneType
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 from transformers.utils import logging
 
 from ssa.checked_json import read_json, typed
 from ssa.config import MAX_LAYERS
 from ssa.errors import UserError, one_line
-from ssa.model.configuration import SSAConfig
+from ssa.model.configuration import SSAConfig, build_attention
 from ssa.model.modeling import SSAForCausalLM
 from ssa.model.weights import Weights, open_weights
 
+SELECTOR = ".self_attn.selector."
+"""In the names of a selector's tensors, and in no others."""
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _TAKEN = {field.name for field in fields(SSAConfig)} | {"rope_scaling", "rope_theta", "torch_dtype"}
 _PLAIN = {int, float, bool, str, NoneType, list[int], list[str]}
@@ -96,8 +99,10 @@ def check_layers(config: SSAConfig, weights: Weights) -> None:
         raise UserError(f"config.json says {layers} layers; {MAX_LAYERS} are the most")
 
 
-def check_weights(directory: Path, config: SSAConfig) -> None:
+def check_weights(directory: Path, config: SSAConfig, new_selector: bool = False) -> None:
     """Refuse weights that are damaged or are not those of `config`: what is missing would be random. Only headers are read.
+
+    new_selector: the selector is not that of the directory's model, so its weights need not be there; all others must.
 
     Raises:
         UserError: It names the file or the tensor.
@@ -107,15 +112,35 @@ def check_weights(directory: Path, config: SSAConfig) -> None:
     wanted = parameter_shapes(config)
     for name, shape in wanted.items():
         if name not in weights.tensors:
+            if new_selector and SELECTOR in name:
+                continue
             raise UserError(f"missing tensor {name}")
         if weights.tensors[name].shape != shape:
             raise UserError(f"tensor {name} has shape {list(weights.tensors[name].shape)}; config.json asks for {list(shape)}")
     if stray := sorted(weights.tensors.keys() - wanted.keys() - {"lm_head.weight"}):  # a tied one may be there
-        raise UserError(f"unexpected tensor {stray[0]!r}, for which config.json has no place")
+        hint = f" with the selector {config.selector}" if SELECTOR in stray[0] else ""
+        raise UserError(f"unexpected tensor {stray[0]!r}, for which config.json{hint} has no place")
 
 
-def load_pretrained(directory: Path, config: SSAConfig, dtype: torch.dtype) -> SSAForCausalLM:
+def fresh_selector(config: SSAConfig) -> dict[str, Tensor]:
+    """The selectors' tensors as their class makes them, by their names in the model; fp32."""
+    return {
+        f"model.layers.{layer}{SELECTOR}{name}": tensor
+        for layer in range(config.num_hidden_layers)
+        for name, tensor in build_attention(config)[1].state_dict().items()
+    }
+
+
+def fresh_selector_note(config: SSAConfig) -> str:
+    """What people have to know of a model that got another selector; "" where that has no weights."""
+    names = ", ".join(sorted(build_attention(config)[1].state_dict()))
+    return names and f"new selector {config.selector}: its weights ({names}) start fresh in each layer"
+
+
+def load_pretrained(directory: Path, config: SSAConfig, dtype: torch.dtype, new_selector: bool = False) -> SSAForCausalLM:
     """The model of `config` with the weights in `directory`, on the CPU (or the present default device).
+
+    new_selector: the selector is not that of the directory's model; its weights are a new model's.
 
     Raises:
         UserError: Damaged weights, or others than `config` asks for; an adapter of another model.
@@ -125,11 +150,14 @@ def load_pretrained(directory: Path, config: SSAConfig, dtype: torch.dtype) -> S
     try:
         if (directory / "generation_config.json").is_file():
             read_json(directory / "generation_config.json")
-        check_weights(directory, config)
-        with _no_progress_bar():
-            return SSAForCausalLM.from_pretrained(
+        check_weights(directory, config, new_selector)
+        with _quiet(new_selector):
+            model = SSAForCausalLM.from_pretrained(
                 directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
             )
+        if new_selector:
+            model.load_state_dict(fresh_selector(config), strict=False)
+        return model
     except UserError as error:
         raise UserError(f"the model in {directory} cannot be loaded: {error}") from None
     except Exception as error:  # what transformers and safetensors raise for damaged files has no common class
@@ -137,12 +165,16 @@ def load_pretrained(directory: Path, config: SSAConfig, dtype: torch.dtype) -> S
 
 
 @contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws one even for models that load in milliseconds."""
-    shown = logging.is_progress_bar_enabled()
+def _quiet(new_selector: bool) -> Iterator[None]:
+    """No progress bar, which transformers draws even for models that load in milliseconds, and no report of weights that are
+    known to be missing."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    if new_selector:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssa.budget import Selection
+from ssa.budget import COARSER, Selection
 from ssa.errors import UserError
 from ssa.ops.block_sparse import check_blocks, check_keys, check_slots
 from ssa.ops.documents import block_within_rows
 from ssa.ops.implementations import resolve
 from ssa.ops.reference import decode as reference
-from ssa.ops.select import within_rows
+from ssa.ops.select import window_numbers, within_rows
 
 MAX_QUERIES = 8
 
@@ -31,6 +31,8 @@ def decode_attention(
     *,
     starts: Tensor | None = None,
     bias: Tensor | None = None,
+    coarse_means: Tensor | None = None,
+    importance: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,11 +46,13 @@ def decode_attention(
     Args:
         q: [B, T, H, D] after RoPE, 1 <= T <= 8. k, v: [B, S, K, D] of q's dtype, any strides: the cache, S columns of room.
         block_means: [B, N, K, D], N >= S // block_size, of q's dtype; row b's block n is the mean of its tokens n * block_size ...
-            (n + 1) * block_size - 1. Means of blocks that a row has not completed are never read.
+            (n + 1) * block_size - 1. Means of blocks that a row has not completed are never read. With a `selection.mean_size` they are
+            means of windows [B, W, K, D], window j from its token j * mean_stride on.
         lengths: int32 or int64 [B], cached tokens of each row. Queries before a shorter row's start read nothing.
         starts: int32 or int64 [B], first column of each row; None = 0.
         selection, scale: as for `select_blocks`.
         bias: [B, S, K] logit bias per key, added after scaling; -inf masks a key. Blocks are chosen without it.
+        coarse_means, importance: as `select_blocks` takes them; row b's begin with its first token.
         impl: "auto", "reference" or "triton".
 
     Returns:
@@ -60,13 +64,21 @@ def decode_attention(
     """
     check_keys(q, k, v, bias)
     batch, columns, block_size = q.shape[0], k.shape[1], selection.block_size
-    if block_means.shape[:1] + block_means.shape[2:] != k.shape[:1] + k.shape[2:] or block_means.shape[1] < columns // block_size:
+    needed = selection.num_windows(columns)
+    if block_means.shape[:1] + block_means.shape[2:] != k.shape[:1] + k.shape[2:] or block_means.shape[1] < needed:
         raise UserError(
-            f"block_means {tuple(block_means.shape)} is not [B, N, K, D] with a mean for each of {columns // block_size} blocks"
+            f"block_means {tuple(block_means.shape)} is not [B, N, K, D] with a mean for each of {needed} blocks or windows"
         )
     _check_call(q, {"k": k, "v": v, "block_means": block_means}, columns, scale)
     _check_rows(lengths, starts, batch, columns)
     impl = resolve(impl, q)
+    if selection.mean_size:
+        windows = _windows(q, block_means, coarse_means, importance, lengths, selection, columns, scale, impl)
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            if impl == "triton":
+                return _kernels().decode_windows(*windows, k, v, starts, bias)
+            indices = reference.decode_select_windows(*windows)
+            return *reference.decode_attend(q, k, v, indices, lengths, starts, bias, None, block_size, _scale(q, scale)), indices
     block_size = block_within_rows(block_size, columns)
     arguments = (
         q, k, v, block_means, lengths, starts, bias, block_size,
@@ -80,8 +92,40 @@ def decode_attention(
             return reference.decode_attention(*arguments)
 
 
+def _windows(
+    q: Tensor, means: Tensor, coarse: Tensor | None, importance: Tensor | None, lengths: Tensor, selection: Selection, columns: int,
+    scale: float | None, impl: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What chooses by windows in rows of at most `columns` tokens, as implementations take it.
+
+    Raises:
+        UserError: Without coarse means or an importance that the selection asks for.
+    """
+    blocks, batch, kv_heads = columns // selection.block_size, q.shape[0], means.shape[2]
+    if selection.lse == "exact":
+        coarse = None
+    elif coarse is None or coarse.shape[1] < selection.num_windows(columns, COARSER):
+        raise UserError("lse = 'coarse' needs coarse_means of every coarse window")
+    if selection.query_blocks is None:
+        importance = None
+    elif importance is None or importance.shape[1] < blocks or importance.shape[::2] != (batch, kv_heads):
+        raise UserError(f"query_blocks need an importance [B, N, K] of at least {blocks} blocks")
+    return (
+        q, means, coarse, importance, lengths, selection.block_size, within_rows(selection.places, selection.block_size, columns, impl),
+        selection.num_selected_blocks, window_numbers(selection), selection.scope, selection.scoring, _scale(q, scale),
+    )  # fmt: skip
+
+
 def decode_select(
-    q: Tensor, block_means: Tensor, lengths: Tensor, selection: Selection, *, scale: float | None = None, impl: str = "auto"
+    q: Tensor,
+    block_means: Tensor,
+    lengths: Tensor,
+    selection: Selection,
+    *,
+    coarse_means: Tensor | None = None,
+    importance: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """What `decode_attention` chooses: between this and `decode_attend` a cache may bring the blocks.
 
@@ -89,9 +133,9 @@ def decode_select(
 
     Args:
         q: [B, T, H, D] after RoPE, 1 <= T <= 8: the last T of the `lengths` tokens of each row.
-        block_means: [B, N, K, D] of q's dtype, N at least the number of blocks that any row has completed; others are never read.
+        block_means: [B, N, K, D] of q's dtype, N at least the number of blocks (windows) that any row has completed; others are never read.
         lengths: int32 or int64 [B].
-        selection, scale: as for `select_blocks`.
+        selection, scale, coarse_means, importance: as for `select_blocks`.
         impl: "auto", "reference" or "triton".
 
     Returns:
@@ -106,10 +150,17 @@ def decode_select(
         raise UserError(
             f"q {tuple(q.shape)} and block_means {tuple(block_means.shape)} do not fit: [B, T, H, D] and [B, N, K, D] with H a multiple of K"
         )
-    columns = (block_means.shape[1] + 1) * selection.block_size - 1  # as many keys as there are means for
+    # as many keys as there are means for
+    columns = (block_means.shape[1] + 1) * selection.block_size - 1
+    if selection.mean_size:
+        columns = block_means.shape[1] * selection.mean_stride + selection.mean_size - 1
     _check_call(q, {"block_means": block_means}, None, scale)
     _check_rows(lengths, None, batch, columns)
     impl = resolve(impl, q)
+    if selection.mean_size:
+        windows = _windows(q, block_means, coarse_means, importance, lengths, selection, columns, scale, impl)
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            return (_kernels() if impl == "triton" else reference).decode_select_windows(*windows)
     arguments = (
         q, block_means, lengths, selection.block_size, within_rows(selection.num_selected_blocks, selection.block_size, columns, impl),
         selection.scope, selection.scoring, selection.rule, _scale(q, scale),

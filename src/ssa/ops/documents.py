@@ -122,7 +122,8 @@ class BlockGrid:
     """Key blocks of a row, anchored at the start of their document and numbered through the row.
 
     Block n of a query's document is row block `first_block_BT + n`. In packed and padded rows only complete blocks are in the grid:
-    an incomplete one is the last of its document, is never scored, and padding would otherwise fill the grid with them.
+    an incomplete one is the last of its document, is never scored, and padding would otherwise fill the grid with them. With windows of
+    keys (`ssa.ops.windows`) those are in the grid that have a complete window.
     """
 
     block_size: int
@@ -131,9 +132,15 @@ class BlockGrid:
     """Key column of each block's first token, int64 [B, N]; rows with fewer blocks are filled with the last column."""
     first_block_BT: Tensor
     """Row block of block 0 of the query's document, int64 [B, T]."""
+    windows_BN: Tensor | None = None
+    """Complete windows that start in each block."""
+    opens_document_BN: Tensor | None = None
 
     @classmethod
-    def build(cls, q: Tensor, k: Tensor, positions: Tensor | None, block_size: int) -> BlockGrid:
+    def build(
+        cls, q: Tensor, k: Tensor, positions: Tensor | None, block_size: int, windows: tuple[int, int] | None = None
+    ) -> BlockGrid:
+        """`windows`: their size and stride, where there are positions."""
         batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
         if positions is None:
             blocks = -(-keys // block_size)
@@ -143,19 +150,30 @@ class BlockGrid:
         columns = torch.arange(keys, device=q.device)
         # Keys cached before this call belong to the first query's document, or to none that is still being read.
         position_BS = torch.cat([columns[: keys - queries] - start_BT[:, :1], positions], dim=1)
+        needed = block_size if windows is None else windows[0]
         opens_BS = (position_BS >= 0) & (position_BS % block_size == 0)
-        ends_BS = torch.nn.functional.pad(position_BS[:, block_size - 1 :], (0, min(block_size - 1, keys)), value=-1)[:, :keys]
-        opens_BS &= ends_BS == position_BS + block_size - 1
+        ends_BS = torch.nn.functional.pad(position_BS[:, needed - 1 :], (0, min(needed - 1, keys)), value=-1)[:, :keys]
+        opens_BS &= ends_BS == position_BS + needed - 1
         before_BS = opens_BS.cumsum(1) - opens_BS.to(torch.int64)  # complete blocks that open before this column
-        blocks = max(1, keys // block_size)  # as many as can be; to count them, a GPU would have to be waited for
+        blocks = max(1, keys // min(needed, block_size))  # as many as can be; to count them, a GPU would have to be waited for
         first_BN = columns.new_full((batch, blocks + 1), keys - 1)
         first_BN.scatter_(1, torch.where(opens_BS, before_BS, blocks), columns.expand(batch, keys))
-        return cls(block_size, blocks, first_BN[:, :blocks], before_BS.gather(1, start_BT.clamp(min=0)))
+        first_BN = first_BN[:, :blocks]
+        first_block_BT = before_BS.gather(1, start_BT.clamp(min=0))
+        if windows is None:
+            return cls(block_size, blocks, first_BN, first_block_BT)
+        size, stride = windows
+        position_BN = position_BS.gather(1, first_BN)
+        ends = torch.arange(block_size // stride, device=q.device) * stride + size - 1
+        ends_BNr = first_BN[..., None] + ends
+        last_BNr = position_BS.gather(1, ends_BNr.clamp(max=keys - 1).flatten(1)).view(ends_BNr.shape)
+        complete_BNr = (ends_BNr < keys) & (last_BNr == position_BN[..., None] + ends)
+        return cls(block_size, blocks, first_BN, first_block_BT, complete_BNr.sum(-1), position_BN == 0)
 
-    def gather(self, x_BSKD: Tensor) -> Tensor:
-        """Keys by block, [B, N, block_size, K, D]; columns past the row's end repeat its last key."""
+    def gather(self, x_BSKD: Tensor, width: int | None = None) -> Tensor:
+        """Keys by block, [B, N, width, K, D], `block_size` of them by default; columns past the row's end repeat its last key."""
         batch, keys = x_BSKD.shape[:2]
-        offsets = torch.arange(self.block_size, device=x_BSKD.device)
+        offsets = torch.arange(width or self.block_size, device=x_BSKD.device)
         columns = (self.first_column_BN[..., None] + offsets).clamp(max=keys - 1)
         rows = torch.arange(batch, device=x_BSKD.device)[:, None, None]
         return x_BSKD[rows, columns]

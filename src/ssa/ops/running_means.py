@@ -1,6 +1,6 @@
-"""Block means of a cache, kept up token by token.
+"""Means of a cache's blocks or windows, kept up token by token.
 
-Legend: B batch, S cache columns, K kv heads, D head size, N blocks.
+Legend: B batch, S cache columns, K kv heads, D head size, W windows, N blocks, r = size / stride.
 """
 
 from __future__ import annotations
@@ -9,27 +9,32 @@ import torch
 from torch import Tensor
 
 from ssa.ops.implementations import resolve
-from ssa.ops.reference.running_means import extend_block_means as by_reference
+from ssa.ops.reference.running_means import extend_means as by_reference
 
 
-def extend_block_means(
-    k: Tensor, v: Tensor, means: list[Tensor], sums: list[Tensor], end: Tensor, starts: Tensor, block_size: int, impl: str = "auto"
+def extend_means(
+    x: list[Tensor], means: list[Tensor], sums: list[Tensor], end: Tensor, starts: Tensor, size: int, stride: int, *,
+    importance: Tensor | None = None, block_size: int = 0, impl: str = "auto",
 ) -> None:  # fmt: skip
-    """Adds the token in column `end` - 1 of each row to the running block means, in place, in O(D) and without looking at `end`.
+    """Adds the token in column `end` - 1 of each row to running means, in place, in O(D) and without looking at `end`.
 
-    The mean of a block that is still open is the sum so far over `block_size`; it is final with the block's last token.
+    The mean of a window that is still open is the sum so far over `size`; it is final with the window's last token.
 
     Args:
-        k, v: [B, S, K, D], any strides: the cache.
-        means: of keys and values, [B, N, K, D] each, N > (end - 1 - start) // block_size.
-        sums: of keys and values, fp32 (fp64 for fp64) [B, K, D] each, contiguous: over the tokens of each row's last block so far.
+        x: one or two tensors [B, S, K, D], any strides: keys (and values) of the cache, or the bias with D = 1.
+        means: of each, [B, W, K, D]; the last place takes what belongs to no window.
+        sums: of each, fp32 (fp64 for fp64) [B, K, r, D], contiguous: over the row's last stretches of `stride` tokens, stretch p at p % r.
         end: int64 scalar, filled columns. starts: int64 [B], first column of each row.
+        size, stride: a window of `size` tokens starts every `stride` tokens of a row. Equal: blocks.
+        importance: fp32 [B, N, K], with D = 1: the largest mean that touches a block of `block_size` tokens, kept up, too.
         impl: "auto", "reference" or "triton".
     """
     with torch.no_grad():
-        if resolve(impl, k) == "triton":
-            from ssa.ops.triton.running_means import extend_block_means as by_triton
+        arguments = (x[0], x[1] if len(x) > 1 else None, means[0], means[1] if len(x) > 1 else None, sums[0], sums[1] if len(x) > 1 else None,
+                     importance, end, starts, size, stride, block_size)  # fmt: skip
+        if resolve(impl, x[0]) == "triton":
+            from ssa.ops.triton.running_means import extend_means as by_triton
 
-            by_triton(k, v, means[0], means[1], sums[0], sums[1], end, starts, block_size)
+            by_triton(*arguments)
         else:
-            by_reference(k, v, means[0], means[1], sums[0], sums[1], end, starts, block_size)
+            by_reference(*arguments)

@@ -5,14 +5,18 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, N ke
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ssa.budget import Selection
+from ssa.budget import COARSER, Selection
 from ssa.errors import UserError
 from ssa.ops.documents import FIXED_BLOCK_SIZE, BlockGrid, block_within_rows, resolve_positions
 from ssa.ops.implementations import resolve
 from ssa.ops.reference.select import select_blocks as by_reference
+from ssa.ops.reference.select_windows import select_windows as windows_by_reference
+from ssa.ops.windows import grid_window_means, key_importance, window_means
 
 FIXED_PLACES = 32
 """Up to so many selected blocks `block_indices` has a place for each whatever the rows' length; beyond, what nobody fills would cost."""
@@ -53,6 +57,9 @@ def select_blocks(
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     block_keys: Tensor | None = None,
+    coarse_keys: Tensor | None = None,
+    bias: Tensor | None = None,
+    importance: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The top `selection.num_selected_blocks` key blocks of every query by block score; the query's own block is always among them.
@@ -64,6 +71,10 @@ def select_blocks(
     where k > block_size / 2, the best k/2 of all earlier chunks of `block_size` blocks and the best k/2 of the query's. Candidates are the blocks before the query's own. Ties go to the lower block. Where a NaN or an infinity makes scores
     NaN, which candidates are chosen, and whether the implementations agree, is not defined; the contract below holds.
 
+    With a `selection.mean_size` the means are windows of keys (InfLLM-V2): the softmax is over the windows that end at or before the
+    query, a block scores the best of those that touch it, sinks and local blocks are read anyway and are no candidates. With
+    `selection.query_blocks` so many blocks go by score and the rest by importance: the largest window mean of `bias` (NOSA).
+
     Args:
         q: [B, T, H, D], after RoPE. k: [B, S, K, D], after RoPE, T <= S; the queries are the last T tokens.
         selection: how many blocks of how many keys, by whom and by which rule.
@@ -71,14 +82,18 @@ def select_blocks(
         cu_seqlens: int32 [documents + 1], the same for one packed row (B = 1, T = S).
         scale: logit scale, 1/sqrt(D) by default.
         block_keys: [B, N, K, D] cached means of the complete blocks, row b's block n starting n * block_size keys after the
-            start of its only document; computed from k when absent.
+            start of its only document; computed from k when absent. Means of windows are [B, W, K, D], window j starting
+            j * mean_stride keys after it.
+        coarse_keys: [B, V, K, D] those of lse = "coarse".
+        bias: [B, S, K] what is added to the logits of each key; gives the importance where that is absent.
+        importance: fp32 [B, N, K] of cached blocks, as `ssa.ops.windows.block_importance` has it.
         impl: "auto", "reference" or "triton".
 
     Returns:
         block_indices: int32 [B, K, T, M] ([B, H, T, M] for head scope), document-relative, ascending, right-padded with -1. M is
-            `selection.num_selected_blocks`. Of more than 32, or of blocks of 1024 keys and more, M is at most the number that rows have,
+            `selection.places`, which is num_selected_blocks but for a dense length. Of more than 32, or of blocks of 1024 keys and more, M is at most the number that rows have,
             ceil(S / block_size), which the kernels, compiled for each M, round up to a power of two.
-        scores: fp32, same shape; +inf for the own block, -inf for padding.
+        scores: fp32, same shape; +inf for blocks that are read anyway, -inf for padding.
 
     Raises:
         UserError: shapes that do not fit.
@@ -89,15 +104,16 @@ def select_blocks(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit: [B, T, H, D] and [B, S, K, D] with H a multiple of K"
         )
     block_size = selection.block_size
-    if block_keys is not None and (
-        block_keys.shape[0] != batch or block_keys.shape[2:] != k.shape[2:] or block_keys.shape[1] < k.shape[1] // block_size
-    ):
-        raise UserError(
-            f"block_keys {tuple(block_keys.shape)} is not [B, N, K, D] with a mean for each of {k.shape[1] // block_size} blocks"
-        )
+    for name, means, coarser in (("block_keys", block_keys, 1), ("coarse_keys", coarse_keys, COARSER)):
+        needed = selection.num_windows(k.shape[1], coarser)
+        if means is not None and (means.shape[0] != batch or means.shape[2:] != k.shape[2:] or means.shape[1] < needed):
+            raise UserError(f"{name} {tuple(means.shape)} is not [B, N, K, D] with a mean for each of {needed} blocks or windows")
     if scale is not None and not scale > 0:
         raise UserError(f"scale = {scale} must be positive")
     positions = resolve_positions(q, k, positions, cu_seqlens)
+    scale = size**-0.5 if scale is None else float(scale)
+    if selection.mean_size:
+        return _select_windows(q, k, selection, positions, scale, block_keys, coarse_keys, bias, importance, impl)
     block_size = block_within_rows(block_size, k.shape[1])
     with torch.no_grad():
         first_block = None
@@ -114,12 +130,69 @@ def select_blocks(
         arguments = (
             q, block_keys, first_block, positions, k.shape[1], block_size,
             within_rows(selection.num_selected_blocks, block_size, k.shape[1], impl), selection.scope, selection.scoring, selection.rule,
-            size**-0.5 if scale is None else float(scale),
+            scale,
         )  # fmt: skip
-        # modules of one implementation are imported when it runs: without triton the reference still does
         if impl == "triton":
-            from ssa.ops.triton.select import select_blocks as by_triton
-
-            return by_triton(*arguments)
+            return _kernels().select_blocks(*arguments)
         with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
             return by_reference(*arguments)
+
+
+def _select_windows(
+    q: Tensor, k: Tensor, selection: Selection, positions: Tensor | None, scale: float, means: Tensor | None, coarse: Tensor | None,
+    bias: Tensor | None, importance: Tensor | None, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `select_blocks`."""
+    size, stride, block_size, keys = selection.mean_size, selection.mean_stride, selection.block_size, k.shape[1]
+    cached = means is not None
+    by_importance = selection.query_blocks is not None
+    if by_importance and bias is None and importance is None:
+        raise UserError("query_blocks choose the other blocks by importance: pass bias or importance")
+    with torch.no_grad():
+        grid = first = first_coarse = None
+        if positions is not None:
+            positions = positions.contiguous()
+            first = first_coarse = torch.zeros_like(positions)
+        if positions is not None and not cached:
+            grid = BlockGrid.build(q, k, positions, block_size, (size, stride))
+            first = grid.first_block_BT.contiguous()
+        if means is None:
+            means = window_means(k, size, stride) if grid is None else grid_window_means(k, grid, size, stride)
+        if selection.lse == "exact":
+            coarse = None
+        elif coarse is None:
+            wide, apart = COARSER * size, COARSER * stride
+            if positions is None:
+                coarse = window_means(k, wide, apart)
+            else:
+                coarse_grid = BlockGrid.build(q, k, positions, apart, (wide, apart))
+                coarse, first_coarse = grid_window_means(k, coarse_grid, wide, apart), coarse_grid.first_block_BT.contiguous()
+        if not by_importance:
+            importance = None
+        elif importance is None:
+            assert bias is not None
+            importance = key_importance(bias, grid, block_size, size, stride)
+        impl = resolve(impl, q)
+        arguments = (
+            q, means, coarse, importance, first, first_coarse, positions, keys, block_size, within_rows(selection.places, block_size, keys, impl),
+            selection.num_selected_blocks, window_numbers(selection), selection.scope, selection.scoring, scale,
+        )  # fmt: skip
+        if impl == "triton":
+            return _kernels().select_windows(*arguments)
+        with torch.autocast(q.device.type, enabled=False):
+            return windows_by_reference(*arguments)
+
+
+def _kernels() -> Any:
+    """Imported when they run: without triton the reference still does; by a statement, which torch.compile traces."""
+    from ssa.ops.triton import select_windows
+
+    return select_windows
+
+
+def window_numbers(selection: Selection) -> list[int]:
+    """As the implementations take them: size, stride, sinks, local blocks, blocks by query (-1: all), dense length."""
+    by_query = -1 if selection.query_blocks is None else selection.query_blocks
+    return [
+        selection.mean_size, selection.mean_stride, selection.sink_blocks, selection.local_blocks, by_query, selection.dense_length
+    ]  # fmt: skip

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 
 from ssa.analysis.results import RunResults, losses
 from ssa.analysis.table import table_rows
-from ssa.methods import full_notes, look_of
+from ssa.methods import full_notes
+from ssa.report.charts import heat_figure, line_figure, marked, step_figure
 from ssa.report.page import Cell, Section, figure, table
-from ssa.report.svg import Series, heat_map, line_chart, scatter, tokens
+from ssa.report.svg import scatter, tokens
 
 MAP_POINTS = 1500
 """A scatter plot shows so many points at most, taken at even steps."""
 Named = Sequence[tuple[RunResults, str]]
+_POSITION = "position in the document (from)"
 _SOLID = "Solid: sparse inference; dashed: full inference (where they coincide only one shows)."
 
 
@@ -81,16 +83,12 @@ def _by_layer(named: Named, name: str, title: str, label: str, caption: str) -> 
                 values = run.by_layer(mode, name)
             except KeyError:  # an analysis from before this figure was measured
                 continue
-            marker = look_of(run.method)[1]
             layers = list(range(1, len(values) + 1))
-            series.append(Series(f"{run.name}, {mode}", colour, layers, values, dashed=mode == "full", marker=marker))
+            series.append(marked(f"{run.name}, {mode}", run.method, colour, layers, values, dashed=mode == "full"))
             shown.append((run.name, colour))
-    if not series:
-        return None
-    most = max(len(s.x) for s in series)
+    most = max((len(s.x) for s in series), default=1)
     ticks = range(1, most + 1, 1 + (most - 1) // 12)
-    svg = line_chart(series, title=title, xlabel="layer", ylabel=label, x_ticks=ticks)
-    return figure(title, svg, caption, list(dict.fromkeys(shown)))
+    return line_figure(series, title, caption, legend=shown, xlabel="layer", ylabel=label, x_ticks=ticks)
 
 
 def _by_position(named: Named, name: str, title: str, label: str, caption: str) -> str | None:
@@ -103,9 +101,8 @@ def _by_position(named: Named, name: str, title: str, label: str, caption: str) 
         values = [sum(layer["by_position"][name][i] for layer in layers) / len(layers) for i in range(len(first))]
         start = next((i for i, p in enumerate(first) if p >= 16), 0)
         if len(first) - start > 1:
-            marker = look_of(run.method)[1]
-            series.append(Series(run.name, colour, first[start:], values[start:], marker=marker))
-    return _positions(series, title, label, caption)
+            series.append(marked(run.name, run.method, colour, first[start:], values[start:]))
+    return step_figure(series, title, caption, tokens, xlabel=_POSITION, ylabel=label)
 
 
 def _divergence(named: Named) -> str | None:
@@ -116,22 +113,9 @@ def _divergence(named: Named) -> str | None:
             continue
         start = next((i for i, p in enumerate(found["first_position"]) if p >= 16), 0)
         if len(found["kl_nats"]) - start > 1:
-            marker = look_of(run.method)[1]
-            series.append(Series(run.name, colour, found["first_position"][start:], found["kl_nats"][start:], marker=marker))
+            series.append(marked(run.name, run.method, colour, found["first_position"][start:], found["kl_nats"][start:]))
     caption = "KL(full ‖ sparse) of the next-token distribution. It is 0 while the budget covers everything before the query."
-    return _positions(series, "Divergence of the predictions by position", "KL (nats)", caption)
-
-
-def _positions(series: Sequence[Series], title: str, label: str, caption: str) -> str | None:
-    if not series:
-        return None
-    starts = sorted({x for s in series for x in s.x})
-    at = {x: i for i, x in enumerate(starts)}
-    placed = [Series(s.name, s.colour, [at[x] for x in s.x], s.y, marker=s.marker) for s in series]
-    svg = line_chart(
-        placed, title=title, xlabel="position in the document (from)", ylabel=label, categories=[tokens(x) for x in starts]
-    )
-    return figure(title, svg, caption, [(s.name, s.colour) for s in series])
+    return step_figure(series, "Divergence of the predictions by position", caption, tokens, xlabel=_POSITION, ylabel="KL (nats)")
 
 
 def _maps(named: Named) -> Section:
@@ -143,13 +127,12 @@ def _maps(named: Named) -> Section:
         )
         for run, _ in named:
             rows = run.heads("sparse", name)
-            heading = f"{title}, {run.name}"
             heads, layers = ([str(i + 1) for i in range(n)] for n in (len(rows[0]), len(rows)))
-            svg = heat_map(
-                rows, title=heading, row_names=layers, column_names=heads, row_label="layer", column_label="query head", low=low,
+            picture = heat_figure(
+                rows, f"{title}, {run.name}", row_names=layers, column_names=heads, row_label="layer", column_label="query head", low=low,
                 high=high if high > low else low + 0.1, digits=1 if name == "entropy_bits" else 3 if high < 0.1 else 2,
             )  # fmt: skip
-            pictures.append(figure(heading, svg, ""))
+            pictures.append(picture)
     intro = (
         "Every cell is one query head of one layer under sparse inference; the colour scale of a figure is the same for all runs. Dark "
         "cells in the maps of kept mass are heads whose attention the selection misses."
@@ -198,28 +181,22 @@ def _theorem(named: Named) -> Section:
 
 
 def _selection(named: Named) -> Section:
-    series, shown, bins = [], [], 0
+    series, bins = [], 0
     for run, colour in named:
         layers = [layer["distance_histogram"] for layer in run.analysis["inference"]["sparse"]["layers"]]
         width = max(map(len, layers))
         bins, total = max(bins, width), sum(map(sum, layers))
         share = [100 * sum(h[i] for h in layers if i < len(h)) / total for i in range(width)]
-        series.append(Series(run.name, colour, list(range(width)), share, marker=look_of(run.method)[1]))
-        shown.append((run.name, colour))
-    names = ["0" if b == 0 else tokens(2 ** (b - 1)) for b in range(bins)]
-    svg = line_chart(
-        series, title="Distance of selected blocks", xlabel="distance to the block's start (tokens, from)", ylabel="% of selected blocks",
-        categories=names, range_y=(0.0, None),
+        series.append(marked(run.name, run.method, colour, list(range(width)), share))
+    distance = line_figure(
+        series, "Distance of selected blocks",
+        "How far the first token of a selected block lies behind the query, in powers of two. The left side is the query's own "
+        "block, which is always read; weight on the right means that the model looks far back.",
+        xlabel="distance to the block's start (tokens, from)", ylabel="% of selected blocks",
+        categories=["0" if b == 0 else tokens(2 ** (b - 1)) for b in range(bins)], range_y=(0.0, None),
     )  # fmt: skip
-    pictures = [
-        figure("Distance of selected blocks", svg,
-               "How far the first token of a selected block lies behind the query, in powers of two. The left side is the query's own "
-               "block, which is always read; weight on the right means that the model looks far back.", shown)
-    ]  # fmt: skip
-    if overlap := _overlap(named):
-        pictures.append(overlap)
     tables = [t for t in (_decode(named),) if t]
-    return Section("Which blocks are chosen", "", tables, pictures)
+    return Section("Which blocks are chosen", "", tables, [p for p in (distance, _overlap(named)) if p])
 
 
 def _overlap(named: Named) -> str | None:
@@ -231,21 +208,13 @@ def _overlap(named: Named) -> str | None:
             gamma = [
                 sum(sum(row[i] for row in x["gamma"]) / len(x["gamma"]) for x in layers) / len(layers) for i in range(len(lags))
             ]
-            series.append(Series(run.name, colour, lags, gamma, marker=look_of(run.method)[1]))
-    if not series:
-        return None
-    lags = sorted({x for s in series for x in s.x})
-    at = {x: i for i, x in enumerate(lags)}
-    placed = [Series(s.name, s.colour, [at[x] for x in s.x], s.y, marker=s.marker) for s in series]
-    title = "Selection overlap between queries"
-    svg = line_chart(
-        placed, title=title, xlabel="tokens between the two queries", ylabel="locality γ", categories=[str(x) for x in lags], range_y=(None, 1.0)
-    )  # fmt: skip
+            series.append(marked(run.name, run.method, colour, lags, gamma))
     caption = (
         "NOSA's γ: the share of a query's blocks that an earlier query of the same document chose too, both beyond the receptive field; "
         "mean over layers and selectors. What is missing to 1 would have to be fetched if keys and values lay in slower memory."
     )
-    return figure(title, svg, caption, [(s.name, s.colour) for s in series])
+    labels = {"xlabel": "tokens between the two queries", "ylabel": "locality γ"}
+    return step_figure(series, "Selection overlap between queries", caption, str, range_y=(None, 1.0), **labels)
 
 
 def _decode(named: Named) -> str | None:

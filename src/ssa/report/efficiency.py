@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ssa.report.charts import line_figure
 from ssa.report.collect import Benchmark
 from ssa.report.measurements import DENSE_COLOURS, about, other_tables, records_table, times_chart
-from ssa.report.page import Cell, Section, figure, table
-from ssa.report.svg import Series, line_chart, number, tokens
+from ssa.report.page import Cell, Section, table
+from ssa.report.svg import Series, number, tokens
 
 _PASSES = (("forward", "Forward"), ("both", "Forward and backward"))
 
@@ -138,9 +139,6 @@ def _kernel_chart(shape: str, name: str, title: str, rows: Sequence[dict[str, An
         return None
     heading = f"{title}, {shape}"
     lengths = [row["tokens"] for row in rows]
-    svg = line_chart(
-        series, title=heading, xlabel="tokens", ylabel="ms", log_x=True, log_y=True, x_ticks=lengths, x_format=tokens
-    )  # fmt: skip
     best = [min((x for _, _, _, times in kinds[1:] if (x := times[i]) is not None), default=None) for i in range(len(rows))]
     pairs = [(n, d, s) for n, d, s in zip(lengths, best, kinds[0][3], strict=True) if d is not None and s is not None]
     caption = "Both axes logarithmic. "
@@ -151,7 +149,8 @@ def _kernel_chart(shape: str, name: str, title: str, rows: Sequence[dict[str, An
             else f"Faster than the best dense backend at every length measured, from {tokens(pairs[0][0])} tokens." if at == 0
             else f"Overtakes the best dense backend at about {number(round(at / 100) * 100)} tokens."
         )  # fmt: skip
-    return figure(heading, svg, caption, [(s.name, s.colour) for s in series])
+    axes: dict[str, Any] = {"xlabel": "tokens", "ylabel": "ms", "x_ticks": lengths, "x_format": tokens}
+    return line_figure(series, heading, caption, log_x=True, log_y=True, **axes)
 
 
 def _bars(benchmark: Benchmark) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
-from ssa.analysis.results import SAME_TEXT, budget_tokens, needle_grids, perplexities, perplexity_setting
-from ssa.methods import look_of
+from ssa.analysis.results import SAME_TEXT, needle_grids, perplexities, perplexity_setting
+from ssa.budget import parse_reading
+from ssa.report.charts import heat_figure, line_figure, marked
 from ssa.report.collect import RunEvidence
-from ssa.report.page import Cell, Section, figure, table
+from ssa.report.page import Cell, Section, table
 from ssa.report.scores import Figure, Group, groups
-from ssa.report.svg import Series, heat_map, line_chart, tokens
+from ssa.report.svg import tokens
 from ssa.report.tasks import task_section
 
 
@@ -47,7 +49,7 @@ def _perplexity(together: Sequence[Group]) -> Section:
                 f"same settings ({name})."
             )
         tables.append(_perplexity_table(what, found))
-        pictures += _perplexity_chart(what, found)
+        pictures += filter(None, [_perplexity_chart(what, found)])
     return Section("Perplexity by budget", " ".join(alarms), tables, pictures)
 
 
@@ -71,7 +73,7 @@ def _by_budget(together: Sequence[Group], name: str) -> tuple[Found, list[dict]]
 
 
 def _budgets(found: Found) -> list[str]:
-    return sorted({b for _, by_budget in found for b in by_budget}, key=lambda b: (budget_tokens(b), b))
+    return sorted({b for _, by_budget in found for b in by_budget}, key=lambda b: (parse_reading(b).tokens, b))
 
 
 def _perplexity_table(what: str, found: Found) -> str:
@@ -91,28 +93,22 @@ def _perplexity_table(what: str, found: Found) -> str:
     return table(what, note, ["run", "method", *budgets], rows)
 
 
-def _perplexity_chart(what: str, found: Found) -> list[str]:
+def _perplexity_chart(what: str, found: Found) -> str | None:
     budgets = _budgets(found)
     if len(budgets) < 2:
-        return []
+        return None
     series = []
     for group, by_budget in found:
         at = [i for i, b in enumerate(budgets) if b in by_budget]
         y = [statistics.fmean(by_budget[budgets[i]]) for i in at]
         spread = [_std(by_budget[budgets[i]]) for i in at]
-        bars = {
-            "low": [m - (s or 0) for m, s in zip(y, spread, strict=True)],
-            "high": [m + (s or 0) for m, s in zip(y, spread, strict=True)],
-        }
-        marker = look_of(group.method)[1]
-        series.append(Series(group.name, group.colour, at, y, marker=marker, **(bars if any(spread) else {})))  # type: ignore[arg-type]
-    title = f"{what} by budget"
-    svg = line_chart(series, title=title, xlabel="budget (blocks x size)", ylabel="perplexity", categories=budgets)
+        series.append(marked(group.name, group.method, group.colour, at, y, spread))
     caption = (
         "Larger budgets to the right, full attention last. A good sparse model is flat, and never gets worse with more budget. "
         "Error bars: standard deviation over runs with different seeds, where there are several."
     )
-    return [figure(title, svg, caption, [(group.name, group.colour) for group, _ in found])]
+    labels: dict[str, Any] = {"xlabel": "budget (blocks x size)", "ylabel": "perplexity"}
+    return line_figure(series, f"{what} by budget", caption, categories=budgets, **labels)
 
 
 def _needles(runs: Sequence[RunEvidence]) -> Section:
@@ -124,11 +120,8 @@ def _needles(runs: Sequence[RunEvidence]) -> Section:
                 heading = f"{run.name}, {grid.budget}"
                 depths = [f"{100 * d:.0f}%" for d in grid.depths]
                 lengths = [tokens(n) for n in grid.lengths]
-                svg = heat_map(
-                    grid.accuracy, title=heading, row_names=depths, column_names=lengths, row_label="depth", column_label="length (tokens)",
-                    low=0.0, high=1.0,
-                )  # fmt: skip
-                pictures.append(figure(heading, svg, ""))
+                names = {"row_names": depths, "column_names": lengths, "row_label": "depth", "column_label": "length (tokens)"}
+                pictures.append(heat_figure(grid.accuracy, heading, low=0.0, high=1.0, **names))
                 known = [x for row in grid.accuracy for x in row if x is not None]
                 rows.append((run.name, [Cell(grid.budget, kind="text"), f"{100 * statistics.fmean(known):.1f}", str(len(known))]))
     tables = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ssa.report.charts import line_figure
 from ssa.report.collect import Benchmark
-from ssa.report.page import Section, figure, table
-from ssa.report.svg import Series, line_chart, number, tokens
+from ssa.report.page import Section, table
+from ssa.report.svg import Series, number, tokens
 
 COLUMNS = 16
 """A table shows so many columns at most,"""
@@ -97,13 +98,13 @@ def times_chart(name: str, records: Sequence[Record]) -> list[str]:
             if points:
                 label = _without_prefix(names)[names.index(key)].removesuffix(unit).strip(" _") or key
                 series.append(Series(label, _COLOURS[len(series)], [p[0] for p in points], [p[1] for p in points]))
-        if series:
-            title = f"{name}: {unit} by length"
-            svg = line_chart(
-                series, title=title, xlabel="tokens", ylabel=unit, log_x=True, log_y=True, x_ticks=lengths, x_format=tokens
-            )  # fmt: skip
-            more = f" {len(names) - len(series)} more are in the table." if len(names) > len(series) else ""
-            return [figure(title, svg, f"Both axes logarithmic.{more}", [(s.name, s.colour) for s in series])]
+        more = f" {len(names) - len(series)} more are in the table." if len(names) > len(series) else ""
+        picture = line_figure(
+            series, f"{name}: {unit} by length", f"Both axes logarithmic.{more}", xlabel="tokens", ylabel=unit, log_x=True, log_y=True,
+            x_ticks=lengths, x_format=tokens,
+        )  # fmt: skip
+        if picture:
+            return [picture]
     return []
 
 
@@ -114,18 +115,13 @@ def _curves(benchmark: Benchmark) -> list[str]:
         for key, value in benchmark.content.items()
         if isinstance(value, list) and len(value) > 1 and all(isinstance(x, int | float) for x in value)
     }
-    if not found:
-        return []
     series = [
         Series(key.replace("_", " "), colour, list(range(1, len(values) + 1)), values, dashed=i > 0)
         for i, ((key, values), colour) in enumerate(zip(found.items(), _COLOURS, strict=False))
     ]
-    svg = line_chart(series, title=benchmark.name, xlabel="number", ylabel="value")
-    return [
-        figure(
-            benchmark.name, svg, f"{about(benchmark)} Where lines coincide only one shows.", [(s.name, s.colour) for s in series]
-        )
-    ]
+    caption = f"{about(benchmark)} Where lines coincide only one shows."
+    picture = line_figure(series, benchmark.name, caption, xlabel="number", ylabel="value")
+    return [picture] if picture else []
 
 
 def _records(value: Any) -> list[Record]:

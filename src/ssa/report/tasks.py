@@ -5,12 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from ssa.analysis.results import budget_tokens
-from ssa.eval.table1 import AVERAGED, COLUMNS
-from ssa.methods import look_of
-from ssa.report.page import Cell, Section, figure, table
+from ssa.eval.table1 import AVERAGED, COLUMNS, full_first, inference
+from ssa.report.charts import heat_figure, line_figure, marked
+from ssa.report.page import Cell, Section, table
 from ssa.report.scores import Column, Figure, Group, merged, scores_of
-from ssa.report.svg import Series, heat_map, line_chart, tokens
+from ssa.report.svg import tokens
 
 Scores = dict[tuple[str, int], dict[Column, Figure]]
 """(budget, number of the group) -> its scores."""
@@ -82,7 +81,7 @@ def _table(title: str, note: str, scores: Scores, together: Sequence[Group], col
         averaged = shares if len(shares) > 1 else []
     rows: list[tuple[str, Sequence[Cell | str]]] = []
     parts = []
-    for budget in sorted({b for b, _ in scores}, key=lambda b: (b != "full", budget_tokens(b))):
+    for budget in sorted({b for b, _ in scores}, key=full_first):
         parts.append(len(rows))
         part = {g: scores[budget, g] for g in range(len(together)) if (budget, g) in scores}
         complete = {g: row for g, row in part.items() if averaged and all(c in row for c in averaged)}
@@ -94,7 +93,7 @@ def _table(title: str, note: str, scores: Scores, together: Sequence[Group], col
                 best = g in means and len(set(means.values())) > 1 and means[g] == max(means.values())
                 cells.append(Cell(f"{100 * means[g]:.2f}" if g in means else "–", best))
             cells += [_score(c, row, list(part.values())) for c in others]
-            rows.append(("full" if budget == "full" else f"sparse {int(budget_tokens(budget))} ({budget})", cells))
+            rows.append((inference(budget), cells))
     average = "average" if len(averaged) == len(shares) else "average of " + ", ".join(COLUMNS[c.task][0] for c in averaged)
     head = ["inference", "run", *map(_heading, shares), *([average] if averaged else []), *map(_heading, others)]
     return table(title, note, head, rows, parts)
@@ -134,32 +133,24 @@ def _curve(title: str, by_length: Scores, together: Sequence[Group]) -> str | No
     if len(lengths) < 2:
         return None
     share = all(c.is_share for row in by_length.values() for c in row)
-    sparse = sorted({b for b, _ in by_length if b != "full"}, key=budget_tokens)[:1]
+    sparse = sorted({b for b, _ in by_length if b != "full"}, key=full_first)[:1]
     series, shown = [], []
     for (budget, g), row in by_length.items():
         if budget != "full" and budget not in sparse:
             continue
         values = sorted((lengths.index(c.length), f) for c, f in row.items() if c.length is not None)
         scale = 100 if share else 1
-        y = [scale * f.mean for _, f in values]
-        spread = [scale * (f.spread or 0.0) for _, f in values]
+        y, spread = [scale * f.mean for _, f in values], [scale * (f.spread or 0.0) for _, f in values]
         group = together[g]
-        series.append(
-            Series(
-                f"{group.name}, {budget}", group.colour, [i for i, _ in values], y,
-                low=[a - s for a, s in zip(y, spread, strict=True)] if any(spread) else None,
-                high=[a + s for a, s in zip(y, spread, strict=True)] if any(spread) else None,
-                dashed=budget == "full", marker=look_of(group.method)[1],
-            )
-        )  # fmt: skip
+        at = [i for i, _ in values]
+        series.append(marked(f"{group.name}, {budget}", group.method, group.colour, at, y, spread, dashed=budget == "full"))
         shown.append((group.name, group.colour))
     label = "score (%)" if share else next(c.metric for row in by_length.values() for c in row).replace("_", " ")
-    svg = line_chart(
-        series, title=title, xlabel="context (tokens)", ylabel=label, categories=[tokens(n) for n in lengths],
-        range_y=(0.0, 100.0) if share else (None, None),
-    )  # fmt: skip
     what = f"Solid: budget {sparse[0]}; dashed: full attention." if sparse else "Full attention."
-    return figure(f"{title} by length", svg, what, list(dict.fromkeys(shown)))
+    return line_figure(
+        series, title, what, legend=shown, heading=f"{title} by length", xlabel="context (tokens)", ylabel=label,
+        categories=[tokens(n) for n in lengths], range_y=(0.0, 100.0) if share else (None, None),
+    )  # fmt: skip
 
 
 def _maps(scores: Scores, together: Sequence[Group], lengths: Sequence[int]) -> list[str]:
@@ -171,9 +162,9 @@ def _maps(scores: Scores, together: Sequence[Group], lengths: Sequence[int]) -> 
         if len(names) < 2:
             continue
         heading = f"{together[g].name}, {'full attention' if budget == 'full' else budget}"
-        svg = heat_map(
-            [[at.get((name, n)) for n in lengths] for name in names], title=heading, row_names=names,
+        picture = heat_figure(
+            [[at.get((name, n)) for n in lengths] for name in names], heading, row_names=names,
             column_names=[tokens(n) for n in lengths], row_label="task", column_label="context (tokens)", low=0.0, high=1.0,
         )  # fmt: skip
-        pictures.append(figure(heading, svg, ""))
+        pictures.append(picture)
     return pictures

@@ -8,20 +8,33 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 from ssa.analysis.results import curve
-from ssa.methods import look_of
+from ssa.report.charts import line_figure, marked
 from ssa.report.collect import RunEvidence
-from ssa.report.page import Cell, Section, colours, figure, table
-from ssa.report.svg import Series, line_chart, number
+from ssa.report.page import Cell, Section, colours, table
+from ssa.report.svg import Series, number
 
 POINTS = 240
 """A curve is drawn with so many points at most."""
-_KNOWN = {"kind", "step", "stream", "tokens", "loss", "cross_entropy", "sparsity_loss", "commitment_loss", "queries"}
+_KNOWN = {
+    "kind",
+    "step",
+    "stream",
+    "tokens",
+    "loss",
+    "cross_entropy",
+    "sparsity_loss",
+    "commitment_loss",
+    "selection_loss",
+    "queries",
+}
 
 _CURVES: tuple[tuple[tuple[str, ...], str, str, bool, str], ...] = (
     (("cross_entropy",), "Training loss", "cross-entropy (nats / token)", False,
      "The thick line is a running mean of the thin one. Lower is better. SSA's steps alternate at random between full and sparse attention."),
     (("sparsity_loss", "commitment_loss"), "Alignment loss", "sparsity + commitment", True,
      "How far the outputs of full and sparse attention are apart at the same layer (logarithmic). Only SSA trains on it."),
+    (("selection_loss",), "Selectors' loss", "nats", False,
+     "How far the importance of blocks is from the attention that they get (eviction_loss_weight)."),
     (("tokens_per_second",), "Speed", "tokens / second", False, "Training throughput, validations and checkpoints left out."),
     (("mfu",), "Model FLOPs utilisation", "share of the peak", False, "Arithmetic the model needs over what the device could do."),
     (("peak_memory_gb",), "Peak memory", "GB", False, "Largest memory in use so far on one device."),
@@ -57,10 +70,6 @@ def training(runs: Sequence[RunEvidence]) -> Section:
     return Section("Training", "Everything in metrics.jsonl, all runs in one picture.", [_table(trained)], pictures)
 
 
-def legend(named: Sequence[tuple[RunEvidence, str]]) -> list[tuple[str, str]]:
-    return [(run.name, colour) for run, colour in named]
-
-
 def smooth(values: Sequence[float], points: int = POINTS) -> tuple[list[float], list[float]]:
     """(where, mean) of a running mean over a thirtieth of the curve, at both ends over what there is, at up to `points` places;
     `where` counts in places of `values`, from 0."""
@@ -86,17 +95,14 @@ def _curve(
             steps, values = [s for s, _ in pairs], [v for _, v in pairs]
         if len(steps) < 2 or (names == ("mfu",) and not any(values)):
             continue
-        shown.append((run, colour))
+        shown.append((run.name, colour))
         where, means = smooth(values)
         at = [steps[0] + (steps[-1] - steps[0]) * w / (len(steps) - 1) for w in where]
         if names in (("cross_entropy",), ("grad_norm",)):
             stride = max(1, len(steps) // 300)
             series.append(Series(run.name, colour, steps[::stride], values[::stride], faint=True))
-        series.append(Series(run.name, colour, at, means, marker=look_of(run.method)[1]))
-    if not series:
-        return None
-    svg = line_chart(series, title=title, xlabel="step", ylabel=label, log_y=log)
-    return figure(title, svg, caption, legend(shown))
+        series.append(marked(run.name, run.method, colour, at, means))
+    return line_figure(series, title, caption, legend=shown, xlabel="step", ylabel=label, log_y=log)
 
 
 def _by_mode(named: Sequence[tuple[RunEvidence, str]], kind: str, name: str, title: str, label: str, caption: str) -> str | None:
@@ -107,13 +113,10 @@ def _by_mode(named: Sequence[tuple[RunEvidence, str]], kind: str, name: str, tit
         for mode in ("sparse", "full"):
             steps, values = curve(lines, name.format(mode))
             if len(steps) > 1:
-                marker = look_of(run.method)[1]
-                series.append(Series(f"{run.name}, {mode}", colour, steps, values, dashed=mode == "full", marker=marker))
+                series.append(marked(f"{run.name}, {mode}", run.method, colour, steps, values, dashed=mode == "full"))
                 shown.append((run.name, colour))
-    if not series:
-        return None
-    svg = line_chart(series, title=title, xlabel="step", ylabel=label)
-    return figure(title, svg, f"Solid: sparse attention; dashed: full attention. {caption}", list(dict.fromkeys(shown)))
+    how = f"Solid: sparse attention; dashed: full attention. {caption}"
+    return line_figure(series, title, how, legend=shown, xlabel="step", ylabel=label)
 
 
 def _table(runs: Sequence[RunEvidence]) -> str:

@@ -18,7 +18,7 @@ from ssa.errors import UserError
 from ssa.files import sha256_of_file
 from ssa.model import SSAConfig, SSAForCausalLM
 from ssa.model.configuration import METHOD_FIELDS
-from ssa.model.stored import load_pretrained, read_config
+from ssa.model.stored import fresh_selector_note, load_pretrained, read_config
 from ssa.runs.checkpoints import open_checkpoint
 from ssa.runs.home import RECIPE, find_data, find_mixture, read_starts
 from ssa.terminal import say
@@ -89,24 +89,33 @@ def open_data(recipe: Recipe, out: Path, resume: bool = False) -> Data:
     return Data(path, train.load_tokenizer(), train, TokenShards(path, "valid"), index, fingerprint)
 
 
-def build_model(recipe: Recipe, tokenizer: Any) -> SSAForCausalLM:
-    """A new model in float32 on the CPU (or the present default device), or the one in `model.init_from` with the recipe's method."""
+def build_model(recipe: Recipe, tokenizer: Any) -> tuple[SSAForCausalLM, list[str]]:
+    """(model in float32 on the CPU (or the present default device), notes): a new one, or the one in `model.init_from` with the recipe's
+    method, about which the notes say what is not as it was there."""
     if recipe.model.init_from:
         return _from_checkpoint(recipe, tokenizer)
     vocab_size = recipe.model.vocab_size or vocabulary_size(tokenizer)
     _check_vocabulary(vocab_size, tokenizer, "model.vocab_size")
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return SSAForCausalLM(SSAConfig.from_recipe(recipe.model, vocab_size, stream_seed=recipe.train.seed, **tokens))
+    return SSAForCausalLM(SSAConfig.from_recipe(recipe.model, vocab_size, stream_seed=recipe.train.seed, **tokens)), []
 
 
-def _from_checkpoint(recipe: Recipe, tokenizer: Any) -> SSAForCausalLM:
+def _from_checkpoint(recipe: Recipe, tokenizer: Any) -> tuple[SSAForCausalLM, list[str]]:
+    init_from, notes = recipe.model.init_from, []
     try:
-        directory = open_checkpoint(recipe.model.init_from)
-        config = with_method(read_config(directory), recipe)
+        directory = open_checkpoint(init_from)
+        had = read_config(directory)
+        config = with_method(had, recipe)
         _check_vocabulary(config.vocab_size, tokenizer, "the vocabulary of model.init_from")
-        return load_pretrained(directory, config, torch.float32)
+        new_selector = had.selector != config.selector
+        if new_selector and (note := fresh_selector_note(config)):
+            notes.append(note)
+        if recipe.model.rope_factor > 1:
+            factor = f"model.rope_factor = {recipe.model.rope_factor:g}"
+            notes.append(f"{factor} scales the positions of {init_from}; 1 keeps them as they are")
+        return load_pretrained(directory, config, torch.float32, new_selector), notes
     except UserError as error:
-        raise UserError(f"model.init_from = {recipe.model.init_from!r}: {error}") from None
+        raise UserError(f"model.init_from = {init_from!r}: {error}") from None
 
 
 def with_method(config: SSAConfig, recipe: Recipe) -> SSAConfig:

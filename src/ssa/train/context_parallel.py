@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssa.attention import AttentionCall, AttentionInputs, MethodOutput, Selector
+from ssa.attention.method import with_selection_loss
 from ssa.errors import UserError
 from ssa.ops.documents import cu_seqlens_from_positions
 
@@ -130,7 +131,7 @@ class _Gathering:
                 None if gates is None else gates[:, own],
                 None if bias is None else bias[:, :end],
             )
-            parts.append(self.method(selector, cut, part))
+            parts.append(with_selection_loss(self.method(selector, cut, part), selector, cut, part))
         first, second = parts
         indices = None
         if first.block_indices is not None and second.block_indices is not None:  # more keys may hold more blocks
@@ -141,8 +142,14 @@ class _Gathering:
             torch.cat([first.out_BTHD, second.out_BTHD], 1),
             torch.cat([first.ungated_BTHD, second.ungated_BTHD], 1),
             indices,
-            None if first.alignment is None else (first.alignment + second.alignment) / 2,  # of equally many tokens
+            _mean(first.alignment, second.alignment),
+            _mean(first.selection_loss, second.selection_loss),
         )
+
+
+def _mean(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Of a loss of two chunks of equally many tokens."""
+    return None if first is None or second is None else (first + second) / 2
 
 
 class _Gather(torch.autograd.Function):

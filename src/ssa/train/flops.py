@@ -81,6 +81,7 @@ def training_flops(config: SSAConfig, position_ids: Tensor, stream: str | None =
         parts["dense"] = 12 * layers * width * (position + 1).mean().item()
     if "sparse" in streams:
         keys = (position / size).floor().clamp(max=count - 1) * size + position % size + 1
+        keys = torch.where(position < selector.rule(config.selection()).dense_length, position + 1, keys)
         parts["sparse"] = 12 * layers * width * keys.mean().item()
         parts["selection"] = layers * selector.flops(config.selection(), position_ids)
     for name, flops in method.branch_flops(config.selection(), position_ids, width).items():

@@ -36,9 +36,10 @@ class StepLoss(nn.Module):
         """`parts`: equal shares of tokens that make up a step, micro-batches times ranks."""
         super().__init__()
         self.model, self.alignment_weight, self.parts, self.context = model, alignment_weight, parts, context
+        self.selection_weight = float(model.model.selector.loss_weight)
 
     def forward(self, rows: dict[str, Tensor], stream: str | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(share of the loss, detached shares fp32 [3] of cross-entropy, sparsity and commitment loss).
+        """(share of the loss, detached shares fp32 [4] of cross-entropy, sparsity, commitment and selectors' loss).
 
         Args:
             rows: `input_ids`, `position_ids` and `labels` of the micro-batch, int64 [B, T]; with context parallelism what
@@ -52,10 +53,13 @@ class StepLoss(nn.Module):
         output = self.model.model(**inputs, use_cache=False, stream=stream, carry_alignment=False)
         own = rows["targets"] if "targets" in rows else torch.where(is_target(rows), rows["labels"][:, 1:], -100)
         loss = self.model.summed_nll(output.last_hidden_state, own) / targets.clamp(min=1)
-        shares = torch.cat([loss.detach().view(1), loss.new_zeros(2)])
+        shares = torch.cat([loss.detach().view(1), loss.new_zeros(3)])
         if output.alignment is not None:
             loss = loss + self.alignment_share * self.alignment_weight / self.parts * output.alignment.sum()
-            shares[1:] = output.alignment.detach() / self.parts
+            shares[1:3] = output.alignment.detach() / self.parts
+        if output.selection_loss is not None:
+            loss = loss + self.selection_weight / self.parts * output.selection_loss
+            shares[3] = output.selection_loss.detach() / self.parts
         return loss, shares
 
     def token_nll(self, **rows: Any) -> Tensor:

@@ -28,7 +28,7 @@ from ssa.files import write_atomically
 from ssa.terminal import console, say
 from ssa.train.trackers import Tracker, numbers, open_tracker
 
-DEVICE_VALUES = ("loss", "cross_entropy", "sparsity_loss", "commitment_loss", "grad_norm")
+DEVICE_VALUES = ("loss", "cross_entropy", "sparsity_loss", "commitment_loss", "selection_loss", "grad_norm")
 
 
 class _Known(TypedDict):
@@ -52,19 +52,20 @@ class Metrics:
     """
 
     def __init__(
-        self, run_dir: Path, start_step: int, total_steps: int, aligned: bool, *, track: str = "none",
+        self, run_dir: Path, start_step: int, total_steps: int, aligned: bool, *, distils: bool = False, track: str = "none",
         peak_flops: float | None = None, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             start_step: more than 0 continues a run: lines of later steps, from work that was lost, are cut off.
             aligned: the method has alignment losses.
+            distils: the selector has a loss of its own.
             track: see `ssa.train.trackers.open_tracker`.
             peak_flops: of all devices of the run together; None = not known, and no MFU.
             device: whose memory is reported.
         """
         self.path = run_dir / "metrics.jsonl"
-        self.aligned, self.peak_flops, self.device = aligned, peak_flops, device
+        self.aligned, self.distils, self.peak_flops, self.device = aligned, distils, peak_flops, device
         self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []
         self._pending_tokens = 0
         self._pending_flops: float | None = 0.0
@@ -105,7 +106,7 @@ class Metrics:
         """One step; nothing waits for the device.
 
         Args:
-            values: fp32 [5] in the order of `DEVICE_VALUES`.
+            values: fp32 [6] in the order of `DEVICE_VALUES`.
             tokens, new_tokens: read so far and in this step, by all ranks.
             flops: what this step computed on all ranks; None = not counted.
             data_wait: seconds that it waited for its batch.
@@ -126,6 +127,8 @@ class Metrics:
             line = known | dict(zip(DEVICE_VALUES, row, strict=True)) | shared
             if not self.aligned:
                 line["sparsity_loss"] = line["commitment_loss"] = None
+            if not self.distils:
+                del line["selection_loss"]
             if problem := non_finite(line):
                 self._write(lines)
                 raise UserError(problem)

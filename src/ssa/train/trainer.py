@@ -131,8 +131,9 @@ class _Run:
             rows = t.batch_size * t.accumulation
             self.loader = PackedLoader(self.data.train, recipe.data.context, rows, t.seed, ranks.data_rank, ranks.data_world)
             _seed_everything(t.seed)
+            notes: list[str] = []
             if found is None:
-                self.model = build_model(recipe, self.data.tokenizer)
+                self.model, notes = build_model(recipe, self.data.tokenizer)
             else:
                 config = read_config(found)
                 check_weights(found, config)
@@ -175,15 +176,16 @@ class _Run:
                 positions = self.loader.batch(self.start_step)["position_ids"]
                 work = {"flops_per_token": flops_record(self.model.config, positions), "peak_flops": peak}
                 record_start(out, recipe, {"step": self.start_step} | environment | work)
-                self.metrics = Metrics(out, self.start_step, t.steps, aligned, track=t.track, peak_flops=peak, device=self.device)
+                distils = self.model.model.selector.loss_weight > 0
+                self.metrics = Metrics(
+                    out, self.start_step, t.steps, aligned, distils=distils, track=t.track, peak_flops=peak, device=self.device
+                )
         if self.parallel == "none" and t.parallel != "auto":
             self._say(f"one process: train.parallel = {t.parallel!r} has no effect (torchrun --nproc-per-node N starts N)")
         if t.alignment_warmup and not (aligned and recipe.model.alignment_weight):
             self._say(f"no alignment to warm up: train.alignment_warmup = {t.alignment_warmup} has no effect")
-        if recipe.model.init_from and found is None and recipe.model.rope_factor > 1:
-            self._say(
-                f"model.rope_factor = {recipe.model.rope_factor:g} scales the positions of {recipe.model.init_from}; 1 keeps them as they are"
-            )
+        for note in notes:
+            self._say(note)
         self._say(model_line(self.model, self.data))
         if resume:
             self._say(f"resuming from {found}" if found is not None else f"nothing to resume in {out}: starting at step 0")
@@ -251,14 +253,16 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.loss.alignment_share = alignment_share(step, t)
-        sums = torch.zeros(3, device=self.device)
+        sums = torch.zeros(4, device=self.device)
         for i in range(t.accumulation):
             rows = {name: x[i * t.batch_size : (i + 1) * t.batch_size] for name, x in batch.items()}
             with micro_batch(self.module, i == t.accumulation - 1, t.reduce_every_micro_batch):
                 sums += self._backward(rows, stream, targets)
         self.ranks.all_sum(sums)
         norm = self._gradient_norm(t.clip).float()
-        loss = sums[0] + self.loss.alignment_share * m.alignment_weight * (sums[1] + sums[2])
+        loss = (
+            sums[0] + self.loss.alignment_share * m.alignment_weight * (sums[1] + sums[2]) + self.loss.selection_weight * sums[3]
+        )
         verdict = self.guard.judge(loss, norm)
         tokens = self.loader.tokens_per_step
         known = {
@@ -276,7 +280,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, rows: dict[str, torch.Tensor], stream: str | None, targets: torch.Tensor) -> torch.Tensor:
-        """Gradients of one micro-batch's share of the step's loss; returns its shares, fp32 [3]: cross-entropy, sparsity, commitment."""
+        """Gradients of one micro-batch's share of the step's loss; returns its shares, fp32 [4]: cross-entropy, sparsity, commitment, the selectors' loss."""
         pinned = self.device.type == "cuda"
         if pinned:  # here it costs nothing to find out; on the device it would have to be waited for
             find = cu_seqlens_from_positions if self.context is None else self.context.documents

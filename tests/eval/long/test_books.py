@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssa.budget import Budget
+from ssa.budget import FULL, Budget
 from ssa.errors import UserError
 from ssa.eval.long.books import BookWindows, target_nll
 from ssa.eval.long.item_log import ItemLog
@@ -25,7 +25,7 @@ def records_of(windows, model, budget, directory, tokens=10**6):
 
 @pytest.mark.parametrize("scored", ["last", "half"])
 @pytest.mark.parametrize(
-    "method, budget", [("full", None), ("ssa", None), ("ssa", Budget(2, 4)), ("nsa", Budget(2, 4)), ("moba", Budget(3, 8))]
+    "method, budget", [("full", FULL), ("ssa", FULL), ("ssa", Budget(2, 4)), ("nsa", Budget(2, 4)), ("moba", Budget(3, 8))]
 )
 def test_one_pass_is_every_window_from_scratch(method, budget, scored, tmp_path):
     """The definition: a window of each length on its own, all logits, the last tokens scored."""
@@ -35,7 +35,7 @@ def test_one_pass_is_every_window_from_scratch(method, budget, scored, tmp_path)
     for place, record in zip(windows.places, records, strict=True):
         for length in windows.lengths:
             tokens = torch.from_numpy(documents[place.document].tokens[place.start : place.start + length].astype(np.int64))[None]
-            mode = {"attention_mode": "full"} if budget is None else {"attention_mode": "sparse", "budget": budget}
+            mode = {"attention_mode": "full"} if budget is FULL else {"attention_mode": "sparse", "budget": budget}
             with torch.no_grad():
                 log_p = model(input_ids=tokens, use_cache=False, **mode).logits.double().log_softmax(-1)
             count = 7 if scored == "last" else length // 2
@@ -58,7 +58,7 @@ def test_places_are_multiples_of_the_stride_that_fit():
 def test_interrupted_and_shared(tmp_path):
     documents, model = books(300), tiny_model("ssa")
     windows = BookWindows(documents, [32], stride=16, samples=9)
-    alone = records_of(windows, model, None, tmp_path / "alone")
+    alone = records_of(windows, model, FULL, tmp_path / "alone")
     calls = []
 
     def stop(done):
@@ -68,10 +68,10 @@ def test_interrupted_and_shared(tmp_path):
 
     log = ItemLog(tmp_path / "shared", 1)
     with pytest.raises(KeyboardInterrupt):
-        windows.measure(model, None, log, Shard(1, 2), tokens=32, progress=stop)
+        windows.measure(model, FULL, log, Shard(1, 2), tokens=32, progress=stop)
     assert sorted(log.records()) == [1, 3]
-    windows.measure(model, None, log, Shard(1, 2), tokens=64)
-    windows.measure(model, None, ItemLog(tmp_path / "shared", 0), Shard(0, 2), tokens=64)
+    windows.measure(model, FULL, log, Shard(1, 2), tokens=64)
+    windows.measure(model, FULL, ItemLog(tmp_path / "shared", 0), Shard(0, 2), tokens=64)
     together = gather(log, 9)
     assert [r["nats"] for r in together] == [pytest.approx(r["nats"], rel=1e-5) for r in alone]
     assert len(log.path.read_text().splitlines()) == 4
@@ -84,11 +84,11 @@ def test_logits_are_held_for_scored_tokens_only(monkeypatch):
     with torch.no_grad():
         expected = model.token_nll(input_BT, attention_mode="full")[:, 99:]
         with LargestTensor() as seen:
-            assert torch.allclose(target_nll(model, input_BT, targets, None), expected, atol=1e-5)
+            assert torch.allclose(target_nll(model, input_BT, targets, FULL), expected, atol=1e-5)
         assert seen.elements <= 2 * 20 * 4000
         monkeypatch.setattr("ssa.eval.long.books.LOGIT_ELEMENTS", 3 * 2 * 4000)
         with LargestTensor() as seen:
-            assert torch.allclose(target_nll(model, input_BT, targets, None), expected, atol=1e-5)
+            assert torch.allclose(target_nll(model, input_BT, targets, FULL), expected, atol=1e-5)
         assert seen.elements <= 4000 * 32  # the embedding
 
 
@@ -114,4 +114,4 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match="not finite"):
-        records_of(BookWindows(books(60), [32], stride=8), model, None, tmp_path)
+        records_of(BookWindows(books(60), [32], stride=8), model, FULL, tmp_path)

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from ssa.budget import Budget
+from ssa.budget import FULL, Budget
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
-from ssa.eval.long.generation import write
 from ssa.eval.long.items import Item
+from ssa.eval.long.measure import write
 from ssa.eval.long.rope import scale_rope, scaled
 from ssa.eval.model_under_test import load_model_under_test
 from ssa.infer.engine import Sampling, complete
@@ -19,11 +19,10 @@ def items(tokenizer, max_new_tokens=12, stop=()):
     return [Item(np.array(tokenizer(p).input_ids), max_new_tokens, ["a"], stop) for p in PROMPTS]
 
 
-@pytest.mark.parametrize("budget", [None, Budget(2, 4), Budget(4, 16)])
+@pytest.mark.parametrize("budget", [FULL, Budget(2, 4), Budget(4, 16)])
 def test_batches_write_what_the_engine_writes(budget):
     tokenizer, model = byte_tokenizer(), tiny_model("ssa", seed=3)
-    mode = "full" if budget is None else "sparse"
-    expected = [c.text for c in complete(model, tokenizer, PROMPTS, Sampling(12), mode=mode, budget=budget, batch_size=1)]
+    expected = [c.text for c in complete(model, tokenizer, PROMPTS, Sampling(12), budget=budget, batch_size=1)]
     model.generation_config.do_sample, model.generation_config.temperature = True, 9.0  # saved with a model, and not to be used
     assert write(model, tokenizer, items(tokenizer), budget) == expected
     assert model.generation_config.temperature == 9.0
@@ -32,13 +31,13 @@ def test_batches_write_what_the_engine_writes(budget):
 
 def test_rows_end_at_their_own_length_and_stop():
     tokenizer, model = byte_tokenizer(), tiny_model("ssa", seed=3)
-    whole = write(model, tokenizer, items(tokenizer, 12), None)
+    whole = write(model, tokenizer, items(tokenizer, 12), FULL)
     mixed = [Item(item.prompt, n, item.answers) for item, n in zip(items(tokenizer), (3, 12, 1), strict=True)]
-    rows = write(model, tokenizer, mixed, None)
+    rows = write(model, tokenizer, mixed, FULL)
     ids = [complete(model, tokenizer, [p], Sampling(n), mode="full")[0] for p, n in zip(PROMPTS, (3, 12, 1), strict=True)]
     assert rows == [completion.text for completion in ids]
     stop = whole[1][4]
-    cut = write(model, tokenizer, items(tokenizer, 12, (stop,)), None)
+    cut = write(model, tokenizer, items(tokenizer, 12, (stop,)), FULL)
     assert cut == [text.split(stop)[0] for text in whole]
 
 
@@ -47,7 +46,7 @@ def test_finished_rows_take_nothing_in():
     tokenizer, model = byte_tokenizer(), tiny_model("ssa", seed=3, eos_token_id=None, pad_token_id=None)
     tokenizer.eos_token = tokenizer.pad_token = None
     mixed = [Item(item.prompt, n, item.answers) for item, n in zip(items(tokenizer), (3, 12, 1), strict=True)]
-    assert write(model, tokenizer, mixed, None) == [write(model, tokenizer, [item], None)[0] for item in mixed]
+    assert write(model, tokenizer, mixed, FULL) == [write(model, tokenizer, [item], FULL)[0] for item in mixed]
 
 
 def test_scaled_rope_is_the_recipes():

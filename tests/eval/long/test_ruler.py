@@ -8,6 +8,7 @@ from solvers import NEEDLE, Writer, candidates, final_question, guesser, liar, o
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ssa.budget import FULL
 from ssa.data.tokenizer import byte_tokenizer, train_bpe
 from ssa.errors import UserError
 from ssa.eval import long
@@ -76,7 +77,7 @@ def test_prompt_and_room_for_the_answer_are_exactly_as_long_as_asked(name, token
 def scores_of(name, answer, tmp_path, cases, length=3000, tokenizer="bpe"):
     task, log = make(name, length, tokenizer, cases), ItemLog(tmp_path / name)
     model = Writer(TOKENIZERS[tokenizer], answer)
-    generate_items(task, model, TOKENIZERS[tokenizer], None, log, Shard(), tokens=4 * length)
+    generate_items(task, model, TOKENIZERS[tokenizer], FULL, log, Shard(), tokens=4 * length)
     assert sum(rows for rows, _ in model.batches) == cases and max(rows for rows, _ in model.batches) == 4
     return [record["score"] for record in gather(log, cases)]
 

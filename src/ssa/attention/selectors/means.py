@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssa.attention.inputs import AttentionCall, AttentionInputs
-from ssa.attention.selectors.selector import Selector
+from ssa.attention.selectors.selector import Kept, Selector
+from ssa.attention.state import CachedRows
 from ssa.budget import Selection
 from ssa.ops import select_blocks
 
@@ -16,14 +17,20 @@ class MeansSelector(Selector):
     fused = True
 
     def select(self, inputs: AttentionInputs, call: AttentionCall) -> Tensor:
-        means = inputs.means
-        if means is None and inputs.cached is not None:
-            means = inputs.cached.means(call.selection.block_size)
+        kept = None
+        if inputs.means is not None:
+            kept = Kept(inputs.means.keys)
+        elif inputs.cached is not None:
+            kept = self.kept(inputs.cached, call.selection)
+        means, coarse, importance = kept or (None, None, None)
         block_indices, _ = select_blocks(
-            inputs.q_BTHD, inputs.k_BSKD, call.selection, positions=call.positions_BT,
-            block_keys=None if means is None else means.keys, impl=call.impl,
+            inputs.q_BTHD, inputs.k_BSKD, self.rule(call.selection), positions=call.positions_BT, block_keys=means, coarse_keys=coarse,
+            bias=inputs.bias_BSK, importance=importance, impl=call.impl,
         )  # fmt: skip
         return block_indices
+
+    def kept(self, cached: CachedRows, selection: Selection, room: bool = False) -> Kept:
+        return Kept(cached.means(selection.block_size, room).keys)
 
     def flops(self, selection: Selection, position_ids: Tensor) -> float:
         blocks = (position_ids.double() / selection.block_size).floor().mean().item()

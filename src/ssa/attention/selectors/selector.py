@@ -5,13 +5,16 @@ Legend: B batch, T queries, S keys, H query heads, K kv heads, D head size, M se
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from ssa.attention.inputs import AttentionCall, AttentionInputs
 from ssa.attention.registered import check_registered
 from ssa.budget import Selection
+
+if TYPE_CHECKING:
+    from ssa.attention.state import CachedRows
 
 
 class HeadShape(NamedTuple):
@@ -20,6 +23,14 @@ class HeadShape(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
+
+
+class Kept(NamedTuple):
+    """What `ssa.ops.select_blocks` and `decode_attention` take of cached tokens."""
+
+    means: Tensor
+    coarse: Tensor | None = None
+    importance: Tensor | None = None
 
 
 class Selector(nn.Module):
@@ -38,6 +49,8 @@ class Selector(nn.Module):
     """Whether its matrices decay as the model's do."""
     muon: ClassVar[bool] = True
     """Whether Muon may train its matrices; otherwise AdamW does."""
+    loss_weight: float = 0.0
+    """What its own `loss` weighs beside the cross-entropy; 0: it has none."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -48,24 +61,40 @@ class Selector(nn.Module):
         super().__init__()
         self.shape = shape
 
+    def reset_parameters(self) -> None:
+        """The start of its weights, after the model's rule for linear layers has run over them."""
+
     def check_registered(self) -> None:
         """Raises `UserError` for a tensor that it holds without its being a parameter or buffer."""
         check_registered(self, "selector")
 
     def check(self, selection: Selection) -> None:
         """Raises `UserError` for a selection that it cannot make (a budget smaller than what it always reads, say)."""
+        self.rule(selection)
+
+    def rule(self, selection: Selection) -> Selection:
+        """What it makes of a selection that names a budget."""
+        return selection
+
+    def kept(self, cached: CachedRows, selection: Selection, room: bool = False) -> Kept:
+        """Of a fused selector: what its operation takes of cached tokens; with `room`, for as many as the buffers hold."""
+        raise NotImplementedError(f"{type(self).__name__} is fused and has no kept")
 
     def select(self, inputs: AttentionInputs, call: AttentionCall) -> Tensor:
         """The blocks that each query reads; nothing here needs a gradient.
 
         Returns:
             int32 [B, K or H, T, M], document-relative, ascending, unique in a row, right-padded with -1; no block starts after its
-            query, and the query's own block is among them. M is at most `call.selection.num_selected_blocks`.
+            query, and the query's own block is among them. M is at most `rule(call.selection).places`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no select")
 
     def key_bias(self, k: Tensor, v: Tensor) -> Tensor | None:
         """fp32 [B, T, K], added to the logits of these keys in every stream; k after RoPE and v are [B, T, K, D] of new tokens."""
+        return None
+
+    def loss(self, inputs: AttentionInputs, call: AttentionCall) -> Tensor | None:
+        """fp32 scalar of one layer, a mean over what it looks at; asked for in training where `loss_weight` is not 0."""
         return None
 
     def flops(self, selection: Selection, position_ids: Tensor) -> float:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ssa.budget import Budget
+from ssa.budget import Reading
 from ssa.errors import UserError
 from ssa.eval.documents import fingerprint
 from ssa.eval.long.item_log import ItemLog
-from ssa.eval.long.measure import run_items
+from ssa.eval.long.measure import chunks, run_items
 from ssa.eval.model_under_test import attention
 from ssa.eval.perplexity import Document
 from ssa.ranks import Shard
@@ -88,21 +88,14 @@ class BookWindows:
         return range(length - self.stride if self.scored == "last" else length - length // 2, length)
 
     def measure(
-        self, model: Any, budget: Budget | None, log: ItemLog, shard: Shard, *, tokens: int,
+        self, model: Any, budget: Reading, log: ItemLog, shard: Shard, *, tokens: int,
         progress: Callable[[int], None] | None = None,
-    ) -> None:  # fmt: skip
-        """Compute and log this rank's windows that the log lacks, about `tokens` tokens at a time; None = full attention."""
-        rows = max(1, tokens // self.lengths[-1])
-        run_items(
-            len(self.places),
-            lambda pending: [pending[at : at + rows] for at in range(0, len(pending), rows)],
-            lambda batch: self._compute(model, budget, batch),
-            log,
-            shard,
-            progress,
-        )
+    ) -> bool:  # fmt: skip
+        """Compute and log this rank's windows that the log lacks, about `tokens` tokens at a time; whether there were any."""
+        rows = chunks(max(1, tokens // self.lengths[-1]))
+        return run_items(len(self.places), rows, lambda batch: self._compute(model, budget, batch), log, shard, progress)
 
-    def _compute(self, model: Any, budget: Budget | None, batch: Sequence[int]) -> list[dict[str, Any]]:
+    def _compute(self, model: Any, budget: Reading, batch: Sequence[int]) -> list[dict[str, Any]]:
         longest = self.lengths[-1]
         rows = [self.documents[p.document].tokens[p.start : p.start + longest] for p in (self.places[i] for i in batch)]
         input_BT = torch.from_numpy(np.stack(rows).astype(np.int64)).to(model.device)
@@ -122,7 +115,7 @@ class BookWindows:
         ]  # fmt: skip
 
 
-def target_nll(model: Any, input_BT: Tensor, target_A: Tensor, budget: Budget | None) -> Tensor:
+def target_nll(model: Any, input_BT: Tensor, target_A: Tensor, budget: Reading) -> Tensor:
     """-log p(token t | tokens < t) in nats for the tokens at `target_A` (1 .. T-1), fp32 [B, A].
 
     Vocabulary logits are computed for these only, and exist in fp32 for a few of them at a time.

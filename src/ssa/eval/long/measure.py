@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import Budget
+from ssa.budget import Reading
 from ssa.errors import UserError
-from ssa.eval.long.generation import write
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.items import GenerationTask, Item
+from ssa.eval.model_under_test import attention
+from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
+from ssa.infer.transcript import Transcript
 from ssa.ranks import Shard
 
 BATCH_TOKENS = {"cuda": 1 << 17, "cpu": 1 << 13}
@@ -51,14 +53,14 @@ def generate_items(
     task: GenerationTask,
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
-    budget: Budget | None,
+    budget: Reading,
     log: ItemLog,
     shard: Shard,
     *,
     tokens: int,
     progress: Callable[[int], None] | None = None,
-) -> None:
-    """Compute and log the items of `task` that are this rank's and not in the log; None = full attention.
+) -> bool:
+    """Compute and log the items of `task` that are this rank's and not in the log; whether there were any.
 
     Args:
         tokens: Prompts are computed together up to so many tokens, padding included.
@@ -88,7 +90,7 @@ def generate_items(
         if batch:
             yield batch
 
-    run_items(len(task), batches, compute, log, shard, progress)
+    return run_items(len(task), batches, compute, log, shard, progress)
 
 
 def run_items(
@@ -98,8 +100,8 @@ def run_items(
     log: ItemLog,
     shard: Shard,
     progress: Callable[[int], None] | None = None,
-) -> None:
-    """Bring the log up to date with this rank's share of the items 0 .. count - 1.
+) -> bool:
+    """Bring the log up to date with this rank's share of the items 0 .. count - 1; whether there was anything to do.
 
     Args:
         batches: This rank's unfinished items, in order, to the batches that `compute` gets. The next batch is made while one is
@@ -122,6 +124,30 @@ def run_items(
             log.append([{**record, "seconds": round(seconds, 6)} for record in records])
             if progress is not None:
                 progress(len(batch))
+    return bool(pending)
+
+
+def chunks(size: int) -> Callable[[list[int]], list[list[int]]]:
+    """`run_items`'s `batches` of `size` items each."""
+    return lambda pending: [pending[at : at + size] for at in range(0, len(pending), size)]
+
+
+def write(model: Any, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item], budget: Reading) -> list[str]:
+    """What `model` writes after each prompt, greedily; prompts of different lengths are padded on the left.
+
+    Args:
+        model: An `SSAForCausalLM`, or anything with its `generate`, `device` and `config`.
+        items: Each is cut off at its own `max_new_tokens` and stop texts.
+
+    Returns:
+        One text per item, without prompt, end token and stop text.
+    """
+    end_ids = end_ids_of(model, tokenizer)
+    transcripts = [Transcript(tokenizer, end_ids, item.stop) for item in items]
+    limits = [item.max_new_tokens for item in items]
+    prompts = [item.prompt for item in items]
+    generate_batch(model, prompts, transcripts, limits, pad_id=pad_id_of(tokenizer, end_ids), **attention(budget))
+    return [transcript.text for transcript in transcripts]
 
 
 def gather(log: ItemLog, count: int) -> list[dict[str, Any]] | None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ssa.budget import Budget
+from ssa.budget import Reading
 from ssa.errors import UserError
 from ssa.eval.documents import document_texts, read_documents
 from ssa.eval.long import longbench, longeval, ruler
@@ -15,8 +15,9 @@ from ssa.eval.long.books import BookWindows, perplexity_or_none
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.items import GenerationTask
 from ssa.eval.long.measure import Mean, batch_tokens, generate_items
-from ssa.eval.long.suite import Suite, check_length, local_folder, markdown, run_suite, title
+from ssa.eval.long.suite import check_length, local_folder, run_suite, title
 from ssa.eval.needle import Haystack
+from ssa.eval.tables import markdown
 from ssa.eval.tasks import TaskRequest
 from ssa.ranks import Shard
 
@@ -37,10 +38,10 @@ class _Generated:
     def __len__(self) -> int:
         return len(self._task)
 
-    def compute(self, budget: Budget | None, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> None:
+    def compute(self, budget: Reading, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> bool:
         subject = self._request.subject
         tokens = batch_tokens(subject.model.device, self._request.batch_tokens)
-        generate_items(self._task, subject.model, subject.tokenizer, budget, log, shard, tokens=tokens, progress=progress)
+        return generate_items(self._task, subject.model, subject.tokenizer, budget, log, shard, tokens=tokens, progress=progress)
 
     def cells(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mean = Mean.of([record["score"] for record in records])
@@ -56,10 +57,10 @@ class _Windows:
     def __len__(self) -> int:
         return len(self._windows.places)
 
-    def compute(self, budget: Budget | None, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> None:
+    def compute(self, budget: Reading, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> bool:
         model = self._request.subject.model
         tokens = batch_tokens(model.device, self._request.batch_tokens)
-        self._windows.measure(model, budget, log, shard, tokens=tokens, progress=progress)
+        return self._windows.measure(model, budget, log, shard, tokens=tokens, progress=progress)
 
     def cells(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         cells = []
@@ -93,7 +94,7 @@ def run_ruler(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str,
             made.item(0)  # a length without room shows now
             jobs.append(_Generated(made, {"task": task, "length": length}, request))
     setting = {"tasks": tasks, "lengths": lengths, "cases": cases, "seed": seed, "haystack": str(source), "haystack_sha256": text}
-    entry = run_suite(Suite("ruler", _by_length("RULER, percent of the answers written"), _averages), jobs, setting, request)
+    entry = run_suite("ruler", jobs, setting, request, _by_length("RULER, percent of the answers written"), _averages)
     return {name: entry for name in names}
 
 
@@ -110,8 +111,7 @@ def run_longbench(names: Sequence[str], request: TaskRequest) -> dict[str, dict[
     setting = {
         "tasks": tasks, "lengths": lengths, "limit": request.limit, "data": [job.setting["items_sha256"] for job in jobs],
     }  # fmt: skip
-    suite = Suite("longbench", _by_length("LongBench, English tasks"), _averages)
-    entry = run_suite(suite, jobs, setting, request)
+    entry = run_suite("longbench", jobs, setting, request, _by_length("LongBench, English tasks"), _averages)
     return {name: entry for name in names}
 
 
@@ -128,7 +128,7 @@ def run_longeval(names: Sequence[str], request: TaskRequest) -> dict[str, dict[s
             jobs.append(_Generated(made, label, request))
             data.append(made.setting["records_sha256"])
     setting = {"tasks": tasks, "limit": request.limit, "data": data}
-    entry = run_suite(Suite("longeval", _show_longeval, _averages), jobs, setting, request)
+    entry = run_suite("longeval", jobs, setting, request, _show_longeval, _averages)
     return {name: entry for name in names}
 
 
@@ -147,8 +147,7 @@ def run_books(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str,
             options["samples"] = request.limit
         windows = BookWindows(documents, lengths, **options)
         setting = {**windows.setting, "data": str(source), "documents": len(documents), "windows": len(windows.places)}
-        suite = Suite(name, _show_books, lambda cells: {})
-        entries[name] = run_suite(suite, [_Windows(windows, name, request)], setting, request)
+        entries[name] = run_suite(name, [_Windows(windows, name, request)], setting, request, _show_books)
     return entries
 
 

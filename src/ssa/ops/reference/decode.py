@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssa.ops.reference.block_sparse import block_sparse_attention
 from ssa.ops.reference.select import select_blocks
+from ssa.ops.reference.select_windows import select_windows
 
 
 def decode_attention(
@@ -31,6 +32,19 @@ def decode_select(
     indices, _ = select_blocks(
         q_BTHD, block_means_BNKD, first_block_BT, positions_BT, 0, block_size, num_selected, scope, scoring, rule, scale
     )
+    return indices.masked_fill(before_BT[:, None, :, None], -1)
+
+
+def decode_select_windows(
+    q_BTHD: Tensor, means_BWKD: Tensor, coarse_BVKD: Tensor | None, importance_BNK: Tensor | None, lengths_B: Tensor, block_size: int,
+    places: int, num_selected: int, windows: list[int], scope: str, scoring: str, scale: float,
+) -> Tensor:  # fmt: skip
+    """See `ssa.ops.decode_select`."""
+    positions_BT, before_BT = _positions(lengths_B, q_BTHD)
+    indices, _ = select_windows(
+        q_BTHD, means_BWKD, coarse_BVKD, importance_BNK, None, None, positions_BT, 0, block_size, places, num_selected, windows, scope,
+        scoring, scale,
+    )  # fmt: skip
     return indices.masked_fill(before_BT[:, None, :, None], -1)
 
 

@@ -1,6 +1,6 @@
-"""Running block means in plain PyTorch.
+"""Running means in plain PyTorch.
 
-Legend: B batch, S cache columns, K kv heads, D head size, N blocks.
+Legend: B batch, S cache columns, K kv heads, D head size, W windows, N blocks, R = size / stride.
 """
 
 from __future__ import annotations
@@ -9,14 +9,28 @@ import torch
 from torch import Tensor
 
 
-def extend_block_means(
-    k_BSKD: Tensor, v_BSKD: Tensor, k_means_BNKD: Tensor, v_means_BNKD: Tensor, k_sums_BKD: Tensor, v_sums_BKD: Tensor,
-    end: Tensor, starts_B: Tensor, block_size: int,
+def extend_means(
+    x_BSKD: Tensor, y_BSKD: Tensor | None, x_means_BWKD: Tensor, y_means_BWKD: Tensor | None, x_sums_BKRD: Tensor,
+    y_sums_BKRD: Tensor | None, importance_BNK: Tensor | None, end: Tensor, starts_B: Tensor, size: int, stride: int, block_size: int,
 ) -> None:  # fmt: skip
-    """See `ssa.ops.running_means.extend_block_means`."""
+    """See `ssa.ops.running_means.extend_means`."""
+    ratio = size // stride
     place_B = (end - 1 - starts_B).clamp(min=0)
-    block_B, opens_B = place_B // block_size, place_B % block_size == 0
+    stretch_B, opens_B = place_B // stride, place_B % stride == 0
+    slot_B, window_B = stretch_B % ratio, stretch_B - ratio + 1
     rows = torch.arange(len(place_B), device=end.device)
-    for x, means, sums in ((k_BSKD, k_means_BNKD, k_sums_BKD), (v_BSKD, v_means_BNKD, v_sums_BKD)):
-        sums.masked_fill_(opens_B[:, None, None], 0.0).add_(x.index_select(1, end[None] - 1).squeeze(1))
-        means[rows, block_B] = (sums / block_size).to(means.dtype)
+    pairs = [(x_BSKD, x_means_BWKD, x_sums_BKRD)]
+    if y_BSKD is not None and y_means_BWKD is not None and y_sums_BKRD is not None:
+        pairs.append((y_BSKD, y_means_BWKD, y_sums_BKRD))
+    for x, means, sums in pairs:
+        before = sums[rows, :, slot_B].masked_fill(opens_B[:, None, None], 0.0)
+        sums[rows, :, slot_B] = before + x.index_select(1, end[None] - 1).squeeze(1)
+        mean_BKD = sums.sum(2) / size
+        means[rows, torch.where(window_B < 0, means.shape[1] - 1, window_B)] = mean_BKD.to(means.dtype)
+    if importance_BNK is None:
+        return
+    done_B = (window_B >= 0) & ((place_B + 1) % stride == 0)
+    found_BK = mean_BKD[..., 0].masked_fill(~done_B[:, None], float("-inf"))
+    first_B = window_B.clamp(min=0) * stride
+    for block_B in (first_B // block_size, (first_B + size - 1).minimum(place_B) // block_size):
+        importance_BNK[rows, block_B] = torch.maximum(importance_BNK[rows, block_B], found_BK)

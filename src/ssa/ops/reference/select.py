@@ -88,15 +88,15 @@ def _top(score: Tensor, block: Tensor, own: Tensor, num_selected: int, block_siz
     """Top blocks of `score` [B, R, C, N] plus the own block [B, 1, C], ascending: (int32, fp32) [B, R, C, M]."""
     own = own.expand(score.shape[:-1])
     if rule == "exact" or num_selected <= block_size // 2 or num_selected == 1:
-        index, value = _best(score, block, num_selected - 1)
+        index, value = best(score, block, num_selected - 1)
     else:
         # The released kernel merges sorted chunks of `block_size` blocks and keeps only the best half of each side at the last
         # merge; in the first chunk there is nothing to merge with, and all blocks fit.
         half = num_selected // 2
         chunk_start = (own // block_size * block_size)[..., None]
         last = block >= chunk_start
-        index, value = _best(score.masked_fill(last, float("-inf")), block, half)
-        tail_index, tail_value = _best(score.masked_fill(~last, float("-inf")), block, num_selected - 1)
+        index, value = best(score.masked_fill(last, float("-inf")), block, half)
+        tail_index, tail_value = best(score.masked_fill(~last, float("-inf")), block, num_selected - 1)
         tail_value[..., half - 1 :].masked_fill_(chunk_start > 0, float("-inf"))
         index, value = torch.cat([index, tail_index], -1), torch.cat([value, tail_value], -1)
     index = torch.cat([index, own[..., None]], -1)
@@ -110,7 +110,7 @@ def _top(score: Tensor, block: Tensor, own: Tensor, num_selected: int, block_siz
     return torch.where(index == _NONE, -1, index).to(torch.int32), value
 
 
-def _best(score: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def best(score: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` best (block, score); equal scores go to the lower block, which torch.topk alone does not promise."""
     count = min(count, score.shape[-1])
     bits = (score + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 turns -0.0 into 0.0

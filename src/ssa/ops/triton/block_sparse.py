@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton import key_gradients, key_side
-from ssa.ops.triton.launch import ceil_div, contiguous_rows, launch, plan_of, power_of_two
+from ssa.ops.triton.launch import contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E
 from ssa.ops.triton.online_softmax import LOWEST, load_lse, softmax_end, softmax_step, store_lse
 from ssa.ops.triton.operation import operation
@@ -222,9 +222,7 @@ def _from_the_key_side(q: Tensor, shape: dict[str, Any], block_size: int, keys: 
 
 
 def _span(way: str, q: Tensor, k: Tensor, positions: Tensor | None, shape: dict[str, Any], block_size: int) -> tuple[int, int]:
-    row_blocks = ceil_div(k.shape[1], block_size)
-    names = row_blocks if positions is None else k.shape[1]
-    return key_side.span_of(way, q.shape[0], q.shape[1], row_blocks, names, shape, q.element_size())
+    return key_side.span_of(way, q.shape[0], q.shape[1], k.shape[1], block_size, positions is None, shape, q.element_size())
 
 
 def _columns(shape: dict[str, Any], block_size: int) -> int:
@@ -303,14 +301,12 @@ def _run_backward(
     while 2 * span[0] * span[1] * (selectors // k.shape[2]) * shape["M"] // segment * block_size * size * 4 > PART_BYTES:
         segment *= 2
     lists = reader_lists(plan, block_indices, positions, keys, block_size, span, segment, k.shape[2])
-    wide = k.dtype if lists.length >= queries else torch.float32  # spans of later queries add onto what earlier ones left
-    d_k, d_v = (torch.zeros(k.shape, dtype=wide, device=q.device) for _ in range(2))
+    d_k, d_v = (torch.zeros(k.shape, dtype=k.dtype, device=q.device) for _ in range(2))
     d_b = None if bias is None else torch.zeros(batch, keys, k.shape[2], dtype=torch.float32, device=q.device)
     key_gradients.backward(
         plan, q, k, v, block_indices, bias, lists, d_out, lse, terms, d_q if all_from_keys else None, d_k, d_v, d_b, scale, strides,
         shape, block_size,
     )  # fmt: skip
-    d_k, d_v = d_k.to(k.dtype), d_v.to(k.dtype)
     d_bias = q.new_empty(0) if bias is None or d_b is None else d_b.to(bias.dtype)
     return d_q, d_k, d_v, d_bias
 

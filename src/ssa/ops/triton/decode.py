@@ -29,25 +29,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssa.budget import COARSER
 from ssa.ops.triton.largest import NOTHING, ordered, take_largest
 from ssa.ops.triton.launch import Plan, ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.online_softmax import LOWEST, load_lse, softmax_end, softmax_step, store_lse
 from ssa.ops.triton.operation import operation
+from ssa.ops.triton.select_windows import pick
 
 PART_KEYS = 1024
 """Keys that one program attends to."""
 
 
-@triton.jit(do_not_specialize=["N", "spans", "leaves", "writes"])
+@triton.jit(do_not_specialize=["N", "spans", "leaves", "writes", "coarse_spans"])
 def _score_kernel(
-    q, means, lengths, sums, scores, tops, factor, N, spans, leaves, writes, q_b, q_t, q_h, m_b, m_k, m_n: tl.constexpr,
-    T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, QT: tl.constexpr, RT: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BS: tl.constexpr, SPAN: tl.constexpr, FAMILY: tl.constexpr, SOFTMAX: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, means, lengths, sums, coarse_sums, scores, tops, factor, N, spans, leaves, writes, coarse_spans, q_b, q_t, q_h, m_b, m_k,
+    m_n: tl.constexpr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, QT: tl.constexpr, RT: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, SPAN: tl.constexpr, FAMILY: tl.constexpr, SOFTMAX: tl.constexpr,
+    PRECISION: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, LOCAL: tl.constexpr, TAIL: tl.constexpr, WINDOWS: tl.constexpr,
+    COARSE: tl.constexpr, COARSE_SPAN: tl.constexpr,
 ):  # fmt: skip
     """A unit is a tile of QT queries of a kv head, and RT its rows: heads of queries. `factor` takes a product to its logit, in powers of
-    two for the softmax. `leaves`: the span's sums are left for the others; `writes`: its scores are written."""
+    two for the softmax. `leaves`: the span's sums are left for the others; `writes`: its scores are written.
+
+    Means are of SIZE tokens, one every STRIDE; candidates start in the blocks of BS tokens before the last LOCAL. WINDOWS: a family is a block,
+    whose best score is written, and as many places further the best of its last TAIL. COARSE: the normaliser comes from what coarser windows,
+    4 times as large and as far apart, have left in `coarse_sums`, where there are any."""
+    PER: tl.constexpr = BS // STRIDE
     TILES: tl.constexpr = (T + QT - 1) // QT
     unit = tl.program_id(0) // spans
     span = tl.program_id(0) % spans
@@ -55,7 +63,8 @@ def _score_kernel(
     kv = unit // TILES % K
     b = (unit // TILES // K).to(tl.int64)
     length = tl.load(lengths + b).to(tl.int32)
-    live = tl.minimum(tl.cdiv(length // BS, SPAN), spans)  # a length that the cache has no room for must not be waited for
+    complete = tl.maximum(length - SIZE + STRIDE, 0) // STRIDE
+    live = tl.minimum(tl.cdiv(complete, SPAN), spans)  # a length that the cache has no room for must not be waited for
     if span >= live:
         return
     i = tl.arange(0, RT)
@@ -72,8 +81,8 @@ def _score_kernel(
     # read once: what follows should find room in the cache
     keys = tl.load(rows, mask=mask, other=0.0, eviction_policy="evict_first")
     term = tl.dot(q_I, tl.trans(keys), input_precision=PRECISION)
-    if (first + SPAN) * BS > length - T + 1:  # some query's complete blocks end here
-        seen = first + n[None, :] < ((length - T + t + 1) // BS)[:, None]
+    if (first + SPAN) * STRIDE + SIZE - STRIDE > length - T + 1:  # some query's complete blocks end here
+        seen = first + n[None, :] < (tl.maximum(length - T + t + 1 - SIZE + STRIDE, 0) // STRIDE)[:, None]
         term = tl.where(seen, term, float("-inf") if SOFTMAX else 0.0)
     weight = tl.where(real, 1.0, 0.0)
     if SOFTMAX:
@@ -85,6 +94,11 @@ def _score_kernel(
         if writes == 0:
             return
         lse = _normaliser(left, live, RT, 32)
+        if COARSE:
+            wide = tl.maximum(length - 4 * (SIZE - STRIDE), 0) // (4 * STRIDE)
+            live = tl.minimum(tl.cdiv(wide, COARSE_SPAN), coarse_spans)
+            coarse = _normaliser(coarse_sums + unit.to(tl.int64) * coarse_spans * RT, live, RT, 32)
+            lse = tl.where(coarse == float("-inf"), lse, coarse)
         weight = tl.exp2(tl.where(real, peak - lse, float("-inf")))
     else:
         term *= factor
@@ -93,14 +107,23 @@ def _score_kernel(
         query = tile * QT + s * P // G
         row = (b * (K * G // P) + kv * (G // P) + s % (G // P)) * T + query
         score = tl.sum(term * its[:, None], 0)
-        own = (length - T + query) // BS
+        own = tl.maximum((length - T + query) // BS - LOCAL, 0) * PER
         if first + SPAN > own:  # the own block and those after it are no candidates
             score = tl.where(first + n < own, score, float("-inf"))
-        to = row * (spans * SPAN) + first
-        tl.store(scores + to + n, score, mask=n < tl.where(query < T, SPAN, 0))
         family = tl.arange(0, SPAN // FAMILY)
         top = tl.max(tl.reshape(score, [SPAN // FAMILY, FAMILY]), 1)
-        tl.store(tops + to // FAMILY + family, top, mask=family < tl.where(query < T, SPAN, 0))
+        there = family < tl.where(query < T, SPAN, 0)
+        if WINDOWS:
+            pitch = spans * (SPAN // FAMILY)
+            to = row.to(tl.int64) * (2 * pitch) + first // FAMILY + family
+            tl.store(tops + to, top, mask=there)
+            if TAIL > 0:
+                last = tl.where(n % FAMILY >= FAMILY - TAIL, score, float("-inf"))
+                tl.store(tops + to + pitch, tl.max(tl.reshape(last, [SPAN // FAMILY, FAMILY]), 1), mask=there)
+        else:
+            to = row * (spans * SPAN) + first
+            tl.store(scores + to + n, score, mask=n < tl.where(query < T, SPAN, 0))
+            tl.store(tops + to // FAMILY + family, top, mask=there)
 
 
 @triton.jit
@@ -294,6 +317,33 @@ def _run_select(
     return indices
 
 
+def _run_windows(
+    q: Tensor, means: Tensor, coarse_means: Tensor | None, importance: Tensor | None, lengths: Tensor, block_size: int, places: int,
+    num_selected: int, windows: list[int], scope: str, scoring: str, scale: float, k: Tensor, v: Tensor, starts: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `ssa.ops.decode_attention`."""
+    q, k, v, means = (contiguous_rows(x) for x in (q, k, v, means))
+    coarse_means = None if coarse_means is None else contiguous_rows(coarse_means)
+    lengths, starts = lengths.contiguous(), None if starts is None else starts.contiguous()
+    choice = (block_size, places, num_selected, windows, scope, scoring, scale)
+    indices = _choose_windows(q, means, coarse_means, importance, lengths, *choice, k.shape[1])
+    plan = plan_of(q, k, v, indices, lengths, starts, bias, None, block_size, PART_KEYS, "attend")
+    return *_attend(plan, q, k, v, lengths, starts, bias, None, None, indices, block_size, scale), indices
+
+
+def _run_select_windows(
+    q: Tensor, means: Tensor, coarse_means: Tensor | None, importance: Tensor | None, lengths: Tensor, block_size: int, places: int,
+    num_selected: int, windows: list[int], scope: str, scoring: str, scale: float,
+) -> Tensor:  # fmt: skip
+    """See `ssa.ops.decode_select`."""
+    q, means = contiguous_rows(q), contiguous_rows(means)
+    coarse_means = None if coarse_means is None else contiguous_rows(coarse_means)
+    columns = means.shape[1] * windows[1] + windows[0] - 1
+    choice = (block_size, places, num_selected, windows, scope, scoring, scale)
+    return _choose_windows(q, means, coarse_means, importance, lengths.contiguous(), *choice, columns)
+
+
 def _run_attend(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, lengths: Tensor, starts: Tensor | None, bias: Tensor | None,
     slots: Tensor | None, block_size: int, scale: float,
@@ -332,43 +382,109 @@ def _score(
     scoring: str, rule: str, scale: float,
 ) -> _Choice:  # fmt: skip
     """`candidates`: the most blocks that come before a query's own; `complete`: the most that a row completes."""
-    batch, queries, heads, size = q.shape
-    kv_heads = block_means.shape[2]
+    batch, queries = q.shape[:2]
     selectors, num_selected = indices.shape[1], indices.shape[3]
     if num_selected == 1 or candidates < 1:
         return _Choice()
     rows = batch * selectors * queries
     places = power_of_two(num_selected)
     released = rule == "released" and num_selected > max(1, block_size // 2)
-    per_kv = heads // kv_heads
-    together = max(1, min(queries, 16 // per_kv))  # queries of a program: a tile of 16 rows is what fits into few registers
-    tile = max(16, power_of_two(together * per_kv))
-    span = max(16, min(_tile(size, q.dtype), 2**14 // tile))
-    blocks = max(candidates, complete)
+    scored = _Scored.of(q, block_means, max(candidates, complete))
     # about as many families as blocks in those chosen; the released rule tells chunks of `block_size` blocks apart
-    family = max(1, min(span, power_of_two(math.isqrt(blocks // places) + 1) // 2))
+    family = max(1, min(scored.span, power_of_two(math.isqrt(max(candidates, complete) // places) + 1) // 2))
     family = math.gcd(family, block_size) if released else family
-    warps = 4 if tile * span <= 4096 else 8
-    if tile == 16 and ceil_div(blocks, span) > _may_wait(q.device) > 1:
-        span, warps = 2 * span, 8  # slower than twice as many programs, faster than a second reading
-    spans = ceil_div(blocks, span)
-    units = batch * kv_heads * ceil_div(queries, together)
-    softmax = scoring == "softmax"
-    sums = torch.zeros(units, spans, tile, dtype=torch.int64, device=q.device) if softmax else None
-    pitch = spans * span
+    pitch = scored.spans * scored.span
     scores, tops = _workspace(q, rows, pitch), _workspace(q, rows, pitch // family)
     families = _workspace(q, rows, places, dtype=torch.int32)
-    at_once = not softmax or spans <= _may_wait(q.device)
-    for leaves, writes in [(1, 1)] if at_once else [(1, 0), (0, 1)]:
-        launch(
-            plan, _score_kernel, (units * spans,),
-            q, block_means, lengths, sums, scores, tops, scale * (LOG2E.value if softmax else 1.0), block_means.shape[1], spans,
-            leaves, writes, *q.stride()[:3], block_means.stride(0), block_means.stride(2), m_n=block_means.stride(1),
-            T=queries, K=kv_heads, G=per_kv, P=heads // selectors, QT=together, RT=tile, D=size, DP=max(16, power_of_two(size)),
-            BS=block_size, SPAN=span, FAMILY=family, SOFTMAX=softmax, PRECISION=_precision(q), num_warps=warps,
-            **({"maxnreg": 80} if tile == 16 else {}),  # six programs of four warps a multiprocessor
-        )  # fmt: skip
+    scored.launch(plan, q, block_means, lengths, scores, tops, block_size, selectors, scoring, scale, family)
     return _Choice(family, pitch, scores, tops, families, released)
+
+
+class _Scored(NamedTuple):
+    """How the means of a cache are shared out among programs."""
+
+    together: int
+    """Queries of a program: a tile of 16 rows is what fits into few registers."""
+    tile: int
+    span: int
+    spans: int
+    warps: int
+
+    @classmethod
+    def of(cls, q: Tensor, means: Tensor, count: int, least: int = 16) -> _Scored:
+        """Of at most `count` means, `least` or more a program."""
+        _, queries, heads, size = q.shape
+        per_kv = heads // means.shape[2]
+        together = max(1, min(queries, 16 // per_kv))
+        tile = max(16, power_of_two(together * per_kv))
+        span = max(16, least, min(_tile(size, q.dtype), 2**14 // tile))
+        warps = 4 if tile * span <= 4096 else 8
+        if tile == 16 and ceil_div(count, span) > _may_wait(q.device) > 1:
+            span, warps = 2 * span, 8  # slower than twice as many programs, faster than a second reading
+        return cls(together, tile, span, max(1, ceil_div(count, span)), warps)
+
+    def launch(
+        self, plan: Plan | None, q: Tensor, means: Tensor, lengths: Tensor, scores: Tensor | None, tops: Tensor, block_size: int,
+        selectors: int, scoring: str, scale: float, family: int, windows: tuple[int, int, int] | None = None,
+        coarse: tuple[Tensor, _Scored] | None = None, sums_alone: bool = False,
+    ) -> Tensor | None:  # fmt: skip
+        """Writes scores unless it is for the heads' sums alone; returns those. `windows`: size, stride, local blocks."""
+        batch, queries, heads, size = q.shape
+        kv_heads = means.shape[2]
+        units = batch * kv_heads * ceil_div(queries, self.together)
+        softmax = scoring == "softmax"
+        sums = torch.zeros(units, self.spans, self.tile, dtype=torch.int64, device=q.device) if softmax else None
+        at_once = not softmax or self.spans <= _may_wait(q.device)
+        length, stride, local = windows or (block_size, block_size, 0)
+        for leaves, writes in [(1, 0)] if sums_alone else [(1, 1)] if at_once else [(1, 0), (0, 1)]:
+            launch(
+                plan, _score_kernel, (units * self.spans,),
+                q, means, lengths, sums, None if coarse is None else coarse[0], scores, tops, scale * (LOG2E.value if softmax else 1.0),
+                means.shape[1], self.spans, leaves, writes, 0 if coarse is None else coarse[1].spans, *q.stride()[:3], means.stride(0),
+                means.stride(2), m_n=means.stride(1), T=queries, K=kv_heads, G=heads // kv_heads, P=heads // selectors, QT=self.together,
+                RT=self.tile, D=size, DP=max(16, power_of_two(size)), BS=block_size, SPAN=self.span, FAMILY=family, SOFTMAX=softmax,
+                PRECISION=_precision(q), SIZE=length, STRIDE=stride, LOCAL=local, TAIL=length // stride - 1, WINDOWS=windows is not None,
+                COARSE=coarse is not None, COARSE_SPAN=1 if coarse is None else coarse[1].span, num_warps=self.warps,
+                **({"maxnreg": 80} if self.tile == 16 else {}),  # six programs of four warps a multiprocessor
+            )  # fmt: skip
+        return sums
+
+
+def _choose_windows(
+    q: Tensor, means: Tensor, coarse_means: Tensor | None, importance: Tensor | None, lengths: Tensor, block_size: int, places: int,
+    num_selected: int, windows: list[int], scope: str, scoring: str, scale: float, columns: int,
+) -> Tensor:  # fmt: skip
+    """int32 [B, R, T, M]; `columns`: the most tokens of a row."""
+    size, stride, _, local, _, _ = windows
+    batch, queries = q.shape[:2]
+    kv_heads, per_block = means.shape[2], block_size // stride
+    indices = _unfilled(q, kv_heads, places, scope)
+    layout = (
+        q, means, coarse_means, importance, lengths, block_size, places, num_selected, *windows, scope, scoring, columns
+    )  # fmt: skip
+    plan = plan_of(*layout, "windows")
+    softmax, selectors = scoring == "softmax", indices.shape[1]
+    scored = _Scored.of(q, means, max(0, columns - size + stride) // stride, per_block)
+    pitch = scored.spans * scored.span // per_block
+    tops = _workspace(q, batch * selectors, queries, 2 * pitch)
+    coarse = None
+    if coarse_means is not None and softmax and coarse_means.shape[1]:
+        wide = _Scored.of(q, coarse_means, coarse_means.shape[1])
+        apart = (COARSER * size, COARSER * stride, 0)
+        # of the same kernel, launched another way
+        sums = wide.launch(
+            plan_of(*layout, "coarse"), q, coarse_means, lengths, None, tops, apart[1], selectors, scoring, scale, 1, apart, sums_alone=True
+        )  # fmt: skip
+        assert sums is not None
+        coarse = sums, wide
+    scored.launch(
+        plan, q, means, lengths, None, tops, block_size, selectors, scoring, scale, per_block, (size, stride, local), coarse
+    )
+    pick(
+        plan, tops, pitch, importance, None, None, lengths, indices, None, 0, queries, columns, kv_heads, block_size, num_selected, windows,
+        True,
+    )  # fmt: skip
+    return indices
 
 
 def _attend(
@@ -438,6 +554,8 @@ def _tile(size: int, dtype: torch.dtype) -> int:
 
 decode_attention_op = torch.library.custom_op("ssa::decode_attention", _run, mutates_args=())
 decode_select_op = torch.library.custom_op("ssa::decode_select", _run_select, mutates_args=())
+decode_windows_op = torch.library.custom_op("ssa::decode_windows", _run_windows, mutates_args=())
+decode_select_windows_op = torch.library.custom_op("ssa::decode_select_windows", _run_select_windows, mutates_args=())
 decode_attend_op = torch.library.custom_op("ssa::decode_attend", _run_attend, mutates_args=())
 
 
@@ -451,6 +569,33 @@ def _(q, block_means, lengths, block_size, num_selected, scope, scoring, rule, s
     return _unfilled(q, block_means.shape[2], num_selected, scope)
 
 
+@decode_windows_op.register_fake
+def _(
+    q,
+    means,
+    coarse_means,
+    importance,
+    lengths,
+    block_size,
+    places,
+    num_selected,
+    windows,
+    scope,
+    scoring,
+    scale,
+    k,
+    v,
+    starts,
+    bias,
+):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), _unfilled(q, k.shape[2], places, scope)
+
+
+@decode_select_windows_op.register_fake
+def _(q, means, coarse_means, importance, lengths, block_size, places, num_selected, windows, scope, scoring, scale):
+    return _unfilled(q, means.shape[2], places, scope)
+
+
 @decode_attend_op.register_fake
 def _(q, k, v, block_indices, lengths, starts, bias, slots, block_size, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -458,4 +603,6 @@ def _(q, k, v, block_indices, lengths, starts, bias, slots, block_size, scale):
 
 decode_attention = operation(decode_attention_op, _run)
 decode_select = operation(decode_select_op, _run_select)
+decode_windows = operation(decode_windows_op, _run_windows)
+decode_select_windows = operation(decode_select_windows_op, _run_select_windows)
 decode_attend = operation(decode_attend_op, _run_attend)

@@ -6,6 +6,7 @@ Legend: as in `key_side`.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton import key_side
-from ssa.ops.triton.key_side import block_place, pair_place, queries_of_span, work_item
+from ssa.ops.triton.key_side import block_place, pair_is_there, pair_place, queries_of_span, work_item
 from ssa.ops.triton.launch import Plan, capability, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E
 from ssa.ops.triton.online_softmax import load_lse
@@ -38,9 +39,15 @@ def _alive(pair_order, start, stop, column, inside, T, S, J: tl.constexpr, M: tl
 
 
 @triton.jit
-def _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, at, alive, d, D: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr):
-    """Stores a block's gradients at its keys' places in [B, S, K]. ADD: onto what earlier spans left."""
-    to = (at * D)[:, None] + d[None, :]
+def _leave(
+    d_k, d_v, d_b, sum_k, sum_v, sum_b, local, b, kv, column, alive, d, S, K: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """Stores a block's gradients at its keys' places in [B, S, K]. ADD: onto what earlier spans left; those of keys and values then
+    are in [rows of the span, S]."""
+    at = (b * S + column) * K + kv
+    to = local.to(tl.int64) * S + column if ADD else at
+    to = (to * D)[:, None] + d[None, :]
     there = alive[:, None] & (d < D)[None, :]
     if ADD:
         sum_k += tl.load(d_k + to, mask=there, other=0.0).to(tl.float32)
@@ -138,7 +145,7 @@ def _dkv_kernel(
             tl.store(part_q + at[:, None] + d[None, :], d_q.to(part_q.dtype.element_ty), mask=mask)
     if segments == 1:
         alive = _alive(pair_order, low, high, column, inside, T, S, J, M, PLAIN)
-        _leave(d_k, d_v, d_b, sum_k * scale, sum_v, sum_b, (b * S + column) * K + kv, alive, d, D, BIAS, ADD)
+        _leave(d_k, d_v, d_b, sum_k * scale, sum_v, sum_b, local, b, kv, column, alive, d, S, K, D, BIAS, ADD)
     else:
         slot = tl.load(table + which * 3 + 2) + part
         to = (slot.to(tl.int64) * BS + i)[:, None] * D + d[None, :]
@@ -161,7 +168,7 @@ def _add_parts_kernel(
     segments = tl.cdiv(stop - start, SEGMENT)
     if segments < 2:
         return
-    _, _, b, kv, first = block_place(block, first_row, row_blocks, unit, K)
+    local, _, b, kv, first = block_place(block, first_row, row_blocks, unit, K)
     i = tl.program_id(1) * BSP + tl.arange(0, BSP)
     d = tl.arange(0, DP)
     inside = (i < BS) & (first + i < S)
@@ -178,7 +185,7 @@ def _add_parts_kernel(
             sum_b += tl.load(part_b + at, mask=inside, other=0.0)
     column = (first + i).to(tl.int64)
     alive = _alive(pair_order, start, stop, column, inside, T, S, R // K, M, PLAIN)
-    _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, (b * S + column) * K + kv, alive, d, D, BIAS, ADD)
+    _leave(d_k, d_v, d_b, sum_k, sum_v, sum_b, local, b, kv, column, alive, d, S, K, D, BIAS, ADD)
 
 
 @triton.jit
@@ -208,13 +215,15 @@ def _terms_kernel(
 def _add_dq_kernel(
     indices, part_q, d_q, scale, T, first_query, first_row, span_length,
     R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     g, d, real, mask, slot, query, head = queries_of_span(first_query, first_row, span_length, T, R, G, GP, D, DP, M, BT)
     acc = tl.zeros([BT * GP, DP], tl.float32)
-    for m in range(M):
-        there = real & (tl.load(indices + query + m, mask=real, other=-1) >= 0)
-        at = ((slot + m) * G + g) * D
-        acc += tl.load(part_q + at[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    for c in range(0, M, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            there = pair_is_there(indices, query, c + i, real, M)
+            at = ((slot + c + i) * G + g) * D
+            acc += tl.load(part_q + at[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
     tl.store(d_q + (head * D)[:, None] + d[None, :], (acc * scale).to(d_q.dtype.element_ty), mask=mask)
 
 
@@ -255,27 +264,38 @@ def backward(
             rows, tile = rows // 2, max(16, tile // 2)
     few, small = key_side.of_a_query(shape)
     choosing = shape["R"] // shape["K"] * lists.rows
-    how = dict(ADD=lists.spans > lists.groups, PLAIN=lists.unit == block_size, BIAS=bias is not None, SEGMENT=lists.segment)
-    for span in range(lists.spans):
-        first = span // lists.groups * lists.length, span % lists.groups * lists.rows
+    sum_k, sum_v, batches = d_k, d_v, lists.spans // lists.groups
+    if batches > 1:  # spans of later queries add onto what earlier ones left, in fp32; the rows of a group at a time
+        sum_k, sum_v = (torch.empty(lists.rows, keys, size, dtype=torch.float32, device=device) for _ in range(2))
+    how = dict(ADD=batches > 1, PLAIN=lists.unit == block_size, BIAS=bias is not None, SEGMENT=lists.segment)
+    for group, batch in itertools.product(range(lists.groups), range(batches)):
+        span, first = batch * lists.groups + group, (batch * lists.length, group * lists.rows)
+        if batches > 1 and batch == 0:
+            sum_k.zero_()
+            sum_v.zero_()
         launch(
             plan, _dkv_kernel, (lists.span_items, padded // tile),
             q, k, v, d_out, lse, terms, bias, lists.pair_order, lists.table, lists.counts, lists.item_list,
-            d_k, d_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, *first, lists.length, lists.num_blocks,
+            sum_k, sum_v, d_b, part_k, part_v, part_b, part_q, scale, queries, keys, *strides, span, *first, lists.length, lists.num_blocks,
             lists.row_blocks, lists.unit, lists.span_items, BS=block_size, BSP=tile, BP=max(1, rows // shape["GP"]), DQ=part_q is not None,
-                        num_warps=warps, num_stages=stages, **how, **shape,
+            num_warps=warps, num_stages=stages, **how, **shape,
         )  # fmt: skip
         launch(
             plan, _add_parts_kernel, (lists.num_blocks, padded // 16),
-            lists.pair_order, lists.table, d_k, d_v, d_b, part_k, part_v, part_b, queries, keys, span, first[1],
+            lists.pair_order, lists.table, sum_k, sum_v, d_b, part_k, part_v, part_b, queries, keys, span, first[1],
             lists.num_blocks, lists.row_blocks, lists.unit, R=shape["R"], K=shape["K"], D=size, DP=shape["DP"], M=shape["M"],
             BS=block_size, BSP=16, num_warps=2, **how,
         )  # fmt: skip
         if part_q is not None:
             launch(
                 plan, _add_dq_kernel, (ceil_div(lists.length, few), choosing), block_indices, part_q, d_q, scale,
-                queries, first[0], span % lists.groups * choosing, lists.length, BT=few, num_warps=4, num_stages=3, **small,
+                queries, first[0], group * choosing, lists.length, BT=few, AT_ONCE=key_side.parts_at_once(shape, q.element_size()),
+                num_warps=4, **small,
             )  # fmt: skip
+        if batches > 1 and batch == batches - 1:
+            for local, row in enumerate(range(first[1], first[1] + lists.rows)):
+                d_k[row // shape["K"], :, row % shape["K"]] = sum_k[local]
+                d_v[row // shape["K"], :, row % shape["K"]] = sum_v[local]
 
 
 def terms_of(

@@ -21,14 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ssa.ops.triton import reader_lists
-from ssa.ops.triton.launch import Plan, ceil_div, launch, power_of_two
+from ssa.ops.triton.launch import Plan, capability, ceil_div, launch, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.online_softmax import LOWEST, load_lse, softmax_end, store_lse
 from ssa.ops.triton.reader_lists import LIST_BYTES, ReaderLists
 
 SPAN_BYTES = {"forward": 1 << 28, "backward": 1 << 28}
-"""Partial results held at once, for queries of up to SPAN_SCALE bytes; more in proportion where they are larger."""
+"""Partial results held at once, for queries of up to SPAN_SCALE bytes; more in proportion where they are larger. See `_room`."""
 SPAN_SCALE = 1 << 28
+DENSE_SHARE = 0.65
+"""What attention with heads of 128 may take, beyond its inputs, of what dense attention takes. With half of it the backward pass of 32k tokens
+takes a quarter longer (measured: more spans, each with work for few multiprocessors)."""
 SPAN_BLOCKS = 256
 """As many blocks in a span as keep the GPU busy."""
 SEGMENT_ROWS = 2048
@@ -131,7 +134,8 @@ def _partial_kernel(
         if BIAS:
             out, log = softmax_end(total, out)
         else:
-            out = out / total[:, None]
+            # in half precision a reciprocal does: a division for each number takes 2 to 8 % of the kernel (measured)
+            out = out / total[:, None] if part_o.dtype.element_ty == tl.float32 else out * (1.0 / total)[:, None]
         slot = slot * G + g
         tl.store(part_o + (slot * D)[:, None] + d[None, :], out.to(part_o.dtype.element_ty), mask=mask)
         if not BIAS:
@@ -169,58 +173,114 @@ def queries_of_span(
 def _combine_kernel(
     indices, part_o, part_lse, out, lse_out, T, first_query, first_row, span_length,
     R: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr,
-    BIAS: tl.constexpr,
+    MP: tl.constexpr, AT_ONCE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """A query's partial outputs, weighted by exp(lse of the pair - lse)."""
+    """A query's partial outputs, weighted by exp(lse of the pair - lse). The peak is known before them, so that no load waits for another."""
     g, d, real, mask, slot, query, head = queries_of_span(first_query, first_row, span_length, T, R, G, GP, D, DP, M, BT)
-    peak = tl.full([BT * GP], LOWEST, tl.float32)
-    total = tl.zeros([BT * GP], tl.float32)
+    m = tl.arange(0, MP)
+    there = real[:, None] & (m < M)[None, :]
+    there &= tl.load(indices + query[:, None] + m[None, :], mask=there, other=-1) >= 0
+    parts, logs = load_lse(part_lse, (slot[:, None] + m[None, :]) * G + g[:, None], there, float("-inf"), BIAS)
+    peak = tl.maximum(tl.max(parts, 1), LOWEST)
+    total = tl.sum(_weight(parts, logs, peak[:, None], BIAS), 1)
     acc = tl.zeros([BT * GP, DP], tl.float32)
-    for m in range(M):
-        there = real & (tl.load(indices + query + m, mask=real, other=-1) >= 0)
-        at = (slot + m) * G + g
-        part, log = load_lse(part_lse, at, there, float("-inf"), BIAS)
-        piece = tl.load(part_o + (at * D)[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
-        higher = tl.maximum(peak, part)
-        shrink = tl.exp2((peak - higher) * LOG2E)
-        gap = part - higher
-        if BIAS:
-            gap += log
-        weight = tl.exp2(gap * LOG2E)
-        total = total * shrink + weight
-        acc = acc * shrink[:, None] + piece.to(tl.float32) * weight[:, None]
-        peak = higher
-    acc, log = softmax_end(total, acc)
+    for c in range(0, M, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            near = pair_is_there(indices, query, c + i, real, M)
+            at = (slot + c + i) * G + g
+            part, log = load_lse(part_lse, at, near, float("-inf"), BIAS)
+            piece = tl.load(part_o + (at * D)[:, None] + d[None, :], mask=near[:, None] & (d < D)[None, :], other=0.0)
+            acc += piece.to(tl.float32) * _weight(part, log, peak, BIAS)[:, None]
+    acc, end = softmax_end(total, acc)
     tl.store(out + (head * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
-    store_lse(lse_out, head, peak, log, real, BIAS)
+    store_lse(lse_out, head, peak, end, real, BIAS)
 
 
-def limits() -> tuple[int, ...]:
+@triton.jit
+def _weight(part, log, peak, BIAS: tl.constexpr):
+    gap = part - peak
+    if BIAS:
+        gap += log
+    return tl.exp2(gap * LOG2E)
+
+
+@triton.jit
+def pair_is_there(indices, query, m, real, M: tl.constexpr):
+    """Whether the query's m-th block exists; `query` as of `queries_of_span`."""
+    inside = real & (m < M)
+    return inside & (tl.load(indices + query + m, mask=inside, other=-1) >= 0)
+
+
+def limits() -> tuple[float, ...]:
     """What decides, beside the arguments, how the work is cut."""
-    return *SPAN_BYTES.values(), SPAN_SCALE, SPAN_BLOCKS, SEGMENT_ROWS, BLOCK_BYTES, reader_lists.MAP_BYTES
+    return *SPAN_BYTES.values(), SPAN_SCALE, DENSE_SHARE, SPAN_BLOCKS, SEGMENT_ROWS, BLOCK_BYTES, reader_lists.MAP_BYTES
+
+
+def of_128(shape: dict[str, Any], itemsize: int) -> bool:
+    """Heads of 128 in half precision, which the settings were measured with."""
+    return shape["DP"] == 128 and itemsize == 2
 
 
 def span_of(
-    way: str, batch: int, queries: int, row_blocks: int, names: int, shape: dict[str, Any], itemsize: int
+    way: str, batch: int, queries: int, keys: int, block_size: int, plain: bool, shape: dict[str, Any], itemsize: int
 ) -> tuple[int, int]:
     """Queries, a multiple of 64, and rows of a span: all where their partial results fit, otherwise fewer rows, down to SPAN_BLOCKS
-    blocks between them, and then fewer queries; more, where the table of lists (one for each of `names` a row and span, which with
-    documents are many) would outgrow the partial results.
+    blocks between them, and then fewer queries; more, where the table of lists (one for each block of a row and span; with documents,
+    not `plain`, each column begins one) would outgrow the partial results.
 
     Spans of fewer queries add up the gradients of keys in fp32. The backward pass then holds fewer partial results beside those.
     """
     rows = batch * shape["K"]
+    row_blocks = ceil_div(keys, block_size)
     row_bytes = shape["R"] // shape["K"] * shape["M"] * shape["G"] * shape["D"] * itemsize
-    larger = max(1, queries * rows * row_bytes // shape["M"] // SPAN_SCALE)
-    room = SPAN_BYTES[way] * larger
+    room = _room(way, batch, queries, keys, block_size, shape, itemsize, 0)
     while rows % 2 == 0 and rows * row_bytes * queries > room and rows // 2 * row_blocks >= SPAN_BLOCKS:
         rows //= 2
     if way == "backward" and rows * row_bytes * queries > room:
-        room = SPAN_BYTES[way] // 2 * max(1, larger // 2)
+        room = _room(way, batch, queries, keys, block_size, shape, itemsize, rows)
     per_query = rows * row_bytes
-    one_query_each = queries * batch * shape["K"] * names * LIST_BYTES  # the table if spans had one query
-    length = max(room // per_query, math.isqrt(one_query_each // per_query))
-    return min(queries, max(64, length // 64 * 64)), rows
+    # the table if spans had one query
+    one_query_each = queries * batch * shape["K"] * (row_blocks if plain else keys) * LIST_BYTES
+    length = max(64, room // per_query // 64 * 64, math.isqrt(one_query_each // per_query) // 64 * 64)
+    if length >= queries:
+        return queries, rows
+    even = ceil_div(queries, ceil_div(queries, length))  # a short span at the end would keep few programs busy
+    return ceil_div(even, 64) * 64, rows
+
+
+def _room(
+    way: str, batch: int, queries: int, keys: int, block_size: int, shape: dict[str, Any], itemsize: int, summed: int
+) -> int:
+    """Bytes of partial results held at once; `summed` rows of keys' gradients are held beside them in fp32.
+
+    Dense attention takes, beyond its inputs, the output, the gradients, that of queries again in fp32, and where query heads share keys,
+    the gradients of keys and values once for each query head (cuDNN 9.19: measured to the percent). Ours take DENSE_SHARE of that:
+    partial results get what is left beside the outputs, the gradients, the lists of pairs and the numbers of each query and head.
+    - Forward, where gradients are not there yet, that is more than SPAN_BYTES from about 16k tokens on; below, no more is taken than that.
+    - Backward it is less. Below SPAN_SCALE, where keeping the GPU busy matters more, and where even the results alone are beyond the
+      share (every query head with keys of its own), it is SPAN_BYTES.
+    """
+    row = batch * shape["R"] * shape["G"] * queries
+    q_bytes = row * shape["D"] * itemsize
+    larger = max(1, q_bytes // SPAN_SCALE)
+    room = SPAN_BYTES[way] * larger
+    if summed:
+        room = SPAN_BYTES[way] // 2 * max(1, larger // 2)
+    if not of_128(shape, itemsize):
+        return room
+    k_bytes = batch * keys * shape["K"] * shape["D"] * itemsize
+    shared = shape["R"] * shape["G"] > shape["K"]
+    dense = (6 if shared else 4) * q_bytes + 2 * k_bytes
+    pairs = 8 * batch * shape["R"] * queries * shape["M"]  # the indices and the order of pairs
+    if way == "forward":
+        left = DENSE_SHARE * dense - q_bytes - 4 * row - pairs
+        return max(room, int(left / (1 + 4 / (shape["D"] * itemsize))))  # with a log-sum-exp each
+    left = DENSE_SHARE * dense - 2 * (q_bytes + k_bytes) - 20 * row - pairs  # a log-sum-exp, and what `_terms_kernel` leaves
+    if q_bytes < SPAN_SCALE or left <= 0:
+        return room
+    left -= 8 * summed * keys * shape["D"]
+    segments = 16 * block_size / (SEGMENT_ROWS * itemsize)  # partial sums of segments, for each byte of partial results
+    return max(q_bytes // 8, int(left / (1 + segments)))
 
 
 def narrow(shape: dict[str, Any]) -> dict[str, Any]:
@@ -233,6 +293,11 @@ def of_a_query(shape: dict[str, Any]) -> tuple[int, dict[str, int]]:
     return max(1, 16 // shape["GP"]), {n: shape[n] for n in ("R", "G", "GP", "D", "DP", "M")}
 
 
+def parts_at_once(shape: dict[str, Any], itemsize: int) -> int:
+    """Partial results of a query that are loaded together, as registers allow."""
+    return min(shape["M"], 8 if shape["DP"] * itemsize <= 256 else 2)
+
+
 def forward(
     plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, bias: Tensor | None, lists: ReaderLists, out: Tensor, lse: Tensor,
     scale: float, strides: tuple[int, ...], shape: dict[str, Any], block_size: int,
@@ -243,7 +308,10 @@ def forward(
     slots = lists.rows * lists.length * shape["M"] * (q.shape[2] // k.shape[2])
     part_o = torch.empty(slots, shape["D"], dtype=q.dtype, device=q.device)
     part_lse = torch.empty(slots if bias is None else 2 * slots, dtype=torch.float32, device=q.device)
-    few, small = of_a_query(shape)
+    # a single warp: more would hand the weights of a part to each other through shared memory, and its loads would wait for that
+    few, small = max(1, 4 // shape["GP"]), of_a_query(shape)[1]
+    # one stage, on compute capability 9.0: what it leaves of shared memory is worth more than tiles that come ahead (measured)
+    stages = 1 if of_128(shape, q.element_size()) and capability(q.get_device()) // 10 == 9 else 2
     for span in range(lists.spans):
         first = span // lists.groups * lists.length, span % lists.groups * lists.rows
         choosing = shape["R"] // shape["K"] * lists.rows
@@ -252,9 +320,10 @@ def forward(
             q, k, v, bias, lists.pair_order, lists.table, lists.counts, lists.item_list, part_o, part_lse, scale, queries,
             k.shape[1], *strides, span, *first, lists.length, lists.num_blocks, lists.row_blocks, lists.unit, lists.span_items, BS=block_size,
             BSP=max(16, power_of_two(block_size)), BP=max(1, rows // shape["GP"]), SEGMENT=lists.segment,
-            BIAS=bias is not None, num_warps=4, num_stages=2, **shape,
+            BIAS=bias is not None, num_warps=4, num_stages=stages, **shape,
         )  # fmt: skip
         launch(
             plan, _combine_kernel, (ceil_div(lists.length, few), choosing), block_indices, part_o, part_lse, out, lse,
-            queries, first[0], span % lists.groups * choosing, lists.length, BT=few, BIAS=bias is not None, num_warps=4, num_stages=3, **small,
+            queries, first[0], span % lists.groups * choosing, lists.length, BT=few, MP=power_of_two(shape["M"]),
+            AT_ONCE=parts_at_once(shape, q.element_size()), BIAS=bias is not None, num_warps=1, **small,
         )  # fmt: skip

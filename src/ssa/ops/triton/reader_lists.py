@@ -127,7 +127,7 @@ def reader_lists(
         )  # fmt: skip
     return ReaderLists(
         pair_order, table, counts, item_list, num_blocks, row_blocks, unit, spans, length, rows, groups, segment, span_items,
-        2 * (span_pairs // segment) + 1,
+        max(1, span_pairs // segment + min(num_blocks, span_pairs // segment)),
     )  # fmt: skip
 
 

@@ -47,13 +47,64 @@ def _bound_kernel(block_keys, key_bounds, N, K: tl.constexpr, D: tl.constexpr, D
     tl.store(key_bounds + row * tl.num_programs(0) + tile, tl.sqrt(tl.max(tl.sum(keys * keys, 1), 0)))
 
 
+@triton.jit
+def _log_sum(
+    q_C, base, bounds, first, complete, low, inner, stop, scale2, N, tiles, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BC: tl.constexpr, TP: tl.constexpr, PRECISION: tl.constexpr, NONE: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp, in powers of two, of the logits of each row of q over the keys first ... complete - 1 at `base`; NONE where there are none.
+    Below `inner` all rows see all keys."""
+    d = tl.arange(0, DP)
+    step = tl.arange(0, BC)
+    part = tl.arange(0, TP)
+    # Queries are rows here, so that a thread has few of them to sum, and columns in the second sweep.
+    total = tl.zeros([q_C.shape[0]], tl.float32)
+    norm = tl.sqrt(tl.sum(q_C.to(tl.float32) * q_C.to(tl.float32), 1))
+    longest = tl.max(tl.load(bounds + part, mask=part < tiles, other=0.0), 0)
+    bound = norm * longest * scale2  # Cauchy-Schwarz: no logit exceeds it
+    if tl.max(bound) <= _SAFE_BOUND:
+        # 2^(logit - peak) neither overflows nor loses the largest term, whatever the logits: no running maximum needed
+        peak = bound - 100.0
+        for c in range(low, inner, BC):
+            n = c + step
+            keys = tl.load(base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(d < D)[None, :], other=0.0)
+            logits = tl.dot(q_C, tl.trans(keys), input_precision=PRECISION) * scale2
+            total += tl.sum(tl.exp2(logits - peak[:, None]), 1)
+        for c in range(inner, stop, BC):
+            n = c + step
+            keys = tl.load(
+                base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
+            )
+            seen = (n[None, :] >= first[:, None]) & (n[None, :] < complete[:, None])
+            logits = tl.dot(q_C, tl.trans(keys), input_precision=PRECISION) * scale2
+            total += tl.sum(tl.where(seen, tl.exp2(logits - peak[:, None]), 0.0), 1)
+    else:
+        peak = tl.full([q_C.shape[0]], -1e30, tl.float32)
+        for c in range(low, stop, BC):
+            n = c + step
+            keys = tl.load(
+                base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
+            )
+            seen = (n[None, :] >= first[:, None]) & (n[None, :] < complete[:, None])
+            logits = tl.where(seen, tl.dot(q_C, tl.trans(keys), input_precision=PRECISION) * scale2, float("-inf"))
+            higher = tl.maximum(peak, tl.max(logits, 1))
+            total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
+            peak = higher
+    return tl.where(complete > first, peak + tl.log2(total), NONE)
+
+
 @triton.jit(do_not_specialize=["slab_start"])
 def _score_kernel(
-    q, block_keys, positions, first_blocks, key_bounds, lse_out, chunk_max,
+    q, block_keys, positions, first_blocks, key_bounds, lse_in, lse_out, chunk_max,
     scale2, slab_start, slab, T, S, N, row_length, num_chunks, q_b, q_t, q_h, R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, TP: tl.constexpr,
-    CHUNK: tl.constexpr, PLAIN: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, PLAIN: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    LOCAL: tl.constexpr, TAIL: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
+    """Keys are means of SIZE keys of the document, one every STRIDE; candidates start in the blocks of BS keys before the last LOCAL. TAIL: of
+    each chunk, the maximum of its last TAIL entries is stored, too, `num_chunks` places further. LSE: "own" sums up as above; "leave" does
+    that alone, with -inf where there is nothing to sum; "take" has it from `lse_in` where that is finite."""
+    PER: tl.constexpr = BS // STRIDE
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles have the most blocks: start them first
     row = tl.program_id(1)
     b = row // R
@@ -74,61 +125,44 @@ def _score_kernel(
         position = tl.where(t < T, S - T + t, 0)
         first = tl.zeros_like(t)
         low = 0
-        token_own = tl.where(token < T, (S - T + token) // BS, 0)
+        token_own = tl.where(token < T, tl.maximum((S - T + token) // BS - LOCAL, 0) * PER, 0)
         token_first = tl.zeros_like(token)
         # below `inner` every block is complete and seen by every query of the tile: no masks
         inner = tl.min(tl.where(token < T, token_own, N)) // BC * BC
     else:
         position = tl.load(positions + b * T + t, mask=t < T, other=0).to(tl.int32)
-        first = tl.load(first_blocks + b * T + t, mask=t < T, other=0).to(tl.int32)
+        first = tl.load(first_blocks + b * T + t, mask=t < T, other=0).to(tl.int32) * PER
         low = tl.min(tl.where(t < T, first, N)) // BC * BC
         token_position = tl.load(positions + b * T + token, mask=token < T, other=0).to(tl.int32)
-        token_first = tl.load(first_blocks + b * T + token, mask=token < T, other=0).to(tl.int32)
-        token_own = tl.where(token < T, token_first + token_position // BS, 0)
+        token_first = tl.load(first_blocks + b * T + token, mask=token < T, other=0).to(tl.int32) * PER
+        token_own = tl.where(token < T, token_first + tl.maximum(token_position // BS - LOCAL, 0) * PER, 0)
         inner = low
-    complete = tl.where(t < T, first + (position + 1) // BS, 0)
+    complete = tl.where(t < T, first + tl.maximum(position + 1 - SIZE + STRIDE, 0) // STRIDE, 0)
     stop = tl.max(complete)
     base = block_keys + (b.to(tl.int64) * N * K + kv) * D
     step = tl.arange(0, BC)
     lse = tl.zeros([GP * BT], tl.float32)
+    lse_rows = (b * T + t).to(tl.int64) * (R * G) + head
     if SOFTMAX:
-        # Queries are rows here, so that a thread has few of them to sum, and columns in the second sweep.
-        total = tl.zeros([GP * BT], tl.float32)
-        norm = tl.sqrt(tl.sum(q_C.to(tl.float32) * q_C.to(tl.float32), 1))
         tiles = tl.cdiv(N, BOUND_TILE)
-        part = tl.arange(0, TP)
-        longest = tl.max(tl.load(key_bounds + (b * K + kv) * tiles + part, mask=part < tiles, other=0.0), 0)
-        bound = norm * longest * scale2  # Cauchy-Schwarz: no logit exceeds it
-        if tl.max(bound) <= _SAFE_BOUND:
-            # 2^(logit - peak) neither overflows nor loses the largest term, whatever the logits: no running maximum needed
-            peak = bound - 100.0
-            for c in range(low, inner, BC):
-                n = c + step
-                keys = tl.load(base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(d < D)[None, :], other=0.0)
-                logits = tl.dot(q_C, tl.trans(keys), input_precision=PRECISION) * scale2
-                total += tl.sum(tl.exp2(logits - peak[:, None]), 1)
-            for c in range(inner, stop, BC):
-                n = c + step
-                keys = tl.load(
-                    base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
-                )
-                seen = (n[None, :] >= first[:, None]) & (n[None, :] < complete[:, None])
-                logits = tl.dot(q_C, tl.trans(keys), input_precision=PRECISION) * scale2
-                total += tl.sum(tl.where(seen, tl.exp2(logits - peak[:, None]), 0.0), 1)
+        bounds = key_bounds + (b * K + kv) * tiles
+        if LSE == "take":
+            lse = tl.load(lse_in + lse_rows, mask=real, other=0.0)
+            if tl.min(lse, 0) == float("-inf"):
+                found = _log_sum(
+                    q_C, base, bounds, first, complete, low, inner, stop, scale2, N, tiles, K, D, DP, BC, TP, PRECISION, 0.0
+                )  # fmt: skip
+                lse = tl.where(lse == float("-inf"), found, lse)
         else:
-            peak = tl.full([GP * BT], -1e30, tl.float32)
-            for c in range(low, stop, BC):
-                n = c + step
-                keys = tl.load(
-                    base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0
-                )
-                seen = (n[None, :] >= first[:, None]) & (n[None, :] < complete[:, None])
-                logits = tl.where(seen, tl.dot(q_C, tl.trans(keys), input_precision=PRECISION) * scale2, float("-inf"))
-                higher = tl.maximum(peak, tl.max(logits, 1))
-                total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
-                peak = higher
-        lse = tl.where(complete > first, peak + tl.log2(total), 0.0)
-        tl.store(lse_out + (b * T + t).to(tl.int64) * (R * G) + head, lse, mask=real)
+            NONE: tl.constexpr = float("-inf") if LSE == "leave" else 0.0
+            lse = _log_sum(
+                q_C, base, bounds, first, complete, low, inner, stop, scale2, N, tiles, K, D, DP, BC, TP, PRECISION, NONE
+            )
+            tl.store(lse_out + lse_rows, lse, mask=real)
+    last = tl.max(token_own)
+    if LSE == "leave":
+        inner = low  # no second sweep
+        last = low
     out = chunk_max + ((b * R + r).to(tl.int64) * slab + token - slab_start) * row_length
     chunk_step = tl.arange(0, BC // CHUNK)
     for c in range(low, inner, BC):
@@ -143,7 +177,11 @@ def _score_kernel(
         best = tl.max(tl.reshape(score, [BC // CHUNK, CHUNK, BT]), 1)
         chunk = c // CHUNK + chunk_step
         tl.store(out[None, :] + chunk[:, None], best, mask=(token < T)[None, :])
-    for c in range(inner, tl.max(token_own), BC):
+        if TAIL > 0:
+            tail = tl.where((step % CHUNK >= CHUNK - TAIL)[:, None], score, float("-inf"))
+            tail = tl.max(tl.reshape(tail, [BC // CHUNK, CHUNK, BT]), 1)
+            tl.store(out[None, :] + num_chunks + chunk[:, None], tail, mask=(token < T)[None, :])
+    for c in range(inner, last, BC):
         n = c + step
         keys = tl.load(base + n.to(tl.int64)[:, None] * (K * D) + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
         score = tl.dot(keys, q_T, input_precision=PRECISION) * scale2
@@ -156,6 +194,10 @@ def _score_kernel(
         best = tl.max(tl.reshape(tl.where(candidate, score, float("-inf")), [BC // CHUNK, CHUNK, BT]), 1)
         chunk = c // CHUNK + chunk_step
         tl.store(out[None, :] + chunk[:, None], best, mask=(token < T)[None, :] & (chunk < num_chunks)[:, None])
+        if TAIL > 0:
+            tail = tl.where((step % CHUNK >= CHUNK - TAIL)[:, None], tl.where(candidate, score, float("-inf")), float("-inf"))
+            tail = tl.max(tl.reshape(tail, [BC // CHUNK, CHUNK, BT]), 1)
+            tl.store(out[None, :] + num_chunks + chunk[:, None], tail, mask=(token < T)[None, :] & (chunk < num_chunks)[:, None])
 
 
 @triton.jit
@@ -323,10 +365,11 @@ def _run(
         here = min(slab, queries - start)
         launch(
             plan, _score_kernel, (ceil_div(here, per_tile), batch * selectors),
-            q, block_keys, positions_BT, first_block_BT, key_bounds, lse, chunk_max, scale2, start, slab, queries, num_keys, blocks,
+            q, block_keys, positions_BT, first_block_BT, key_bounds, None, lse, chunk_max, scale2, start, slab, queries, num_keys, blocks,
             row_length, num_chunks, *strides, GP=wide, BT=per_tile, BC=SCORE_TILE["blocks"], TP=power_of_two(tiles),
             num_warps=SCORE_TILE["warps"], num_stages=stages,
-            maxnreg=SCORE_TILE["registers"] if columns == SCORE_TILE["columns"] else None, **common,
+            maxnreg=SCORE_TILE["registers"] if columns == SCORE_TILE["columns"] else None, SIZE=block_size, STRIDE=block_size, LOCAL=0,
+            TAIL=0, LSE="own", **common,
         )  # fmt: skip
         launch(
             plan, _pick_kernel, (here, batch * selectors),
