@@ -297,7 +297,7 @@ register_selector(
             "query_blocks": Option(15, "blocks chosen by query; the rest of the budget is chosen by importance"),
             "delta_bias": Option(False, "the importance's projection has a bias"),
             "eviction_loss_weight": Option(0.0, "weight of a loss that teaches the importance to rank blocks as attention does"),
-            "eviction_loss_queries": Option(64, "that loss looks at so many queries of a row"),
+            "eviction_loss_every": Option(64, "that loss looks at every so-many-th query of a row"),
         },
     )
 )  # fmt: skip

@@ -344,9 +344,9 @@ def test_fault_8_offsets_beyond_31_bits():
         ({"block_means": torch.zeros(2, 28, 2, 16)}, r"block_means \(2, 28, 2, 16\) .* each of 29 blocks or windows"),
         ({"coarse_means": None}, "lse = 'coarse' needs coarse_means of every coarse window"),
         ({"coarse_means": torch.zeros(2, 1, 2, 16)}, "lse = 'coarse' needs coarse_means of every coarse window"),
-        ({"importance": None}, r"query_blocks need an importance \[B, N, K\] of at least 7 blocks"),
-        ({"importance": torch.zeros(2, 6, 2)}, r"query_blocks need an importance \[B, N, K\] of at least 7 blocks"),
-        ({"importance": torch.zeros(1, 9, 2)}, r"query_blocks need an importance \[B, N, K\] of at least 7 blocks"),
+        ({"importance": None}, "query_blocks choose the other blocks by importance: pass importance"),
+        ({"importance": torch.zeros(2, 6, 2)}, r"importance \(2, 6, 2\) is not \[B, N, K\] = \[2, at least 7, 2\]"),
+        ({"importance": torch.zeros(1, 9, 2)}, r"importance \(1, 9, 2\) is not \[B, N, K\]"),
         ({"q": torch.zeros(2, 9, 4, 16)}, "9 queries"),
     ],
 )

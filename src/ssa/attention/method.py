@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ssa.attention.inputs import AttentionCall, AttentionInputs, MethodOutput
@@ -17,7 +18,8 @@ def with_selection_loss(output: MethodOutput, selector: Selector, inputs: Attent
     """`output` and, in training, the selector's own loss, unless it is there already."""
     if output.selection_loss is not None or not call.train or not selector.loss_weight:
         return output
-    return output._replace(selection_loss=selector.loss(inputs, call))
+    loss = selector.loss(inputs, call)
+    return output._replace(selection_loss=inputs.q_BTHD.new_zeros((), dtype=torch.float32) if loss is None else loss)
 
 
 class AttentionMethod:

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import FULL, AttentionMode, Budget, Reading, parse_reading, released_rule_check
+from ssa.budget import FULL, AttentionMode, Budget, Reading, parse_reading
 from ssa.data.tokenizer import load_tokenizer, vocabulary_size
 from ssa.device import resolve_device, resolve_dtype
 from ssa.errors import UserError
 from ssa.model import SSAForCausalLM
+from ssa.model.configuration import build_attention
 from ssa.model.stored import load_pretrained, read_config
 from ssa.runs.checkpoints import open_checkpoint
 
@@ -73,8 +75,9 @@ def attention_choice(mode: str | None, budget: Reading | str | None) -> tuple[At
 
 
 def check_budgets(config: Any, budgets: Sequence[Reading | None]) -> None:
-    """A `UserError` for the first budget that the model's selection rule cannot serve."""
-    if config.selection_rule == "released":
-        for budget in budgets:
-            if isinstance(budget, Budget):
-                released_rule_check(budget.num_selected_blocks, budget.block_size)
+    """A `UserError` for the first budget that the model's selector cannot serve, by its rule or by what it always reads."""
+    with torch.device("meta"):
+        _, selector = build_attention(config)
+    for budget in budgets:
+        if isinstance(budget, Budget):
+            selector.check(config.selection(budget))

@@ -82,7 +82,8 @@ def warn_of_eval_mode(hidden: Tensor) -> None:
 
 def _warn(gradient: Tensor) -> None:
     warnings.warn(
-        "gradients of a model in eval mode have no alignment and one stream: call model.train() to train SSA", stacklevel=2
+        "gradients of a model in eval mode have one stream and neither an alignment nor a selector's loss: call model.train() to train",
+        stacklevel=2,
     )
 
 

@@ -155,6 +155,7 @@ def read_layout(raw: Mapping[str, Any], choices: Choices, origin: str, names: Ca
     fresh = choices.selector not in (None, attends.get("selector", "means"))
     if fresh:
         attends.pop("selector_options", None)
+        notes = [note for note in notes if not note.startswith("dense_len")]
     config = make_config(fields | attends | choices.given | {"attention_gate": False})
     return Layout(model_type, config, "none", model_type == "qwen2", tuple(notes), dense, fresh, factors)
 

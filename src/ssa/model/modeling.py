@@ -245,11 +245,15 @@ class SSAModel(SSAPreTrainedModel):
         if alignment is not None and alignment.requires_grad and carry_alignment and weight:
             x_BTC = carry(x_BTC, alignment, weight, self.train_step, self.parameters())
         elif (
-            weight and not self.training and attention_mode is None and x_BTC.requires_grad and not torch.compiler.is_compiling()
+            (weight or self.selector.loss_weight)
+            and not self.training
+            and attention_mode is None
+            and x_BTC.requires_grad
+            and not torch.compiler.is_compiling()
         ):
             warn_of_eval_mode(x_BTC)
         selection_loss = torch.stack(selection_losses).mean() if selection_losses else None
-        if selection_loss is not None and carry_alignment:
+        if selection_loss is not None and selection_loss.requires_grad and carry_alignment:
             x_BTC = carry(x_BTC, selection_loss, self.selector.loss_weight, self.train_step, self.parameters())
         if output_hidden_states:
             hidden_states += (x_BTC,)

@@ -161,6 +161,8 @@ def minicpm_json(values: dict[str, Any], config: SSAConfig) -> tuple[dict[str, A
     notes = ["transformers loads it only with its authors' MiniCPMForCausalLM, which is not part of this package"]
     if options["dense_length"]:
         notes.append("dense_len: theirs reads everything in whole texts shorter than it, ours at positions below it")
+    if options["lse"] != "exact":
+        notes.append(f"lse = {options['lse']} is not kept: their code has no name for it, and converting back gives exact")
     return values | {
         "model_type": MINICPM, "architectures": ["MiniCPMForCausalLM"],
         "scale_emb": 1, "scale_depth": math.sqrt(config.num_hidden_layers), "dim_model_base": config.hidden_size,

@@ -16,7 +16,7 @@ from ssa.ops.block_sparse import check_blocks, check_keys, check_slots
 from ssa.ops.documents import block_within_rows
 from ssa.ops.implementations import resolve
 from ssa.ops.reference import decode as reference
-from ssa.ops.select import window_numbers, within_rows
+from ssa.ops.select import check_importance, window_numbers, within_rows
 
 MAX_QUERIES = 8
 
@@ -101,15 +101,15 @@ def _windows(
     Raises:
         UserError: Without coarse means or an importance that the selection asks for.
     """
-    blocks, batch, kv_heads = columns // selection.block_size, q.shape[0], means.shape[2]
     if selection.lse == "exact":
         coarse = None
     elif coarse is None or coarse.shape[1] < selection.num_windows(columns, COARSER):
         raise UserError("lse = 'coarse' needs coarse_means of every coarse window")
     if selection.query_blocks is None:
         importance = None
-    elif importance is None or importance.shape[1] < blocks or importance.shape[::2] != (batch, kv_heads):
-        raise UserError(f"query_blocks need an importance [B, N, K] of at least {blocks} blocks")
+    elif importance is None:
+        raise UserError("query_blocks choose the other blocks by importance: pass importance")
+    check_importance(importance, means, selection.block_size, columns)
     return (
         q, means, coarse, importance, lengths, selection.block_size, within_rows(selection.places, selection.block_size, columns, impl),
         selection.num_selected_blocks, window_numbers(selection), selection.scope, selection.scoring, _scale(q, scale),

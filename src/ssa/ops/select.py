@@ -148,6 +148,9 @@ def _select_windows(
     by_importance = selection.query_blocks is not None
     if by_importance and bias is None and importance is None:
         raise UserError("query_blocks choose the other blocks by importance: pass bias or importance")
+    if by_importance and importance is None and bias is not None and bias.shape != k.shape[:3]:
+        raise UserError(f"bias {tuple(bias.shape)} is not [B, S, K] = {list(k.shape[:3])}")
+    check_importance(importance if by_importance else None, k, block_size, keys)
     with torch.no_grad():
         grid = first = first_coarse = None
         if positions is not None:
@@ -171,7 +174,7 @@ def _select_windows(
             importance = None
         elif importance is None:
             assert bias is not None
-            importance = key_importance(bias, grid, block_size, size, stride)
+            importance = key_importance(bias.to(torch.promote_types(bias.dtype, torch.float32)), grid, block_size, size, stride)
         impl = resolve(impl, q)
         arguments = (
             q, means, coarse, importance, first, first_coarse, positions, keys, block_size, within_rows(selection.places, block_size, keys, impl),
@@ -181,6 +184,17 @@ def _select_windows(
             return _kernels().select_windows(*arguments)
         with torch.autocast(q.device.type, enabled=False):
             return windows_by_reference(*arguments)
+
+
+def check_importance(importance: Tensor | None, means: Tensor, block_size: int, columns: int) -> None:
+    """Raises `UserError` for one that is not fp32 (or wider) [B, N, K] with a block for each that may be chosen; means [B, ..., K, D]."""
+    if importance is None:
+        return
+    blocks, (batch, kv_heads) = columns // block_size, (means.shape[0], means.shape[2])
+    if importance.ndim != 3 or importance.shape[::2] != (batch, kv_heads) or importance.shape[1] < blocks:
+        raise UserError(f"importance {tuple(importance.shape)} is not [B, N, K] = [{batch}, at least {blocks}, {kv_heads}]")
+    if importance.dtype not in (torch.float32, torch.float64):
+        raise UserError(f"importance of {importance.dtype} must be float32: its differences order the blocks")
 
 
 def _kernels() -> Any:

@@ -12,6 +12,7 @@ from ssa.attention.selectors.means import MeansSelector
 from ssa.attention.selectors.selector import HeadShape, Kept
 from ssa.attention.state import CachedRows
 from ssa.budget import COARSER, Selection
+from ssa.errors import UserError
 
 
 class WindowsSelector(MeansSelector):
@@ -24,6 +25,10 @@ class WindowsSelector(MeansSelector):
         self.options = options
 
     def rule(self, selection: Selection) -> Selection:
+        if self.options["mean_size"] < 1:
+            raise UserError(
+                f"mean_size = {self.options['mean_size']} must be at least 1; for a mean of each block use the selector means"
+            )
         return replace(selection, **self.options)
 
     def select(self, inputs: AttentionInputs, call: AttentionCall) -> Tensor:
