@@ -109,7 +109,7 @@ def _windows(
         importance = None
     elif importance is None:
         raise UserError("query_blocks choose the other blocks by importance: pass importance")
-    check_importance(importance, means, selection.block_size, columns)
+    check_importance(importance, means, selection, columns)
     return (
         q, means, coarse, importance, lengths, selection.block_size, within_rows(selection.places, selection.block_size, columns, impl),
         selection.num_selected_blocks, window_numbers(selection), selection.scope, selection.scoring, _scale(q, scale),

@@ -150,7 +150,7 @@ def _select_windows(
         raise UserError("query_blocks choose the other blocks by importance: pass bias or importance")
     if by_importance and importance is None and bias is not None and bias.shape != k.shape[:3]:
         raise UserError(f"bias {tuple(bias.shape)} is not [B, S, K] = {list(k.shape[:3])}")
-    check_importance(importance if by_importance else None, k, block_size, keys)
+    check_importance(importance if by_importance else None, k, selection, keys)
     with torch.no_grad():
         grid = first = first_coarse = None
         if positions is not None:
@@ -186,11 +186,12 @@ def _select_windows(
             return windows_by_reference(*arguments)
 
 
-def check_importance(importance: Tensor | None, means: Tensor, block_size: int, columns: int) -> None:
+def check_importance(importance: Tensor | None, means: Tensor, selection: Selection, columns: int) -> None:
     """Raises `UserError` for one that is not fp32 (or wider) [B, N, K] with a block for each that may be chosen; means [B, ..., K, D]."""
     if importance is None:
         return
-    blocks, (batch, kv_heads) = columns // block_size, (means.shape[0], means.shape[2])
+    with_windows = -(-selection.num_windows(columns) // selection.windows_per_block)
+    blocks, (batch, kv_heads) = min(columns // selection.block_size, with_windows), (means.shape[0], means.shape[2])
     if importance.ndim != 3 or importance.shape[::2] != (batch, kv_heads) or importance.shape[1] < blocks:
         raise UserError(f"importance {tuple(importance.shape)} is not [B, N, K] = [{batch}, at least {blocks}, {kv_heads}]")
     if importance.dtype not in (torch.float32, torch.float64):
