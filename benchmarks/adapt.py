@@ -18,12 +18,10 @@ import functools
 import json
 import shutil
 import sys
-import time
-import traceback
 from pathlib import Path
 from typing import Any
 
-from evidence import check_texts, claimed, finish, trained
+from evidence import check_texts, finish, run_each, trained
 
 from ssa.analysis.analyze import analyze
 from ssa.config import load_recipe, override
@@ -73,37 +71,29 @@ def main() -> int:
     check_texts(args.data, args.wikitext)
     resolve_checkpoint(args.model)
     work = args.work or args.out / "runs"
-    args.out.mkdir(parents=True, exist_ok=True)
-    began, failed = time.time(), False
+    recipes = {}
     for name in names:
-        path = args.out / f"{name}.json"
         recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
-        recipe = dataclasses.replace(
+        recipes[name] = dataclasses.replace(
             recipe, data=dataclasses.replace(recipe.data, path=args.data), model=dataclasses.replace(recipe.model, init_from=str(args.model))
         )  # fmt: skip
-        run = work / name
+
+    def one(name: str, path: Path) -> str:
+        recipe, run = recipes[name], work / name
         report: dict[str, Any]
-        try:
-            with claimed(work, path, began) as reason:
-                if reason is not None:
-                    print(f"{name}: {reason}", flush=True)
-                    continue
-                if name == "before":
-                    shutil.rmtree(run, ignore_errors=True)
-                    shutil.copytree(args.model, run)
-                    report = {
-                        "name": name, "command": " ".join(["python", *sys.argv]), "seconds": {},
-                        "environment": {"versions": versions(), "git": git_state()},
-                    }  # fmt: skip
-                else:
-                    report = trained(name, recipe, run, path.with_suffix(".trained.json"))
-                measuring = finish(path, report, functools.partial(measure, run, args, recipe.data.context))
-        except Exception:  # the runs that follow are worth having all the same
-            failed = True
-            print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            continue
-        print(f"{name}: {report['seconds']['all']:.0f} s, of it {measuring:.0f} s measuring", flush=True)
-    return int(failed)
+        if name == "before":
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(args.model, run)
+            report = {
+                "name": name, "command": " ".join(["python", *sys.argv]), "seconds": {},
+                "environment": {"versions": versions(), "git": git_state()},
+            }  # fmt: skip
+        else:
+            report = trained(name, recipe, run, path.with_suffix(".trained.json"))
+        measuring = finish(path, report, functools.partial(measure, run, args, recipe.data.context))
+        return f"{report['seconds']['all']:.0f} s, of it {measuring:.0f} s measuring"
+
+    return run_each(names, args.out, work, one)
 
 
 if __name__ == "__main__":

@@ -230,6 +230,33 @@ def lean(value: Any, inside: bool = False) -> Any:
     return value if isinstance(value, (int, str, bool, type(None))) else str(value)
 
 
+def run_each(
+    names: list[str], out: Path, work: Path, one: Callable[[str, Path], str], late: Callable[[str, Path], bool] = lambda *_: False
+) -> int:
+    """The runs that no other process has, one after another; 1 where one failed. The others are worth having all the same.
+
+    Args:
+        one: Makes a run's JSON, of the name and path given, and says how it went.
+        late: There is no time left for it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    began, failed = time.time(), False
+    for name in names:
+        path = out / f"{name}.json"
+        if late(name, path):
+            print(f"{name}: no time left", flush=True)
+            continue
+        try:
+            with claimed(work, path, began) as reason:
+                said = one(name, path) if reason is None else reason
+        except Exception:
+            failed = True
+            print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            continue
+        print(f"{name}: {said}", flush=True)
+    return int(failed)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a prepared directory")
@@ -248,32 +275,27 @@ def main() -> int:
         parser.error(f"--runs {unknown[0]!r} is not one of {', '.join(RUNS)}")
     check_texts(args.data, args.wikitext, args.books)
     work = args.work or args.out / "runs"
-    args.out.mkdir(parents=True, exist_ok=True)
-    began, pace, failed = time.time(), 0.0, False
+    recipes = {}
     for name in names:
-        path = args.out / f"{name}.json"
         recipe = override(load_recipe(args.recipe), [*RUNS[name], *extra])
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=args.data))
         if args.steps:
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=args.steps))
-        late = time.time() - began + pace * cost(name) + (OVERHEAD if pace else 0.0) > args.seconds
-        if late and settled(work, path, began) is None:
-            print(f"{name}: no time left", flush=True)
-            continue
-        try:
-            with claimed(work, path, began) as reason:
-                if reason is not None:
-                    print(f"{name}: {reason}", flush=True)
-                    continue
-                report = trained(name, recipe, work / name, path.with_suffix(".trained.json"))
-                measuring = finish(path, report, functools.partial(measure, work / name, args, recipe))
-        except Exception:  # the runs that follow are worth having all the same
-            failed = True
-            print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            continue
+        recipes[name] = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=args.data))
+    began, pace = time.time(), 0.0
+
+    def late(name: str, path: Path) -> bool:
+        over = time.time() - began + pace * cost(name) + (OVERHEAD if pace else 0.0) > args.seconds
+        return over and settled(work, path, began) is None
+
+    def one(name: str, path: Path) -> str:
+        nonlocal pace
+        recipe = recipes[name]
+        report = trained(name, recipe, work / name, path.with_suffix(".trained.json"))
+        measuring = finish(path, report, functools.partial(measure, work / name, args, recipe))
         pace = max(pace, steady_seconds(report) / cost(name))
-        print(f"{name}: trained in {report['seconds']['train']:.0f} s, measured in {measuring:.0f} s", flush=True)
-    return int(failed)
+        return f"trained in {report['seconds']['train']:.0f} s, measured in {measuring:.0f} s"
+
+    return run_each(names, args.out, work, one, late)
 
 
 if __name__ == "__main__":

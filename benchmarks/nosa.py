@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence import check_texts, claimed, finish, trained
+from evidence import check_texts, finish, run_each, trained
 from torch import Tensor
 
 from ssa.analysis.analyze import analyze
@@ -33,6 +33,7 @@ from ssa.attention import AttentionInputs, AttentionRecord
 from ssa.budget import Selection
 from ssa.config import load_recipe, override
 from ssa.data.shards import TokenShards
+from ssa.errors import UserError
 from ssa.eval.evaluate import evaluate
 from ssa.infer.load import load_model
 from ssa.model import BlockCache
@@ -240,32 +241,19 @@ def main() -> int:
         parser.error(f"--runs {unknown[0]!r} is not one of {', '.join(RUNS)}")
     check_texts(args.data)
     work = args.work or args.out / "runs"
-    args.out.mkdir(parents=True, exist_ok=True)
-    began, failed = time.time(), False
-    for name in names:
-        path = args.out / f"{name}.json"
-        if time.time() - began > args.seconds:
-            print(f"{name}: no time left", flush=True)
-            continue
-        try:
-            with claimed(work, path, began) as reason:
-                if reason is not None:
-                    print(f"{name}: {reason}", flush=True)
-                    continue
-                recipe = recipe_of(name, args.data, extra, args.recipe)
-                report = trained(name, recipe, work / name, path.with_suffix(".trained.json"))
-                finish(
-                    path, report, functools.partial(measure, work / name, args.data, args.eval_tokens, args.out / f"{name}.npz")
-                )
-                print(
-                    f"{name}: {report['figures']['continued']} {report['figures']['trace']} {report['figures']['importance']}",
-                    flush=True,
-                )
-        except Exception as error:  # the runs that follow are worth having all the same
-            failed = True
-            print(f"{name}: failed: {error!r}", file=sys.stderr, flush=True)
-    return int(failed)
+    recipes = {name: recipe_of(name, args.data, extra, args.recipe) for name in names}
+    began = time.time()
+
+    def one(name: str, path: Path) -> str:
+        report = trained(name, recipes[name], work / name, path.with_suffix(".trained.json"))
+        finish(path, report, functools.partial(measure, work / name, args.data, args.eval_tokens, args.out / f"{name}.npz"))
+        return " ".join(str(report["figures"][part]) for part in ("continued", "trace", "importance"))
+
+    return run_each(names, args.out, work, one, lambda *_: time.time() - began > args.seconds)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

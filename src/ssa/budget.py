@@ -181,8 +181,12 @@ class Selection:
 
     def num_windows(self, tokens: int, coarser: int = 1) -> int:
         """Complete means of a document's first `tokens` tokens, or of means `coarser` times as large."""
-        size, stride = coarser * (self.mean_size or self.block_size), coarser * (self.mean_stride or self.block_size)
-        return max(0, tokens - size + stride) // stride
+        return num_windows(tokens, coarser * (self.mean_size or self.block_size), coarser * (self.mean_stride or self.block_size))
+
+
+def num_windows(tokens: int, size: int, stride: int) -> int:
+    """Windows of `size` tokens, one every `stride`, that end within so many tokens."""
+    return max(0, tokens - size + stride) // stride
 
 
 def released_rule_check(num_selected_blocks: int, block_size: int) -> None:

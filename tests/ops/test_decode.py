@@ -1,22 +1,14 @@
 """Decoding: the reference against selection and attention of every row alone, the Triton kernels against the reference (on the CPU
 by Triton's interpreter, or on the GPU named by SSA_TEST_DEVICE)."""
 
-import importlib.util
-import os
-
 import pytest
 import torch
+from marks import needs_triton, on_gpu
 
 from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.ops import block_means, block_sparse_attention, decode_attend, decode_attention, decode_select, select_blocks
 from ssa.testing import assert_near_exact, poisoned_empty
-
-on_gpu = os.environ.get("SSA_TEST_DEVICE", "cpu").startswith("cuda")
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or (torch.cuda.is_available() and not on_gpu),
-    reason="needs triton; with a GPU at hand the kernels are tested there: SSA_TEST_DEVICE=cuda",
-)
 
 
 def a_cache(lengths, starts=None, *, columns, queries=1, heads=4, kv_heads=2, size=16, block_size=4, dtype=torch.float32, biased=False, seed=0):  # fmt: skip

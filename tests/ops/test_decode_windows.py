@@ -1,38 +1,17 @@
 """Decoding with windows and importance: against selection and attention of whole rows; the Triton kernels against the reference (on the CPU by
 Triton's interpreter, or on the GPU named by SSA_TEST_DEVICE). What a row has not completed, and what it cannot choose, holds NaN."""
 
-import importlib.util
-import os
-
 import pytest
 import torch
+from marks import either, needs_triton, on_gpu, windows
 
-from ssa.budget import COARSER, Selection
+from ssa.budget import COARSER
 from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, decode_attend, decode_attention, decode_select, select_blocks
 from ssa.ops.windows import block_importance, window_means
 from ssa.testing import assert_near_exact, attention_oracle, poisoned_empty
 
-on_gpu = os.environ.get("SSA_TEST_DEVICE", "cpu").startswith("cuda")
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or (torch.cuda.is_available() and not on_gpu),
-    reason="needs triton; with a GPU at hand the kernels are tested there: SSA_TEST_DEVICE=cuda",
-)
-either = pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=needs_triton)])
 NAN = float("nan")
-
-
-def windows(count, block_size, size, stride, sinks=1, local=1, by_query=None, **more):
-    return Selection(
-        count,
-        block_size,
-        mean_size=size,
-        mean_stride=stride,
-        sink_blocks=sinks,
-        local_blocks=local,
-        query_blocks=by_query,
-        **more,
-    )
 
 
 def a_cache(selection, lengths, starts=None, *, columns, queries=1, heads=4, kv_heads=2, size=16, dtype=torch.float32, seed=0):
@@ -254,7 +233,7 @@ def test_any_strides():
 
 @needs_triton
 def test_the_operators_are_good_citizens_of_pytorch():
-    from ssa.ops.triton.decode import decode_select_windows_op, decode_windows_op
+    from ssa.ops.triton.decode_windows import decode_select_windows_op, decode_windows_op
 
     cache = a_cache(windows(5, 4, 4, 2, 1, 1, 1), [30, 9], [0, 20], columns=30)
     q, k, v, means, coarse, importance, lengths, starts, bias = (

@@ -1,19 +1,10 @@
 """Running means of blocks and windows: both implementations against means of the tokens themselves."""
 
-import importlib.util
-import os
-
 import pytest
 import torch
+from marks import either, needs_triton
 
 from ssa.ops.running_means import extend_means
-
-on_gpu = os.environ.get("SSA_TEST_DEVICE", "cpu").startswith("cuda")
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or (torch.cuda.is_available() and not on_gpu),
-    reason="needs triton; with a GPU at hand the kernels are tested there: SSA_TEST_DEVICE=cuda",
-)
-either = pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=needs_triton)])
 
 
 @either

@@ -1,11 +1,9 @@
 """Selection by windows of keys and by importance: the formulas row by row, documents, limits; the Triton kernels against the reference (on the
 CPU by Triton's interpreter, or on the GPU named by SSA_TEST_DEVICE)."""
 
-import importlib.util
-import os
-
 import pytest
 import torch
+from marks import needs_gpu, needs_triton, windows
 
 from ssa.budget import COARSER, Selection
 from ssa.errors import UserError
@@ -14,26 +12,7 @@ from ssa.ops.reference import select_windows as reference
 from ssa.ops.windows import block_importance, window_means
 from ssa.testing import LargestTensor, document_positions, poisoned_empty, random_qkv
 
-on_gpu = os.environ.get("SSA_TEST_DEVICE", "cpu").startswith("cuda")
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or (torch.cuda.is_available() and not on_gpu),
-    reason="needs triton; with a GPU at hand the kernels are tested there: SSA_TEST_DEVICE=cuda",
-)
-needs_gpu = pytest.mark.skipif(not on_gpu, reason="of a size for a GPU")
 INF = float("inf")
-
-
-def windows(count, block_size, size, stride, sinks=1, local=1, by_query=None, **more):
-    return Selection(
-        count,
-        block_size,
-        mean_size=size,
-        mean_stride=stride,
-        sink_blocks=sinks,
-        local_blocks=local,
-        query_blocks=by_query,
-        **more,
-    )
 
 
 def complete(x, i, size, stride):

@@ -2,21 +2,16 @@
 (on the CPU by Triton's interpreter, or on the GPU named by SSA_TEST_DEVICE)."""
 
 import importlib.util
-import os
 
 import pytest
 import torch
+from marks import needs_triton, on_gpu
 
 from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, select_blocks
 from ssa.testing import document_positions, poisoned_empty, random_qkv
 
-on_gpu = os.environ.get("SSA_TEST_DEVICE", "cpu").startswith("cuda")
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or (torch.cuda.is_available() and not on_gpu),
-    reason="needs triton; with a GPU at hand the kernels are tested there: SSA_TEST_DEVICE=cuda",
-)
 IMPLS = ["reference", pytest.param("triton", marks=needs_triton)]
 NAN = float("nan")
 

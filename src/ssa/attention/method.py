@@ -58,9 +58,10 @@ class AttentionMethod:
             return dense_attention(q, k, v, positions=call.positions_BT, cu_seqlens=call.cu_seqlens, bias=bias), None
         cached = inputs.cached
         if selector.fused and cached is not None and cached.few and resolve(call.impl, q) == "triton":
-            buffers, kept = cached.buffers(), selector.kept(cached, call.selection, room=True)
+            rule = selector.rule(call.selection)
+            buffers, kept = cached.buffers(), selector.kept(cached, rule, room=True)
             out, _, block_indices = decode_attention(
-                q, buffers.k_BSKD, buffers.v_BSKD, kept.means, buffers.lengths_B, selector.rule(call.selection), starts=buffers.starts_B,
+                q, buffers.k_BSKD, buffers.v_BSKD, kept.means, buffers.lengths_B, rule, starts=buffers.starts_B,
                 bias=buffers.bias_BSK, coarse_means=kept.coarse, importance=kept.importance, impl=call.impl,
             )  # fmt: skip
             return out, block_indices

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ssa.budget import Selection
+from ssa.budget import Selection, num_windows
 from ssa.ops.documents import block_within_rows
 from ssa.ops.running_means import extend_means
 from ssa.ops.windows import block_importance, window_means
@@ -102,7 +102,7 @@ class CachedRows:
     def windows(self, size: int, stride: int, room: bool = False) -> Tensor:
         """Means of the complete windows of keys, [B, W, K, D], as `means` has those of blocks."""
         [means] = self.state(("windows", size, stride), lambda: MeansState(size, stride, (0,))).sets
-        return means[:, : max(0, self._columns(room) - size + stride) // stride]
+        return means[:, : num_windows(self._columns(room), size, stride)]
 
     def importance(self, selection: Selection, room: bool = False) -> Tensor:
         """fp32 [B, N, K]: the largest of the bias's window means that touch a block, -inf where none is complete yet."""
@@ -142,7 +142,7 @@ class MeansState(SelectorState):
     def extend(self, buffers: list[Tensor], length: int, end: Tensor, start_B: Tensor) -> None:
         buffers = [buffers[i] for i in self.which]
         batch, heads, room, _ = buffers[0].shape
-        places = max(0, room - self.size + self.stride) // self.stride + 1
+        places = num_windows(room, self.size, self.stride) + 1
         if not self.sets or self.sets[0].shape[1] != places:
             grown = [x.new_zeros(batch, places, heads, x.shape[3]) for x in buffers]
             for new, old in zip(grown, self.sets, strict=False):

@@ -76,7 +76,7 @@ def decode_attention(
         windows = _windows(q, block_means, coarse_means, importance, lengths, selection, columns, scale, impl)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             if impl == "triton":
-                return _kernels().decode_windows(*windows, k, v, starts, bias)
+                return _kernels(True).decode_windows(*windows, k, v, starts, bias)
             indices = reference.decode_select_windows(*windows)
             return *reference.decode_attend(q, k, v, indices, lengths, starts, bias, None, block_size, _scale(q, scale)), indices
     block_size = block_within_rows(block_size, columns)
@@ -160,7 +160,7 @@ def decode_select(
     if selection.mean_size:
         windows = _windows(q, block_means, coarse_means, importance, lengths, selection, columns, scale, impl)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            return (_kernels() if impl == "triton" else reference).decode_select_windows(*windows)
+            return (_kernels(True) if impl == "triton" else reference).decode_select_windows(*windows)
     arguments = (
         q, block_means, lengths, selection.block_size, within_rows(selection.num_selected_blocks, selection.block_size, columns, impl),
         selection.scope, selection.scoring, selection.rule, _scale(q, scale),
@@ -257,8 +257,8 @@ def _check_rows(lengths: Tensor, starts: Tensor | None, batch: int, columns: int
             raise UserError(f"lengths (and starts) leave the cache: a row must lie within its {columns} columns")
 
 
-def _kernels() -> Any:
+def _kernels(windows: bool = False) -> Any:
     """Imported when they run: without triton the reference still does; by a statement, which torch.compile traces."""
-    from ssa.ops.triton import decode
+    from ssa.ops.triton import decode, decode_windows
 
-    return decode
+    return decode_windows if windows else decode

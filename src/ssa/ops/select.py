@@ -181,7 +181,7 @@ def _select_windows(
             selection.num_selected_blocks, window_numbers(selection), selection.scope, selection.scoring, scale,
         )  # fmt: skip
         if impl == "triton":
-            return _kernels().select_windows(*arguments)
+            return _kernels(True).select_windows(*arguments)
         with torch.autocast(q.device.type, enabled=False):
             return windows_by_reference(*arguments)
 
@@ -198,11 +198,11 @@ def check_importance(importance: Tensor | None, means: Tensor, selection: Select
         raise UserError(f"importance of {importance.dtype} must be float32: its differences order the blocks")
 
 
-def _kernels() -> Any:
+def _kernels(windows: bool = False) -> Any:
     """Imported when they run: without triton the reference still does; by a statement, which torch.compile traces."""
-    from ssa.ops.triton import select_windows
+    from ssa.ops.triton import select, select_windows
 
-    return select_windows
+    return select_windows if windows else select
 
 
 def window_numbers(selection: Selection) -> list[int]:

@@ -11,19 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssa.budget import Selection
+from ssa.budget import Selection, num_windows
 from ssa.ops.documents import BlockGrid
-from ssa.ops.reference.select_windows import window_scores
+from ssa.ops.reference.select_windows import best_of_blocks, window_scores
 
 
 def window_means(x: Tensor, size: int, stride: int) -> Tensor:
     """Means of the complete windows of plain rows, in x's dtype, summed in fp32 (fp64 for fp64).
 
-    x [B, S, K, D] -> [B, W, K, D], W = max(0, S - size + stride) // stride. Every key is read once.
+    x [B, S, K, D] -> [B, W, K, D], W = `num_windows` of S. Every key is read once.
     """
     batch, keys, heads, dim = x.shape
     ratio, wide = size // stride, torch.promote_types(x.dtype, torch.float32)
-    windows = max(0, keys - size + stride) // stride
+    windows = num_windows(keys, size, stride)
     if not windows:
         return x.new_empty(batch, 0, heads, dim)
     pieces = windows + ratio - 1
@@ -48,12 +48,7 @@ def block_importance(window_means_BWK: Tensor, per_block: int, before: int) -> T
 
     [B, W, K], -inf for a window that does not count -> [B, N, K], N = ceil(W / r): windows n * r - before ... n * r + r - 1 of block n.
     """
-    batch, windows, heads = window_means_BWK.shape
-    blocks = -(-windows // per_block)
-    padded = torch.nn.functional.pad(window_means_BWK, (0, 0, before, blocks * per_block - windows), value=float("-inf"))
-    if not blocks:
-        return padded.new_empty(batch, 0, heads)
-    return padded.unfold(1, per_block + before, per_block).amax(-1)
+    return best_of_blocks(window_means_BWK.transpose(1, 2), per_block, before).transpose(1, 2)
 
 
 def key_importance(bias: Tensor, grid: BlockGrid | None, block_size: int, size: int, stride: int) -> Tensor:
@@ -74,17 +69,12 @@ def key_importance(bias: Tensor, grid: BlockGrid | None, block_size: int, size: 
     return torch.where(grid.opens_document_BN[..., None], own, torch.maximum(own, tail))
 
 
-def block_scores(
-    q_BQHD: Tensor, means_BWKD: Tensor, first_BQ: Tensor, position_BQ: Tensor, selection: Selection, blocks: int
-) -> Tensor:
-    """By which blocks are chosen, of a few queries: [B, K, Q, N] in fp32, `first_BQ` the row block where a query's document begins. -inf where
+def block_scores(q_BQHD: Tensor, means_BWKD: Tensor, first_BQ: Tensor, position_BQ: Tensor, selection: Selection) -> Tensor:
+    """By which blocks are chosen, of a few queries: [B, K, Q, N] in fp32, N = ceil(W / r), `first_BQ` the row block where a query's document begins. -inf where
     no window is complete; the mean over query heads where each chooses for itself."""
-    per_block, before, kv_heads = selection.windows_per_block, selection.windows_before, means_BWKD.shape[2]
+    per_block, kv_heads = selection.windows_per_block, means_BWKD.shape[2]
     score = window_scores(
         q_BQHD, means_BWKD, None, first_BQ * per_block, first_BQ, position_BQ, selection.mean_size, selection.mean_stride, selection.scope,
         "softmax", q_BQHD.shape[-1] ** -0.5,
     )  # fmt: skip
-    score = score.unflatten(1, (kv_heads, -1)).mean(2)
-    missing = max(0, blocks * per_block - score.shape[-1])
-    score = torch.nn.functional.pad(score, (before, missing), value=float("-inf"))
-    return score.unfold(-1, per_block + before, per_block)[..., :blocks, :].amax(-1)
+    return best_of_blocks(score.unflatten(1, (kv_heads, -1)).mean(2), per_block, selection.windows_before)

@@ -124,7 +124,7 @@ class EvictionSelector(WindowsSelector):
             if means is None:
                 target_BKQN = _attention_mass(q_BQHD, k_BSKD, start_BQ, position_BQ, first_BQ, rule.block_size, blocks)
             else:
-                target_BKQN = block_scores(q_BQHD, means, first_BQ, position_BQ, rule, blocks)
+                target_BKQN = block_scores(q_BQHD, means, first_BQ, position_BQ, rule)
             target_BKQN = target_BKQN.float().masked_fill(~candidate_BQN[:, None], 0.0)
             total_BKQ = target_BKQN.sum(-1)
             asked_BKQ = (candidate_BQN.sum(-1) > 1)[:, None] & (total_BKQ > 0)

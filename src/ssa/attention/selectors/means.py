@@ -17,14 +17,14 @@ class MeansSelector(Selector):
     fused = True
 
     def select(self, inputs: AttentionInputs, call: AttentionCall) -> Tensor:
-        kept = None
+        kept, rule = None, self.rule(call.selection)
         if inputs.means is not None:
             kept = Kept(inputs.means.keys)
         elif inputs.cached is not None:
-            kept = self.kept(inputs.cached, call.selection)
+            kept = self.kept(inputs.cached, rule)
         means, coarse, importance = kept or (None, None, None)
         block_indices, _ = select_blocks(
-            inputs.q_BTHD, inputs.k_BSKD, self.rule(call.selection), positions=call.positions_BT, block_keys=means, coarse_keys=coarse,
+            inputs.q_BTHD, inputs.k_BSKD, rule, positions=call.positions_BT, block_keys=means, coarse_keys=coarse,
             bias=inputs.bias_BSK, importance=importance, impl=call.impl,
         )  # fmt: skip
         return block_indices

@@ -73,11 +73,11 @@ class Selector(nn.Module):
         self.rule(selection)
 
     def rule(self, selection: Selection) -> Selection:
-        """What it makes of a selection that names a budget."""
+        """What it makes of a selection that names a budget; of one that it has made, the same."""
         return selection
 
     def kept(self, cached: CachedRows, selection: Selection, room: bool = False) -> Kept:
-        """Of a fused selector: what its operation takes of cached tokens; with `room`, for as many as the buffers hold."""
+        """Of a fused selector: what its operation takes of cached tokens, by its rule; with `room`, for as many as the buffers hold."""
         raise NotImplementedError(f"{type(self).__name__} is fused and has no kept")
 
     def select(self, inputs: AttentionInputs, call: AttentionCall) -> Tensor:

@@ -25,6 +25,8 @@ class WindowsSelector(MeansSelector):
         self.options = options
 
     def rule(self, selection: Selection) -> Selection:
+        if selection.mean_size:
+            return selection
         if self.options["mean_size"] < 1:
             raise UserError(
                 f"mean_size = {self.options['mean_size']} must be at least 1; for a mean of each block use the selector means"
@@ -37,10 +39,9 @@ class WindowsSelector(MeansSelector):
         return super().select(inputs, call)
 
     def kept(self, cached: CachedRows, selection: Selection, room: bool = False) -> Kept:
-        rule = self.rule(selection)
-        size, stride = rule.mean_size, rule.mean_stride
-        coarse = cached.windows(COARSER * size, COARSER * stride, room) if rule.lse == "coarse" else None
-        importance = None if rule.query_blocks is None else cached.importance(rule, room)
+        size, stride = selection.mean_size, selection.mean_stride
+        coarse = cached.windows(COARSER * size, COARSER * stride, room) if selection.lse == "coarse" else None
+        importance = None if selection.query_blocks is None else cached.importance(selection, room)
         return Kept(cached.windows(size, stride, room), coarse, importance)
 
     def flops(self, selection: Selection, position_ids: Tensor) -> float:

@@ -60,7 +60,7 @@ def _select_windows(
             q_BTHD[:, cut], means_BWKD, coarse_BVKD, first_block_BT[:, cut] * per_block, first_coarse_BT[:, cut], position_BC,
             size, stride, scope, scoring, scale,
         )  # fmt: skip
-        score_BRCN = pad(score_BRCW, (before, 0), value=float("-inf")).unfold(-1, per_block + before, per_block).amax(-1)
+        score_BRCN = best_of_blocks(score_BRCW, per_block, before)
         number_BCN = block_N - first_block_BT[:, cut, None]
         # what is read anyway: the first blocks up to `lead`, those from `late` on
         lead_BC = torch.where(position_BC < dense, own_BC + 1, (own_BC + 1).clamp(max=sinks))
@@ -88,6 +88,15 @@ def _(q, means, coarse, importance, first_block, first_coarse, positions, num_ke
     selectors = q.shape[2] if scope == "head" else means.shape[2]
     indices = q.new_empty(q.shape[0], selectors, q.shape[1], places, dtype=torch.int32)
     return indices, torch.empty_like(indices, dtype=torch.float32)
+
+
+def best_of_blocks(x: Tensor, per_block: int, before: int) -> Tensor:
+    """[..., W] of windows -> [..., N], N = ceil(W / per_block): the best of those that touch a block, its own and the `before` before it."""
+    blocks = -(-x.shape[-1] // per_block)
+    if not blocks:
+        return x.new_empty(*x.shape[:-1], 0)
+    padded = pad(x, (before, blocks * per_block - x.shape[-1]), value=float("-inf"))
+    return padded.unfold(-1, per_block + before, per_block).amax(-1)
 
 
 def window_scores(

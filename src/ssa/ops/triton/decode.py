@@ -29,13 +29,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssa.budget import COARSER
 from ssa.ops.triton.largest import NOTHING, ordered, take_largest
 from ssa.ops.triton.launch import Plan, ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E, natural_log
 from ssa.ops.triton.online_softmax import LOWEST, load_lse, softmax_end, softmax_step, store_lse
 from ssa.ops.triton.operation import operation
-from ssa.ops.triton.select_windows import pick
 
 PART_KEYS = 1024
 """Keys that one program attends to."""
@@ -290,7 +288,7 @@ def _run(
     plan = plan_of(
         q, k, v, block_means, lengths, starts, bias, block_size, num_selected, scope, scoring, rule, PART_KEYS
     )  # fmt: skip
-    indices = _unfilled(q, k.shape[2], num_selected, scope)
+    indices = unfilled(q, k.shape[2], num_selected, scope)
     # the blocks that come before some query's own block are what there is to choose from
     choice = _score(
         plan, q, block_means, lengths, indices, (k.shape[1] - 1) // block_size, k.shape[1] // block_size, block_size, scoring, rule, scale
@@ -305,7 +303,7 @@ def _run_select(
     """See `ssa.ops.decode_select`."""
     q, block_means, lengths = contiguous_rows(q), contiguous_rows(block_means), lengths.contiguous()
     plan = plan_of(q, block_means, lengths, block_size, num_selected, scope, scoring, rule, "select")
-    indices = _unfilled(q, block_means.shape[2], num_selected, scope)
+    indices = unfilled(q, block_means.shape[2], num_selected, scope)
     blocks = block_means.shape[1]
     choice = _score(plan, q, block_means, lengths, indices, blocks, blocks, block_size, scoring, rule, scale)
     launch(
@@ -317,34 +315,7 @@ def _run_select(
     return indices
 
 
-def _run_windows(
-    q: Tensor, means: Tensor, coarse_means: Tensor | None, importance: Tensor | None, lengths: Tensor, block_size: int, places: int,
-    num_selected: int, windows: list[int], scope: str, scoring: str, scale: float, k: Tensor, v: Tensor, starts: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `ssa.ops.decode_attention`."""
-    q, k, v, means = (contiguous_rows(x) for x in (q, k, v, means))
-    coarse_means = None if coarse_means is None else contiguous_rows(coarse_means)
-    lengths, starts = lengths.contiguous(), None if starts is None else starts.contiguous()
-    choice = (block_size, places, num_selected, windows, scope, scoring, scale)
-    indices = _choose_windows(q, means, coarse_means, importance, lengths, *choice, k.shape[1])
-    plan = plan_of(q, k, v, indices, lengths, starts, bias, None, block_size, PART_KEYS, "attend")
-    return *_attend(plan, q, k, v, lengths, starts, bias, None, None, indices, block_size, scale), indices
-
-
-def _run_select_windows(
-    q: Tensor, means: Tensor, coarse_means: Tensor | None, importance: Tensor | None, lengths: Tensor, block_size: int, places: int,
-    num_selected: int, windows: list[int], scope: str, scoring: str, scale: float,
-) -> Tensor:  # fmt: skip
-    """See `ssa.ops.decode_select`."""
-    q, means = contiguous_rows(q), contiguous_rows(means)
-    coarse_means = None if coarse_means is None else contiguous_rows(coarse_means)
-    columns = means.shape[1] * windows[1] + windows[0] - 1
-    choice = (block_size, places, num_selected, windows, scope, scoring, scale)
-    return _choose_windows(q, means, coarse_means, importance, lengths.contiguous(), *choice, columns)
-
-
-def _run_attend(
+def run_attend(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, lengths: Tensor, starts: Tensor | None, bias: Tensor | None,
     slots: Tensor | None, block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -356,7 +327,7 @@ def _run_attend(
     return _attend(plan, q, k, v, lengths, starts, bias, slots, None, block_indices, block_size, scale)
 
 
-def _unfilled(q: Tensor, kv_heads: int, num_selected: int, scope: str) -> Tensor:
+def unfilled(q: Tensor, kv_heads: int, num_selected: int, scope: str) -> Tensor:
     """int32 [B, R, T, M]"""
     selectors = q.shape[2] if scope == "head" else kv_heads
     return torch.empty(q.shape[0], selectors, q.shape[1], num_selected, dtype=torch.int32, device=q.device)
@@ -389,18 +360,18 @@ def _score(
     rows = batch * selectors * queries
     places = power_of_two(num_selected)
     released = rule == "released" and num_selected > max(1, block_size // 2)
-    scored = _Scored.of(q, block_means, max(candidates, complete))
+    scored = Scored.of(q, block_means, max(candidates, complete))
     # about as many families as blocks in those chosen; the released rule tells chunks of `block_size` blocks apart
     family = max(1, min(scored.span, power_of_two(math.isqrt(max(candidates, complete) // places) + 1) // 2))
     family = math.gcd(family, block_size) if released else family
     pitch = scored.spans * scored.span
-    scores, tops = _workspace(q, rows, pitch), _workspace(q, rows, pitch // family)
-    families = _workspace(q, rows, places, dtype=torch.int32)
+    scores, tops = workspace(q, rows, pitch), workspace(q, rows, pitch // family)
+    families = workspace(q, rows, places, dtype=torch.int32)
     scored.launch(plan, q, block_means, lengths, scores, tops, block_size, selectors, scoring, scale, family)
     return _Choice(family, pitch, scores, tops, families, released)
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
     """How the means of a cache are shared out among programs."""
 
     together: int
@@ -411,7 +382,7 @@ class _Scored(NamedTuple):
     warps: int
 
     @classmethod
-    def of(cls, q: Tensor, means: Tensor, count: int, least: int = 16) -> _Scored:
+    def of(cls, q: Tensor, means: Tensor, count: int, least: int = 16) -> Scored:
         """Of at most `count` means, `least` or more a program."""
         _, queries, heads, size = q.shape
         per_kv = heads // means.shape[2]
@@ -426,7 +397,7 @@ class _Scored(NamedTuple):
     def launch(
         self, plan: Plan | None, q: Tensor, means: Tensor, lengths: Tensor, scores: Tensor | None, tops: Tensor, block_size: int,
         selectors: int, scoring: str, scale: float, family: int, windows: tuple[int, int, int] | None = None,
-        coarse: tuple[Tensor, _Scored] | None = None, sums_alone: bool = False,
+        coarse: tuple[Tensor, Scored] | None = None, sums_alone: bool = False,
     ) -> Tensor | None:  # fmt: skip
         """Writes scores unless it is for the heads' sums alone; returns those. `windows`: size, stride, local blocks."""
         batch, queries, heads, size = q.shape
@@ -450,43 +421,6 @@ class _Scored(NamedTuple):
         return sums
 
 
-def _choose_windows(
-    q: Tensor, means: Tensor, coarse_means: Tensor | None, importance: Tensor | None, lengths: Tensor, block_size: int, places: int,
-    num_selected: int, windows: list[int], scope: str, scoring: str, scale: float, columns: int,
-) -> Tensor:  # fmt: skip
-    """int32 [B, R, T, M]; `columns`: the most tokens of a row."""
-    size, stride, _, local, _, _ = windows
-    batch, queries = q.shape[:2]
-    kv_heads, per_block = means.shape[2], block_size // stride
-    indices = _unfilled(q, kv_heads, places, scope)
-    layout = (
-        q, means, coarse_means, importance, lengths, block_size, places, num_selected, *windows, scope, scoring, columns
-    )  # fmt: skip
-    plan = plan_of(*layout, "windows")
-    softmax, selectors = scoring == "softmax", indices.shape[1]
-    scored = _Scored.of(q, means, max(0, columns - size + stride) // stride, per_block)
-    pitch = scored.spans * scored.span // per_block
-    tops = _workspace(q, batch * selectors, queries, 2 * pitch)
-    coarse = None
-    if coarse_means is not None and softmax and coarse_means.shape[1]:
-        wide = _Scored.of(q, coarse_means, coarse_means.shape[1])
-        apart = (COARSER * size, COARSER * stride, 0)
-        # of the same kernel, launched another way
-        sums = wide.launch(
-            plan_of(*layout, "coarse"), q, coarse_means, lengths, None, tops, apart[1], selectors, scoring, scale, 1, apart, sums_alone=True
-        )  # fmt: skip
-        assert sums is not None
-        coarse = sums, wide
-    scored.launch(
-        plan, q, means, lengths, None, tops, block_size, selectors, scoring, scale, per_block, (size, stride, local), coarse
-    )
-    pick(
-        plan, tops, pitch, importance, None, None, lengths, indices, None, 0, queries, columns, kv_heads, block_size, num_selected, windows,
-        True,
-    )  # fmt: skip
-    return indices
-
-
 def _attend(
     plan: Plan | None, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, bias: Tensor | None, slots: Tensor | None,
     choice: _Choice | None, indices: Tensor, block_size: int, scale: float,
@@ -498,11 +432,11 @@ def _attend(
     part = min(ceil_div(budget, columns) * columns, PART_KEYS)
     parts = ceil_div(budget, part)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = _workspace(q, batch, queries, heads)
+    lse = workspace(q, batch, queries, heads)
     part_out, part_lse = out, lse
     if parts > 1:
-        part_out = _workspace(q, batch, queries, heads, parts, size)
-        part_lse = _workspace(q, batch, queries, heads, parts, 1 if bias is None else 2)
+        part_out = workspace(q, batch, queries, heads, parts, size)
+        part_lse = workspace(q, batch, queries, heads, parts, 1 if bias is None else 2)
     scored = _Choice() if choice is None else choice
     launch(
         plan, _attend_kernel, (batch * indices.shape[1] * queries, parts),
@@ -530,7 +464,7 @@ def _geometry(q: Tensor, kv_heads: int, indices: Tensor, block_size: int, choice
     )  # fmt: skip
 
 
-def _workspace(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def workspace(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
@@ -554,46 +488,17 @@ def _tile(size: int, dtype: torch.dtype) -> int:
 
 decode_attention_op = torch.library.custom_op("ssa::decode_attention", _run, mutates_args=())
 decode_select_op = torch.library.custom_op("ssa::decode_select", _run_select, mutates_args=())
-decode_windows_op = torch.library.custom_op("ssa::decode_windows", _run_windows, mutates_args=())
-decode_select_windows_op = torch.library.custom_op("ssa::decode_select_windows", _run_select_windows, mutates_args=())
-decode_attend_op = torch.library.custom_op("ssa::decode_attend", _run_attend, mutates_args=())
+decode_attend_op = torch.library.custom_op("ssa::decode_attend", run_attend, mutates_args=())
 
 
 @decode_attention_op.register_fake
 def _(q, k, v, block_means, lengths, starts, bias, block_size, num_selected, scope, scoring, rule, scale):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), _unfilled(q, k.shape[2], num_selected, scope)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), unfilled(q, k.shape[2], num_selected, scope)
 
 
 @decode_select_op.register_fake
 def _(q, block_means, lengths, block_size, num_selected, scope, scoring, rule, scale):
-    return _unfilled(q, block_means.shape[2], num_selected, scope)
-
-
-@decode_windows_op.register_fake
-def _(
-    q,
-    means,
-    coarse_means,
-    importance,
-    lengths,
-    block_size,
-    places,
-    num_selected,
-    windows,
-    scope,
-    scoring,
-    scale,
-    k,
-    v,
-    starts,
-    bias,
-):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), _unfilled(q, k.shape[2], places, scope)
-
-
-@decode_select_windows_op.register_fake
-def _(q, means, coarse_means, importance, lengths, block_size, places, num_selected, windows, scope, scoring, scale):
-    return _unfilled(q, means.shape[2], places, scope)
+    return unfilled(q, block_means.shape[2], num_selected, scope)
 
 
 @decode_attend_op.register_fake
@@ -603,6 +508,4 @@ def _(q, k, v, block_indices, lengths, starts, bias, slots, block_size, scale):
 
 decode_attention = operation(decode_attention_op, _run)
 decode_select = operation(decode_select_op, _run_select)
-decode_windows = operation(decode_windows_op, _run_windows)
-decode_select_windows = operation(decode_select_windows_op, _run_select_windows)
-decode_attend = operation(decode_attend_op, _run_attend)
+decode_attend = operation(decode_attend_op, run_attend)

@@ -18,7 +18,7 @@ from ssa.ops.triton.largest import NOTHING, ordered, take_largest
 from ssa.ops.triton.launch import Plan, ceil_div, contiguous_rows, launch, plan_of, power_of_two
 from ssa.ops.triton.numerics import LOG2E
 from ssa.ops.triton.operation import operation
-from ssa.ops.triton.select import BOUND_TILE, SCORE_BYTES, SCORE_TILE, _bound_kernel, _score_kernel, select_blocks
+from ssa.ops.triton.select import BOUND_TILE, SCORE_BYTES, SCORE_TILE, _bound_kernel, _score_kernel
 
 
 @triton.jit(do_not_specialize=["slab_start", "N"])
@@ -194,5 +194,4 @@ def _(q, means, coarse, importance, first_block, first_coarse, positions, num_ke
     return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.float32)
 
 
-__all__ = ["pick", "select_blocks", "select_windows"]
 select_windows = operation(select_windows_op, _run)
