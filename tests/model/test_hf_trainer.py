@@ -140,16 +140,24 @@ def test_a_resumed_run_draws_the_same_streams(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["ssa", "full"])
-def test_uneven_micro_batches_add_up_to_the_batch(tmp_path, method):
-    """Targets count alike wherever they stand, and so do the tokens of the alignment, equally many in each row here."""
+DISTILLED = {
+    "selector": "eviction", "num_selected_blocks": 5,
+    "selector_options": {
+        "mean_size": 4, "mean_stride": 2, "local_blocks": 1, "query_blocks": 1, "eviction_loss_weight": 5.0, "eviction_loss_every": 8,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method, fields", [("ssa", {}), ("full", {}), ("moba", DISTILLED), ("ssa", DISTILLED)])
+def test_uneven_micro_batches_add_up_to_the_batch(tmp_path, method, fields):
+    """Targets count alike wherever they stand, and so do the tokens of the alignment and of a selector's loss, equally many in each row here."""
     rows, losses, found = Uneven(whole_rows=True), [], []
     for per_pass, accumulation in ((4, 1), (1, 4)):
-        gradients, loss = gradients_of_trainer(tmp_path, tiny_model(method), rows, per_pass, accumulation)
+        gradients, loss = gradients_of_trainer(tmp_path, tiny_model(method, **fields), rows, per_pass, accumulation)
         found.append(gradients[0]), losses.append(loss[0])
     assert_same_gradients(found[1], found[0])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert_same_gradients(found[0], step_gradients(tiny_model(method), [[document] for document in rows.documents]))
+    assert_same_gradients(found[0], step_gradients(tiny_model(method, **fields), [[document] for document in rows.documents]))
 
 
 COLLATORS = {
