@@ -42,7 +42,7 @@ from ssa.ops import (
     window_attention,
 )
 from ssa.ops.cross_entropy import linear_cross_entropy
-from ssa.ops.running_means import extend_means
+from ssa.ops.cached_means import extend_means
 from ssa.ops.windows import key_importance, window_means
 from ssa.testing import document_positions, random_qkv
 
@@ -81,9 +81,8 @@ def decode(heads: int, kv_heads: int, size: int, block: int, k: int, dtype: torc
     keys = blocks * block + 3
     q, key, v = (x.detach() for x in random_qkv(2, 2, keys, heads, kv_heads, size, dtype=dtype))
     means = [torch.zeros(2, blocks + 1, kv_heads, size, dtype=dtype, device=q.device) for _ in range(2)]
-    sums = [torch.zeros(2, kv_heads, 1, size, dtype=torch.float32, device=q.device) for _ in range(2)]
     starts = torch.tensor([0, block + 1], device=q.device)
-    extend_means([key, v], means, sums, torch.tensor(keys, device=q.device), starts, block, block, impl="triton")
+    extend_means([key, v], means, torch.tensor(keys, device=q.device), starts, 3, block, block, impl="triton")
     out, _, _ = decode_attention(q, key, v, means[0], keys - starts, Selection(k, block), starts=starts, impl="triton")
     _finite([out])
 
@@ -100,8 +99,7 @@ def windows(heads: int, kv_heads: int, size: int, dtype: torch.dtype, lse: Liter
     ends, starts = torch.tensor(133, device=q.device), torch.tensor([0, 17], device=q.device)
     for x, more in ((key, {}), (bias, {"importance": importance, "block_size": 16})):
         kept = [torch.zeros(2, 33, kv_heads, x.shape[3], dtype=x.dtype, device=q.device)]
-        sums = [torch.zeros(2, kv_heads, 2, x.shape[3], dtype=torch.float32, device=q.device)]
-        extend_means([x], kept, sums, ends, starts, 8, 4, impl="triton", **more)
+        extend_means([x], kept, ends, starts, 21, 8, 4, impl="triton", **more)
     out, _, _ = decode_attention(
         q[:, -2:], key, v, means, 133 - starts, selection, starts=starts, bias=bias[..., 0], coarse_means=coarse,
         importance=importance, impl="triton",

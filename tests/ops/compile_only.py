@@ -41,7 +41,7 @@ from ssa.ops import (
     window_attention,
 )
 from ssa.ops.cross_entropy import linear_cross_entropy
-from ssa.ops.running_means import extend_means
+from ssa.ops.cached_means import extend_means
 from ssa.ops.triton import key_side, reader_lists
 
 shared: dict[str, int] = {}
@@ -142,18 +142,13 @@ def vocabulary(tokens=64, width=32, words=1000):
     linear_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.int64), impl="triton").sum().backward()
 
 
-def running_means(kv_heads, size):
+def cached_means(kv_heads, size):
     k, v = torch.zeros(2, 1, 99, kv_heads, size, dtype=torch.bfloat16)
-    means = [torch.zeros(1, 9, kv_heads, size, dtype=torch.bfloat16) for _ in range(2)]
-    sums = [torch.zeros(1, kv_heads, 1, size) for _ in range(2)]
-    extend_means([k, v], means, sums, torch.tensor(9), torch.tensor([0]), 16, 16, impl="triton")
-    sums = [torch.zeros(1, kv_heads, 2, size)]
-    extend_means([k], means[:1], sums, torch.tensor(9), torch.tensor([0]), 16, 8, impl="triton")
-    bias, sums, importance = torch.zeros(1, 99, kv_heads, 1), [torch.zeros(1, kv_heads, 2, 1)], torch.zeros(1, 7, kv_heads)
-    means = [torch.zeros(1, 12, kv_heads, 1)]
-    extend_means(
-        [bias], means, sums, torch.tensor(9), torch.tensor([0]), 16, 8, importance=importance, block_size=16, impl="triton"
-    )
+    means = [torch.zeros(1, 13, kv_heads, size, dtype=torch.bfloat16) for _ in range(2)]
+    extend_means([k, v], means, torch.tensor(9), torch.tensor([0]), 1, 16, 16, impl="triton")
+    extend_means([k], means[:1], torch.tensor(9), torch.tensor([0]), 1, 16, 8, impl="triton")
+    bias, importance, means = torch.zeros(1, 99, kv_heads, 1), torch.zeros(1, 7, kv_heads), [torch.zeros(1, 12, kv_heads, 1)]
+    extend_means([bias], means, torch.tensor(9), torch.tensor([0]), 1, 16, 8, importance=importance, block_size=16, impl="triton")
 
 
 def windows(heads, kv_heads, size, tokens, packed=False, queries=1, dtype=torch.bfloat16, **more):
@@ -204,7 +199,7 @@ def main(capability: int, what: str) -> None:
 def every(everything: bool) -> None:
     sparse(32, 2, 64, 16, 16)
     decode(32, 2, 64, 16, 16, columns=131072)
-    running_means(2, 64)
+    cached_means(2, 64)
     vocabulary()
     sparse(8, 2, 128, 16, 64, tokens=2048, packed=True, bias=True)  # from the key side
     sparse(8, 2, 128, 8, 128, tokens=2048)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from ssa.budget import AttentionMode, Selection
+from ssa.ops import decode_dense
 
 if TYPE_CHECKING:
     from ssa.attention.state import BlockMeans, CachedRows
@@ -54,6 +55,17 @@ class AttentionInputs:
     """Where earlier tokens are cached: what is kept of them."""
     means: BlockMeans | None = None
     """Where one of the method's branches has pooled the blocks already."""
+
+
+    def dense_step(self, impl: str, window: int | None = None) -> Tensor:
+        """Dense attention of a few queries to what is cached, [B, T, H, D]."""
+        assert self.cached is not None
+        buffers = self.cached.buffers()
+        out, _ = decode_dense(
+            self.q_BTHD, buffers.k_BSKD, buffers.v_BSKD, buffers.lengths_B, starts=buffers.starts_B, bias=buffers.bias_BSK, window=window,
+            impl=impl,
+        )  # fmt: skip
+        return out
 
 
 class MethodOutput(NamedTuple):

@@ -54,10 +54,14 @@ class AttentionMethod:
     ) -> tuple[Tensor, Tensor | None]:
         """The stream `mode`: (out [B, T, H, D], block_indices or None)."""
         q, k, v, bias = inputs.q_BTHD, inputs.k_BSKD, inputs.v_BSKD, inputs.bias_BSK
+        cached = inputs.cached
+        few = cached is not None and cached.few and resolve(call.impl, q) == "triton"
+        if mode == "full" and few:
+            return inputs.dense_step(call.impl), None
         if mode == "full":
             return dense_attention(q, k, v, positions=call.positions_BT, cu_seqlens=call.cu_seqlens, bias=bias), None
-        cached = inputs.cached
-        if selector.fused and cached is not None and cached.few and resolve(call.impl, q) == "triton":
+        if selector.fused and few:
+            assert cached is not None
             rule = selector.rule(call.selection)
             buffers, kept = cached.buffers(), selector.kept(cached, rule, room=True)
             out, _, block_indices = decode_attention(

@@ -16,24 +16,32 @@ from ssa.attention.method import AttentionMethod
 from ssa.attention.selectors.selector import Selector
 from ssa.attention.state import BlockMeans
 from ssa.budget import Selection
-from ssa.ops import block_means, compressed_attention, gated_sum, window_attention
+from ssa.ops import block_means, compressed_attention, decode_dense, gated_sum, window_attention
+from ssa.ops.implementations import resolve
 
 
 class NSA(AttentionMethod):
     def __call__(self, selector: Selector, inputs: AttentionInputs, call: AttentionCall) -> MethodOutput:
         q, k, v, gates = inputs.q_BTHD, inputs.k_BSKD, inputs.v_BSKD, inputs.gates_BTHG
         block_size = call.selection.block_size
+        cached = inputs.cached
+        few = cached is not None and cached.few and resolve(call.impl, q) == "triton"
         means = None  # made once, for the compression and for the selection
-        if inputs.cached is not None:
-            means = inputs.cached.means(block_size)
+        if cached is not None:
+            means = cached.means(block_size, room=few)
         elif call.positions_BT is None:
             means = BlockMeans(block_means(k, block_size), block_means(v, block_size))
         inputs = replace(inputs, means=means)
-        compressed, _ = compressed_attention(
-            q, k, v, block_size=block_size, positions=call.positions_BT, means=means, impl=call.impl
-        )
+        if few:
+            assert cached is not None and means is not None
+            compressed, _ = decode_dense(q, *means, cached.buffers().lengths_B, per=block_size, impl=call.impl)
+            window = inputs.dense_step(call.impl, self.window_size)
+        else:
+            compressed, _ = compressed_attention(
+                q, k, v, block_size=block_size, positions=call.positions_BT, means=means, impl=call.impl
+            )
+            window = window_attention(q, k, v, window=self.window_size, positions=call.positions_BT, impl=call.impl)
         selected, block_indices = self.attend(call.mode, selector, inputs, call)
-        window = window_attention(q, k, v, window=self.window_size, positions=call.positions_BT, impl=call.impl)
         branches = [compressed, selected, window]
         out = compressed + selected + window if gates is None else gated_sum(branches, gates, impl=call.impl)
         return MethodOutput(out, selected, block_indices, None)

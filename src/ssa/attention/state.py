@@ -11,14 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ssa.budget import Selection, num_windows
 from ssa.ops.documents import block_within_rows
-from ssa.ops.running_means import extend_means
-from ssa.ops.windows import block_importance, window_means
+from ssa.ops.cached_means import extend_means
 
 
 class BlockMeans(NamedTuple):
@@ -105,7 +102,8 @@ class CachedRows:
         return means[:, : num_windows(self._columns(room), size, stride)]
 
     def importance(self, selection: Selection, room: bool = False) -> Tensor:
-        """fp32 [B, N, K]: the largest of the bias's window means that touch a block, -inf where none is complete yet."""
+        """fp32 [B, N, K]: the largest of the bias's window means that touch a block; of a block whose windows are not all complete, which no
+        query chooses by importance, undefined."""
         size, stride, block = selection.mean_size, selection.mean_stride, selection.block_size
         state = self.state(("importance", size, stride, block), lambda: ImportanceState(size, stride, block))
         return state.importance[:, : -(-self._columns(room) // block)]
@@ -115,10 +113,7 @@ class CachedRows:
 
 
 class MeansState(SelectorState):
-    """Means of windows of `size` keys, one every `stride`, over the first `length` cached tokens, and sums of the windows still open.
-
-    size = stride: means of blocks.
-    """
+    """Means of windows of `size` keys, one every `stride`, over the first `length` cached tokens. size = stride: means of blocks."""
 
     def __init__(self, size: int, stride: int, which: tuple[int, ...]) -> None:
         super().__init__()
@@ -126,65 +121,28 @@ class MeansState(SelectorState):
         self.which = which
         """Of which of the cache's buffers: keys, values, bias."""
         self.sets: list[Tensor] = []
-        """[B, W + 1, K, D] each; nobody reads the last place."""
-        self.sums: list[Tensor] = []
-        """fp32 [B, K, size / stride, D]: sums over each row's last stretches of `stride` tokens, stretch p at p % (size / stride); where
-        `summed`."""
-        self.summed = False
+        """[B, W, K, D] each."""
 
     def crop(self, length: int) -> None:
-        self.summed = False
+        """Means of windows that are no longer complete are never read, and written anew when they are."""
 
     def take(self, rows: Tensor) -> None:
         self.sets = [taken(x, rows, x.shape[1], 1) for x in self.sets]
-        self.sums = [taken(x, rows, x.shape[1], 1) for x in self.sums]
 
     def extend(self, buffers: list[Tensor], length: int, end: Tensor, start_B: Tensor) -> None:
-        buffers = [buffers[i] for i in self.which]
-        batch, heads, room, _ = buffers[0].shape
-        places = num_windows(room, self.size, self.stride) + 1
-        if not self.sets or self.sets[0].shape[1] != places:
-            grown = [x.new_zeros(batch, places, heads, x.shape[3]) for x in buffers]
+        given = [buffers[i].transpose(1, 2) for i in self.which]
+        batch, room, heads, _ = given[0].shape
+        windows = num_windows(room, self.size, self.stride)
+        if not self.sets or self.sets[0].shape[1] != windows:
+            grown = [x.new_zeros(batch, windows, heads, x.shape[3]) for x in given]
             for new, old in zip(grown, self.sets, strict=False):
-                new[:, : old.shape[1] - 1] = old[:, :-1]
+                new[:, : old.shape[1]] = old
             self.sets = grown
-        if not self.sums:
-            wide = torch.promote_types(buffers[0].dtype, torch.float32)
-            self.sums = [x.new_zeros(batch, heads, self.size // self.stride, x.shape[3], dtype=wide) for x in buffers]
-        if self.summed and length == self.length + 1:
-            self._add_token([x.transpose(1, 2) for x in buffers], end, start_B)
-        elif length > self.length:
-            self._add_tokens(buffers, length - self.length, end, start_B)
+        if length > self.length:
+            self._extend(given, length - self.length, end, start_B)
 
-    def _add_token(self, buffers: list[Tensor], end: Tensor, start_B: Tensor) -> None:
-        extend_means(buffers, self.sets, self.sums, end, start_B, self.size, self.stride)
-
-    def _add_tokens(self, buffers: list[Tensor], new: int, end: Tensor, start_B: Tensor) -> None:
-        """The windows that the last `new` tokens complete, and the sums of those they leave open."""
-        size, stride, ratio, room = self.size, self.stride, self.size // self.stride, buffers[0].shape[2]
-        device, tokens_B = end.device, end - start_B
-        begun_B, done_B = self._complete((tokens_B - new).clamp(min=0)), self._complete(tokens_B)
-        most = new // stride + 1
-        window_BW = begun_B[:, None] + torch.arange(most, device=device)
-        # Rows complete different numbers of windows; what is not complete yet goes to the last place, which nobody reads.
-        place_BW = torch.where(window_BW < done_B[:, None], window_BW, self.sets[0].shape[1] - 1)
-        rows = torch.arange(len(start_B), device=device)
-        first_B = start_B + begun_B * stride
-        column_BC = (first_B[:, None] + torch.arange((most + ratio - 1) * stride, device=device)).clamp(0, room - 1)
-        stretch_BR = (tokens_B // stride)[:, None] - torch.arange(ratio, device=device)
-        tail_BRs = (start_B[:, None] + stretch_BR * stride)[..., None] + torch.arange(stride, device=device)
-        inside_BRs = (stretch_BR[..., None] >= 0) & (tail_BRs < end)
-        for means, total, x in zip(self.sets, self.sums, buffers, strict=True):
-            x_BSKD = x.transpose(1, 2)
-            means[rows[:, None], place_BW] = window_means(x_BSKD[rows[:, None], column_BC], size, stride)
-            rest_BRsKD = x_BSKD[rows[:, None, None], tail_BRs.clamp(0, room - 1)]
-            rest_BRKD = torch.where(inside_BRs[..., None, None], rest_BRsKD, 0).sum(2, dtype=total.dtype)
-            total.transpose(1, 2)[rows[:, None], stretch_BR % ratio] = rest_BRKD
-        self.summed = True
-
-    def _complete(self, tokens_B: Tensor) -> Tensor:
-        """Windows that end within so many tokens."""
-        return (tokens_B - self.size + self.stride).clamp(min=0) // self.stride
+    def _extend(self, given: list[Tensor], new: int, end: Tensor, start_B: Tensor) -> None:
+        extend_means(given, self.sets, end, start_B, new, self.size, self.stride)
 
 
 class ImportanceState(MeansState):
@@ -201,29 +159,17 @@ class ImportanceState(MeansState):
         if self.importance is not None:
             self.importance = taken(self.importance, rows, self.importance.shape[1], 1)
 
-    def _add_token(self, buffers: list[Tensor], end: Tensor, start_B: Tensor) -> None:
-        if self.importance.shape[1] != -(-buffers[0].shape[1] // self.block_size):
-            self._pool(buffers[0].shape[1], end - 1, start_B)
+    def _extend(self, given: list[Tensor], new: int, end: Tensor, start_B: Tensor) -> None:
+        batch, room, heads, _ = given[0].shape
+        blocks = -(-room // self.block_size)
+        if self.importance is None or self.importance.shape[1] != blocks:
+            grown = given[0].new_full((batch, blocks, heads), float("-inf"))
+            if self.importance is not None:
+                grown[:, : self.importance.shape[1]] = self.importance
+            self.importance = grown
         extend_means(
-            buffers, self.sets, self.sums, end, start_B, self.size, self.stride, importance=self.importance, block_size=self.block_size
+            given, self.sets, end, start_B, new, self.size, self.stride, importance=self.importance, block_size=self.block_size
         )  # fmt: skip
-
-    def _add_tokens(self, buffers: list[Tensor], new: int, end: Tensor, start_B: Tensor) -> None:
-        super()._add_tokens(buffers, new, end, start_B)
-        self._pool(buffers[0].shape[2], end, start_B)
-
-    def _pool(self, room: int, end: Tensor, start_B: Tensor) -> None:
-        """Anew, of the first `end` columns; in place where there is room for as many blocks as before."""
-        means_BWK = self.sets[0][:, :-1, :, 0]
-        complete_BW = torch.arange(means_BWK.shape[1], device=end.device) < self._complete((end - start_B).clamp(min=0))[:, None]
-        means_BWK = means_BWK.masked_fill(~complete_BW[..., None], float("-inf"))
-        per_block, blocks = self.block_size // self.stride, -(-room // self.block_size)
-        # the last window may end in a block where none starts
-        means_BWK = pad(means_BWK, (0, 0, 0, blocks * per_block - means_BWK.shape[1]), value=float("-inf"))
-        found = block_importance(means_BWK, per_block, self.size // self.stride - 1)
-        if self.importance is None or self.importance.shape != found.shape:
-            self.importance = found.new_empty(found.shape)
-        self.importance.copy_(found)
 
 
 def taken(x: Tensor, rows: Tensor, length: int, dim: int) -> Tensor:

@@ -4,7 +4,7 @@ from ssa.ops.align import gated_alignment, gated_sum
 from ssa.ops.block_sparse import block_sparse_attention
 from ssa.ops.compress import compressed_attention
 from ssa.ops.cross_entropy import linear_cross_entropy
-from ssa.ops.decode import decode_attend, decode_attention, decode_select
+from ssa.ops.decode import decode_attend, decode_attention, decode_dense, decode_select
 from ssa.ops.dense import dense_attention
 from ssa.ops.implementations import chosen_implementation
 from ssa.ops.select import block_means, select_blocks
@@ -17,6 +17,7 @@ __all__ = [
     "compressed_attention",
     "decode_attend",
     "decode_attention",
+    "decode_dense",
     "decode_select",
     "dense_attention",
     "gated_alignment",

@@ -226,6 +226,51 @@ def decode_attend(
             return reference.decode_attend(*arguments)
 
 
+def decode_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    *,
+    starts: Tensor | None = None,
+    bias: Tensor | None = None,
+    window: int | None = None,
+    per: int = 1,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Dense attention for the last T tokens of each row of a cache, beside `decode_attention`: nothing about lengths is asked of the device.
+
+    Args:
+        q, k, v, lengths, starts, bias, scale, impl: as for `decode_attention`.
+        window: read only the last `window` keys, own included; None = all.
+        per: a key of k stands for so many tokens of the row, and is read by queries from the last of them on: with block means as k and v this
+            is NSA's compression branch. Then S is a number of blocks, and there are no starts.
+
+    Returns:
+        out [B, T, H, D] in q's dtype; lse fp32 [B, T, H] (fp64 for fp64). A query that reads nothing: 0 and -inf.
+
+    Raises:
+        UserError: shapes or dtypes that do not fit.
+    """
+    check_keys(q, k, v, bias)
+    batch, columns = q.shape[0], k.shape[1]
+    if per < 1 or (window is not None and window < 1):
+        raise UserError(f"window = {window} and per = {per} must be at least 1")
+    if per > 1 and (starts is not None or window is not None):
+        raise UserError(f"per = {per} counts from the first token of a row over all keys: leave out starts and window")
+    _check_call(q, {"k": k, "v": v}, columns if per == 1 else None, scale)
+    _check_rows(lengths, starts, batch, columns if per == 1 else (columns + 1) * per - 1)
+    arguments = (q, k, v, lengths, starts, bias, columns if window is None else min(window, columns), per, _scale(q, scale))
+    with torch.no_grad():
+        if resolve(impl, q) == "triton":
+            from ssa.ops.triton.decode_dense import decode_dense as by_triton
+
+            return by_triton(*arguments)
+        with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
+            return reference.decode_dense(*arguments)
+
+
 def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[3] ** -0.5 if scale is None else float(scale)
 

@@ -60,6 +60,31 @@ def decode_attend(
     return block_sparse_attention(q_BTHD, k_BSKD, v_BSKD, indices, positions_BT, bias_BSK, slots_BRTM, block_size, scale)
 
 
+def decode_dense(
+    q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, lengths_B: Tensor, starts_B: Tensor | None, bias_BSK: Tensor | None, window: int,
+    per: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `ssa.ops.decode_dense`."""
+    queries, columns, heads, kv_heads = q_BTHD.shape[1], k_BSKD.shape[1], q_BTHD.shape[2], k_BSKD.shape[2]
+    positions_BT, before_BT = _positions(lengths_B, q_BTHD)
+    after_BT = torch.where(before_BT, 0, (positions_BT + 1) // per)
+    key_BS = torch.arange(columns, device=q_BTHD.device) - (0 if starts_B is None else starts_B.to(torch.int64)[:, None])
+    key_BTS = key_BS.expand(len(q_BTHD), columns)[:, None]
+    seen_BTS = (key_BTS >= 0) & (key_BTS < after_BT[..., None]) & (key_BTS >= (after_BT - window)[..., None])
+    there_BS = seen_BTS.any(1)  # what nobody sees may be anything
+    wide = torch.promote_types(q_BTHD.dtype, torch.float32)
+    q = q_BTHD.to(wide).unflatten(2, (kv_heads, heads // kv_heads))
+    k, v = (x.to(wide).masked_fill(~there_BS[..., None, None], 0.0) for x in (k_BSKD, v_BSKD))
+    logits = torch.einsum("btkgd,bskd->btkgs", q, k) * scale
+    if bias_BSK is not None:
+        logits = logits + bias_BSK.masked_fill(~there_BS[..., None], 0.0).transpose(1, 2)[:, None, :, None]
+    logits = logits.masked_fill(~seen_BTS[:, :, None, None], float("-inf"))
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
+    out = torch.einsum("btkgs,bskd->btkgd", weights, v)
+    return out.flatten(2, 3).to(q_BTHD.dtype), lse.flatten(2, 3)
+
+
 def _positions(lengths_B: Tensor, q_BTHD: Tensor) -> tuple[Tensor, Tensor]:
     """Of the queries in their rows, and True where the row is shorter than T: no query stands here."""
     queries = q_BTHD.shape[1]

@@ -6,7 +6,7 @@
    one that leaves the sums and one that reads the means again.
 2. `_attend_kernel`: per query, the best M - 1 families of neighbouring blocks by the best block of each, the best M - 1 blocks in
    them, which are the best of all, and attention over these and the own block. Budgets of more than PART_KEYS keys are cut into
-   parts, and `_combine_kernel` adds them up.
+   parts, and `combine_kernel` adds them up.
 
 `decode_select` is the first and the choice of the second, `decode_attend` its attention alone, by the same code: together they give what
 both give in one.
@@ -251,14 +251,14 @@ def _attend_kernel(
             logits = tl.where(seen[None, :], logits, float("-inf"))
             peak, total, acc = softmax_step(logits, values, peak, total, acc, PRECISION)
         acc, log = softmax_end(total, acc)
-        # without parts [B, T, H, D], with them [B, T, H, PARTS, D] for `_combine_kernel`
+        # without parts [B, T, H, D], with them [B, T, H, PARTS, D] for `combine_kernel`
         at = ((b * T + t) * (R * G) + head) * PARTS + part
         tl.store(out + (at * D)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=tile_mask)
         store_lse(lse_out, at, peak, log, g < G, BIAS and PARTS > 1)
 
 
 @triton.jit
-def _combine_kernel(
+def combine_kernel(
     part_out, part_lse, out, lse_out, PARTS: tl.constexpr, PP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BIAS: tl.constexpr
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -414,7 +414,7 @@ class Scored(NamedTuple):
                 means.shape[1], self.spans, leaves, writes, 0 if coarse is None else coarse[1].spans, *q.stride()[:3], means.stride(0),
                 means.stride(2), m_n=means.stride(1), T=queries, K=kv_heads, G=heads // kv_heads, P=heads // selectors, QT=self.together,
                 RT=self.tile, D=size, DP=max(16, power_of_two(size)), BS=block_size, SPAN=self.span, FAMILY=family, SOFTMAX=softmax,
-                PRECISION=_precision(q), SIZE=length, STRIDE=stride, LOCAL=local, TAIL=length // stride - 1, WINDOWS=windows is not None,
+                PRECISION=precision_of(q), SIZE=length, STRIDE=stride, LOCAL=local, TAIL=length // stride - 1, WINDOWS=windows is not None,
                 COARSE=coarse is not None, COARSE_SPAN=1 if coarse is None else coarse[1].span, num_warps=self.warps,
                 **({"maxnreg": 80} if self.tile == 16 else {}),  # six programs of four warps a multiprocessor
             )  # fmt: skip
@@ -447,7 +447,7 @@ def _attend(
     )  # fmt: skip
     if parts > 1:
         launch(
-            plan, _combine_kernel, (batch * queries * heads,), part_out, part_lse, out, lse, PARTS=parts, PP=power_of_two(parts),
+            plan, combine_kernel, (batch * queries * heads,), part_out, part_lse, out, lse, PARTS=parts, PP=power_of_two(parts),
             D=size, DP=max(16, power_of_two(size)), BIAS=bias is not None, num_warps=1,
         )  # fmt: skip
     return out, lse
@@ -460,7 +460,7 @@ def _geometry(q: Tensor, kv_heads: int, indices: Tensor, block_size: int, choice
         T=q.shape[1], R=selectors, K=kv_heads, G=group, GP=max(16, power_of_two(group)), D=size, DP=max(16, power_of_two(size)),
         BS=block_size, M=num_selected, MP=power_of_two(num_selected), FAMILY=choice.family,
         FAMILIES=power_of_two(choice.pitch // choice.family), SELECT=choice.scores is not None, RELEASED=choice.released,
-        PRECISION=_precision(q),
+        PRECISION=precision_of(q),
     )  # fmt: skip
 
 
@@ -468,7 +468,7 @@ def workspace(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> 
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def _precision(q: Tensor) -> str:
+def precision_of(q: Tensor) -> str:
     return "ieee" if q.dtype == torch.float32 else "tf32"
 
 
