@@ -41,8 +41,8 @@ from ssa.ops import (
     select_blocks,
     window_attention,
 )
-from ssa.ops.cross_entropy import linear_cross_entropy
 from ssa.ops.cached_means import extend_means
+from ssa.ops.cross_entropy import linear_cross_entropy
 from ssa.ops.windows import key_importance, window_means
 from ssa.testing import document_positions, random_qkv
 

@@ -275,10 +275,12 @@ class Rows:
         positions = torch.arange(cut.start, cut.stop) - self.starts[:, None]
         if cut.stop - cut.start > 1:
             positions = None if not self.starts.any() else positions
-        _, _, _, rows = self.cache.append(0, self.k[:, cut], self.v[:, cut], self.bias[:, cut], positions)
-        from ssa.attention.state import CachedRows  # as a pass with one token finds them
+        bounds = self.cache.bounds(len(self.starts), cut.stop - cut.start, positions, self.k.device)
+        _, _, _, rows = self.cache.append(0, self.k[:, cut], self.v[:, cut], self.bias[:, cut], positions, bounds)
+        from ssa.attention.state import CachedRows, RowBounds  # as a pass with one token finds them
 
-        self.rows = CachedRows(self.cache.layers[0], self.starts, self.seen, True) if rows is None else rows
+        bounds = RowBounds(self.starts, self.seen - self.starts)
+        self.rows = CachedRows(self.cache.layers[0], bounds, self.seen, True) if rows is None else rows
         return self
 
     def check(self, what=""):

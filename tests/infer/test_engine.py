@@ -6,7 +6,6 @@ import torch
 
 from ssa.errors import UserError
 from ssa.infer.engine import Sampling, complete, generate, read_prompts
-from ssa.model.cache import CACHE_FIELD
 from ssa.testing import tiny_model
 
 PROMPTS = ["A prompt of some length that spans several blocks of keys.", "x", "", "Zwölf Boxkämpfer", "x" * 33]
@@ -100,7 +99,7 @@ def test_rows_end_by_themselves(tokenizer):
 def test_generation_uses_a_cache_of_the_length_it_needs(tokenizer, monkeypatch):
     model, seen = tiny_model(), []
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **kw: seen.append(kw[CACHE_FIELD]) or forward(*a, **kw))
+    monkeypatch.setattr(model, "forward", lambda *a, **kw: seen.append(kw["cache"]) or forward(*a, **kw))
     complete(model, tokenizer, ["abc", "d"], Sampling(20))
     assert {cache.max_length for cache in seen} == {23} and len(set(map(id, seen))) == 1
 

@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssa.attention.state import CachedRows
+from ssa.attention.state import CachedRows, RowBounds
 from ssa.errors import UserError
 from ssa.methods import methods
 from ssa.model import BlockCache
@@ -98,7 +98,7 @@ def append(layer, tokens, rows=2, heads=2, size=8):
 
 
 def rows_of(layer, starts):
-    return CachedRows(layer, starts, layer.get_seq_length(), True)
+    return CachedRows(layer, RowBounds(starts, layer.end - starts), layer.get_seq_length(), True)
 
 
 def filled(lengths, max_length=None, block_size=4, rows=2):

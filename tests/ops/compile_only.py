@@ -40,8 +40,8 @@ from ssa.ops import (
     select_blocks,
     window_attention,
 )
-from ssa.ops.cross_entropy import linear_cross_entropy
 from ssa.ops.cached_means import extend_means
+from ssa.ops.cross_entropy import linear_cross_entropy
 from ssa.ops.triton import key_side, reader_lists
 
 shared: dict[str, int] = {}

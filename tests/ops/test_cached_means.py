@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from marks import either, needs_triton
 
+from marks import either, needs_triton
 from ssa.ops.cached_means import extend_means
 
 

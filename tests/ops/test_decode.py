@@ -3,8 +3,8 @@ by Triton's interpreter, or on the GPU named by SSA_TEST_DEVICE)."""
 
 import pytest
 import torch
-from marks import needs_triton, on_gpu
 
+from marks import needs_triton, on_gpu
 from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.ops import block_means, block_sparse_attention, decode_attend, decode_attention, decode_select, select_blocks

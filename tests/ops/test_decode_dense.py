@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from marks import either, on_gpu
 from test_decode import a_cache
 
+from marks import either, on_gpu
 from ssa.ops import compressed_attention, decode_dense, dense_attention
 from ssa.testing import attention_oracle, rms_ratio
 
@@ -35,7 +35,9 @@ def test_each_row_alone(impl, dtype, lengths, starts, changes, window):
         if not few:
             continue
         cut = slice(starts[b] if starts else 0, (starts[b] if starts else 0) + length)
-        q, k, v = (x.double() for x in (cache["q"][b : b + 1, queries - few :], cache["k"][b : b + 1, cut], cache["v"][b : b + 1, cut]))
+        q, k, v = (
+            x.double() for x in (cache["q"][b : b + 1, queries - few :], cache["k"][b : b + 1, cut], cache["v"][b : b + 1, cut])
+        )
         bias = None if cache["bias"] is None else cache["bias"][b : b + 1, cut].double()
         if window is None:
             exact, exact_lse, _ = attention_oracle(q, k, v, bias=bias, scale=0.3)

@@ -3,8 +3,8 @@ Triton's interpreter, or on the GPU named by SSA_TEST_DEVICE). What a row has no
 
 import pytest
 import torch
-from marks import either, needs_triton, on_gpu, windows
 
+from marks import either, needs_triton, on_gpu, windows
 from ssa.budget import COARSER
 from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, decode_attend, decode_attention, decode_select, select_blocks

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from marks import needs_triton, on_gpu
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from marks import needs_triton, on_gpu
 from ssa.testing import rms_ratio
 
 pytestmark = needs_triton
@@ -38,9 +38,10 @@ def exact(module):
 def test_projections_of_the_normed_input(dtype, rows, bias):
     from ssa.ops.triton.layer import project
 
-    norm, all_of_them = a_norm(dtype, 40), linears(dtype, 40, 48, 16, 20, 3, bias=bias)
+    norm, all_of_them = a_norm(dtype, 40), linears(dtype, 40, 48, 16, 20, bias=bias)
+    all_of_them.append(linears(dtype, 40, 3))  # a gate has no bias
     x = (3 * torch.randn(rows, 40)).to(dtype)
-    for some in (all_of_them, all_of_them[:3], all_of_them[:1]):
+    for some in (all_of_them, all_of_them[:3], all_of_them[:2], all_of_them[:1]):
         wanted = torch.cat([exact(linear)(exact(norm)(x.double())) for linear in some], 1)
         assert rms_ratio(project(x, norm, some), wanted) < TOLERANCE[dtype]
 

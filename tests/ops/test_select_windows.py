@@ -3,8 +3,8 @@ CPU by Triton's interpreter, or on the GPU named by SSA_TEST_DEVICE)."""
 
 import pytest
 import torch
-from marks import needs_gpu, needs_triton, windows
 
+from marks import needs_gpu, needs_triton, windows
 from ssa.budget import COARSER, Selection
 from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, dense_attention, select_blocks

@@ -5,8 +5,8 @@ import importlib.util
 
 import pytest
 import torch
-from marks import needs_triton, on_gpu
 
+from marks import needs_triton, on_gpu
 from ssa.budget import Selection
 from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, select_blocks

@@ -15,7 +15,7 @@ from ssa.budget import AttentionMode, Selection
 from ssa.ops import decode_dense
 
 if TYPE_CHECKING:
-    from ssa.attention.state import BlockMeans, CachedRows
+    from ssa.attention.state import BlockMeans, CachedRows, RowBounds
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class AttentionCall:
     """True where a query is padding, which the alignment loss leaves out."""
     cu_seqlens: Tensor | None = None
     """int32: where documents begin in the flattened batch, beside `positions_BT` (see `ssa.ops.dense_attention`)."""
+    bounds: RowBounds | None = None
+    """Where each row's tokens lie in the cache; None = nothing is cached."""
+    keep_means: bool = False
+    """A pass over everything keeps up what a selection of the cached tokens needs."""
     impl: str = "auto"
     observer: Callable[[int, AttentionRecord], None] | None = None
 
@@ -55,7 +59,6 @@ class AttentionInputs:
     """Where earlier tokens are cached: what is kept of them."""
     means: BlockMeans | None = None
     """Where one of the method's branches has pooled the blocks already."""
-
 
     def dense_step(self, impl: str, window: int | None = None) -> Tensor:
         """Dense attention of a few queries to what is cached, [B, T, H, D]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,19 @@ class AttentionMethod:
     A method has no weights of its own unless it is a `torch.nn.Module`, too: projections, RoPE, cache and the gate's projection belong to
     the model, and what chooses blocks is the layer's selector.
     """
+
+    graphed: ClassVar[bool] = True
+    """A decoding step looks at lengths on the device alone, and does what it did last time, so that a CUDA graph can repeat it. A subclass with
+    a `__call__` or `attend` of its own says so anew."""
+    gates_last: ClassVar[bool] = True
+    """`__call__` multiplies what `attend` gives with its one gate and does nothing else, where nothing is aligned; likewise."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if {"__call__", "attend"} & vars(cls).keys():
+            for name in ("graphed", "gates_last"):
+                if name not in vars(cls):
+                    setattr(cls, name, False)
 
     def __init__(self, *, window_size: int = 128, alignment_loss: str = "smooth_l1", align_gated: bool = True) -> None:
         self.window_size, self.alignment_loss, self.align_gated = window_size, alignment_loss, align_gated
@@ -57,6 +72,9 @@ class AttentionMethod:
         cached = inputs.cached
         few = cached is not None and cached.few and resolve(call.impl, q) == "triton"
         if mode == "full" and few:
+            if call.keep_means and selector.fused:
+                assert cached is not None
+                selector.kept(cached, selector.rule(call.selection), room=True)
             return inputs.dense_step(call.impl), None
         if mode == "full":
             return dense_attention(q, k, v, positions=call.positions_BT, cu_seqlens=call.cu_seqlens, bias=bias), None

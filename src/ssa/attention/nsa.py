@@ -21,6 +21,8 @@ from ssa.ops.implementations import resolve
 
 
 class NSA(AttentionMethod):
+    graphed = True
+
     def __call__(self, selector: Selector, inputs: AttentionInputs, call: AttentionCall) -> MethodOutput:
         q, k, v, gates = inputs.q_BTHD, inputs.k_BSKD, inputs.v_BSKD, inputs.gates_BTHG
         block_size = call.selection.block_size

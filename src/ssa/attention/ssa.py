@@ -12,6 +12,8 @@ from ssa.ops import gated_alignment
 
 
 class SSA(AttentionMethod):
+    graphed = gates_last = True
+
     def __call__(self, selector: Selector, inputs: AttentionInputs, call: AttentionCall) -> MethodOutput:
         if not call.align or self.alignment_loss == "none":
             return super().__call__(selector, inputs, call)

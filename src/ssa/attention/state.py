@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ssa.budget import Selection, num_windows
-from ssa.ops.documents import block_within_rows
 from ssa.ops.cached_means import extend_means
+from ssa.ops.documents import block_within_rows
 
 
 class BlockMeans(NamedTuple):
@@ -62,31 +62,38 @@ class SelectorState:
         raise NotImplementedError
 
 
+class RowBounds(NamedTuple):
+    """Where each row's tokens lie in a cache after a pass, int64 [B] each, on the device."""
+
+    starts_B: Tensor
+    """First column."""
+    lengths_B: Tensor
+    """Tokens."""
+
+
 class CacheLayer(Protocol):
     """What is asked of one layer of a cache (`ssa.model.cache.BlockLayer`)."""
 
     def buffers(self) -> list[Tensor]: ...
-    def filled(self) -> Tensor: ...
     def state(self, key: Hashable, make: Callable[[], Any], start_B: Tensor) -> Any: ...
 
 
 class CachedRows:
     """One layer's cache as one pass sees it. Nothing is computed before it is asked for: dense attention asks for nothing."""
 
-    def __init__(self, layer: CacheLayer, start_B: Tensor, length: int, few: bool) -> None:
-        self._layer, self.start_B, self.length = layer, start_B, length
+    def __init__(self, layer: CacheLayer, bounds: RowBounds, length: int, few: bool) -> None:
+        self._layer, self.bounds, self.length = layer, bounds, length
         self.few = few
         """Whether the queries are so few that `ssa.ops.decode_attention` takes them."""
 
     def state(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The `SelectorState` of that key in this layer, made where there is none yet, with all cached tokens in it."""
-        return self._layer.state(key, make, self.start_B)
+        return self._layer.state(key, make, self.bounds.starts_B)
 
     def buffers(self) -> CacheBuffers:
         """With all their room."""
         keys, values, *bias = (x.transpose(1, 2) for x in self._layer.buffers())
-        lengths_B = self._layer.filled() - self.start_B
-        return CacheBuffers(keys, values, bias[0].squeeze(-1) if bias else None, lengths_B, self.start_B)
+        return CacheBuffers(keys, values, bias[0].squeeze(-1) if bias else None, self.bounds.lengths_B, self.bounds.starts_B)
 
     def means(self, block_size: int, room: bool = False) -> BlockMeans:
         """Means of the complete blocks, [B, S // s, K, D]; row b's blocks start at key column `start_B[b]` (left padding). Places of

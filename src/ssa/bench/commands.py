@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ssa.config import load_recipe
+from ssa.errors import UserError
 
 
 def bench_kernels(
@@ -37,10 +38,13 @@ def bench_decode(
     batches: str = "1,8,32",
     queries: int = 1,
     flex: bool = False,
+    model: str = "",
+    points: str = "2k:1,2k:16,8k:1,8k:16,32k:1,32k:16,32k:64,128k:1,128k:16,128k:32",
+    save: bool = False,
     budget_seconds: float = 0,
     out: str = "",
 ) -> int:
-    """Time a decoding step of one layer, selection and attention, beside dense attention, once the results are right (CUDA).
+    """Time a decoding step of one layer, or of a whole model, selection and attention, beside dense attention, once the results are right (CUDA).
 
     Args:
         shapes: Comma-separated QUERY_HEADS/KV_HEADS/HEAD_SIZE:BLOCKSxSIZE; 16x16 alone stands for 32/2/64:16x16.
@@ -48,12 +52,39 @@ def bench_decode(
         batches: Comma-separated numbers of rows.
         queries: Tokens that a row decodes at once; dense attention is timed beside 1.
         flex: Time compiled FlexAttention, too; it compiles for a minute.
+        model: A recipe or preset, e.g. 1b: the steps of a whole model with random weights by CUDA graph, full and sparse, instead.
+        points: With model, comma-separated TOKENS:ROWS.
+        save: With model, keep what mode auto goes by on this device.
         budget_seconds: Skip the rows that are left after so many seconds; 0 = measure all.
         out: JSON file for the results.
     """
+    if model:
+        from ssa.bench import inference
+
+        recipe = load_recipe(model, [])
+        return inference.bench_steps(recipe, inference.Points.parse(points), Path(out) if out else None, budget_seconds, save)
+    if save:
+        raise UserError("--save keeps what a whole model's steps take: name one, e.g. --model 1b")
     from ssa.bench import decode
 
     return decode.bench_decode(decode.plan(shapes, tokens, batches, queries, flex), Path(out) if out else None, budget_seconds)
+
+
+def bench_prefill(
+    model: str = "1b", tokens: str = "8k,32k,128k", chunk: int = 8192, budget_seconds: float = 0, out: str = ""
+) -> int:
+    """Time how long a whole model takes over a prompt, full and sparse, beside transformers' Llama of the same shape (CUDA).
+
+    Args:
+        model: A recipe or preset; the weights are random.
+        tokens: Comma-separated lengths of prompts.
+        chunk: Tokens computed at once.
+        budget_seconds: Skip the rows that are left after so many seconds; 0 = measure all.
+        out: JSON file for the results.
+    """
+    from ssa.bench import inference
+
+    return inference.bench_prefill(load_recipe(model, []), tokens, chunk, Path(out) if out else None, budget_seconds)
 
 
 def bench_train(

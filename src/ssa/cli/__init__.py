@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable
 
 from ssa import __version__
-from ssa.bench.commands import bench_decode, bench_kernels, bench_plot, bench_train
+from ssa.bench.commands import bench_decode, bench_kernels, bench_plot, bench_prefill, bench_train
 from ssa.cli.call import Verb, call_verb
 from ssa.cli.measuring import analyze, evaluate, report
 from ssa.cli.models import convert, doctor, generate
@@ -35,6 +35,7 @@ VERBS: dict[str, Verb] = {
     "convert": convert,
     "bench kernels": bench_kernels,
     "bench decode": bench_decode,
+    "bench prefill": bench_prefill,
     "bench train": bench_train,
     "bench plot": bench_plot,
     "doctor": doctor,

@@ -24,6 +24,9 @@ def generate(
     seed: int = 0,
     stop: tuple[TEXT, ...] = (),
     batch_size: int = 16,
+    prefill_mode: Literal["", "sparse", "full"] = "",
+    prefill_chunk: int = 8192,
+    graphs: bool = True,
     stream: bool = True,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
@@ -43,6 +46,9 @@ def generate(
         seed: Seed of the sampling.
         stop: Texts that end a continuation.
         batch_size: Prompts at a time.
+        prefill_mode: How prompts are read, sparse or full; like what follows if left out.
+        prefill_chunk: Tokens of a prompt computed at once; fewer take less memory.
+        graphs: On a GPU launch a step as one CUDA graph.
         stream: Print while generating.
         device: auto, cpu, cuda, cuda:1, ...
         dtype: auto, float32 or bfloat16.
@@ -56,7 +62,7 @@ def generate(
     texts = engine.read_prompts(list(prompt), prompt_file or None, None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
     engine.generate(
         run, texts, mode=mode or None, budget=budget or None, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed, stop=stop, batch_size=batch_size, stream=stream, device=device, dtype=dtype, out=out,
+        top_p=top_p, seed=seed, stop=stop, batch_size=batch_size, prefill_mode=prefill_mode or None, prefill_chunk=prefill_chunk, graphs=graphs, stream=stream, device=device, dtype=dtype, out=out,
         err=sys.stderr,
     )  # fmt: skip
 

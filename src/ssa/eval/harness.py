@@ -54,6 +54,7 @@ from ssa.eval.loglikelihood import (
 )
 from ssa.eval.long.item_log import ItemLog
 from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
+from ssa.infer.decoder import Draw
 from ssa.infer.load import attention_choice, check_budgets, load_model
 from ssa.infer.transcript import Transcript
 from ssa.model import SSAForCausalLM
@@ -285,10 +286,12 @@ class SSALM(TemplateLM):
         special = (self.tokenizer.convert_tokens_to_ids(text) for text in stop if text in self.tokenizer.all_special_tokens)
         end_ids = end_ids_of(self.model, self.tokenizer) | {self.eot_token_id, *special}
         transcripts = [Transcript(self.tokenizer, end_ids, [text for text in stop if text]) for _ in begun]
-        sampling: dict[str, Any] = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
+        draw = Draw()
+        if options["do_sample"]:
+            draw = Draw(float(options.get("temperature", 1.0)), int(options.get("top_k", 0)), float(options.get("top_p", 1.0)))
         generate_batch(
             self.model, begun, transcripts, [count] * len(begun), pad_id=pad_id_of(self.tokenizer, end_ids),
-            sampling=sampling if options["do_sample"] else None, **self.attention,
+            draw=draw, **self.attention,
         )  # fmt: skip
         texts = (self.tok_decode(transcript.token_ids) for transcript in transcripts)
         return [str(postprocess_generated_text(text, stop, None)) for text in texts]

@@ -17,6 +17,7 @@ from ssa.data.lines import read_text, without_surrogates
 from ssa.data.tokenizer import encoded
 from ssa.errors import UserError, one_line
 from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
+from ssa.infer.decoder import PREFILL_CHUNK, Draw
 from ssa.infer.load import attention_choice, check_budgets, load_model
 from ssa.infer.transcript import FinishReason, Transcript
 from ssa.model import SSAForCausalLM
@@ -60,6 +61,20 @@ class Sampling:
             raise UserError("a --stop string is empty")
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """How prompts are read: in which mode, where it is not that of what follows, and how many tokens at once."""
+
+    mode: AttentionMode | None = None
+    chunk: int = PREFILL_CHUNK
+
+    def __post_init__(self) -> None:
+        if self.mode not in (None, "sparse", "full"):
+            raise UserError(f"--prefill-mode {self.mode!r} is neither 'sparse' nor 'full'")
+        if self.chunk < 1:
+            raise UserError(f"--prefill-chunk {self.chunk} must be at least 1 token")
+
+
 def generate(
     run: Path | str,
     prompts: Sequence[str],
@@ -73,6 +88,9 @@ def generate(
     seed: int = 0,
     stop: Sequence[str] = (),
     batch_size: int = 16,
+    prefill_mode: AttentionMode | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    graphs: bool = True,
     stream: bool = True,
     device: str = "auto",
     dtype: str = "auto",
@@ -88,6 +106,9 @@ def generate(
         max_new_tokens ... stop: See `Sampling`. `seed` decides all draws of the call; with another `batch_size` or other prompts
             beside it, a prompt gets other draws. Greedy completions do not depend on their neighbours.
         batch_size: Prompts computed together, left-padded.
+        prefill_mode: "sparse" or "full": the prompts' attention, where it is not that of what follows.
+        prefill_chunk: Tokens of a prompt computed at once: less memory, the same tokens.
+        graphs: On a GPU launch a step as one CUDA graph.
         stream: With one prompt, write to `out` while generating.
         out: Where completions are written, None = nowhere. One prompt: its bare text. Several: each under a heading.
         err: Where the summary (tokens per second) is written, None = nowhere.
@@ -104,11 +125,13 @@ def generate(
         raise UserError("no prompt given; pass at least one (an empty one is fine)")
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size} must be at least 1")
+    prompt = Prompt(prefill_mode, prefill_chunk)
     model, tokenizer = load_model(run, device, dtype, mode, budget)
+    model.model.steps.graphs = graphs
     live = out if stream and len(prompts) == 1 else None
     clock = _Clock()
     completions = []
-    for group in _complete(model, tokenizer, prompts, sampling, batch_size, live, clock):
+    for group in _complete(model, tokenizer, prompts, sampling, batch_size, live, clock, prompt=prompt):
         for completion in group:
             completions.append(completion)
             if out is not None and live is None:
@@ -182,7 +205,7 @@ class _Clock:
 
 def _complete(
     model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], sampling: Sampling, batch_size: int,
-    live: TextIO | None, clock: _Clock, mode: AttentionMode | None = None, budget: Reading | None = None,
+    live: TextIO | None, clock: _Clock, mode: AttentionMode | None = None, budget: Reading | None = None, prompt: Prompt = Prompt(),
 ) -> Iterator[list[Completion]]:  # fmt: skip
     """The completions, a batch at a time."""
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
@@ -198,13 +221,13 @@ def _complete(
         rows = slice(start, start + batch_size)
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(sampling.seed + start)
-            group = _batch(model, tokenizer, prompts[rows], encoded[rows], sampling, live, clock, mode, budget)
+            group = _batch(model, tokenizer, prompts[rows], encoded[rows], sampling, live, clock, mode, budget, prompt)
         yield group
 
 
 def _batch(
     model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], encoded: list[list[int]],
-    sampling: Sampling, live: TextIO | None, clock: _Clock, mode: AttentionMode | None, budget: Reading | None,
+    sampling: Sampling, live: TextIO | None, clock: _Clock, mode: AttentionMode | None, budget: Reading | None, prompt: Prompt,
 ) -> list[Completion]:  # fmt: skip
     end_ids = end_ids_of(model, tokenizer)
     transcripts = [Transcript(tokenizer, end_ids, sampling.stop) for _ in encoded]
@@ -214,11 +237,11 @@ def _batch(
             live.write(text)
             live.flush()
 
-    drawn = {"temperature": float(sampling.temperature), "top_k": sampling.top_k, "top_p": float(sampling.top_p)}
+    draw = Draw(float(sampling.temperature), sampling.top_k, float(sampling.top_p))
     started = time.perf_counter()
     first = generate_batch(
         model, encoded, transcripts, [sampling.max_new_tokens] * len(encoded), pad_id=pad_id_of(tokenizer, end_ids),
-        attention_mode=mode, budget=budget, sampling=drawn if sampling.temperature > 0 else None, show=show,
+        attention_mode=mode, budget=budget, prefill_mode=prompt.mode, prefill_chunk=prompt.chunk, draw=draw, show=show,
     )  # fmt: skip
     clock.prefill += first - started
     clock.decode += time.perf_counter() - first

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ssa.attention.state import CachedRows, SelectorState, taken
+from ssa.attention.state import CachedRows, RowBounds, SelectorState, taken
 from ssa.errors import UserError
 from ssa.ops.decode import MAX_QUERIES
 
@@ -57,9 +57,9 @@ class BlockLayer(DynamicLayer):
         new = old + key_states.shape[-2]
         given = (key_states, value_states) if bias is None else (key_states, value_states, bias)
         self._make_room(given, old, new)
-        if self.max_length is None:
+        if not old:
             for buffer, states in zip(self._buffers, given, strict=True):
-                buffer[:, :, old:new] = states
+                buffer[:, :, :new] = states
         else:  # at the device's own count, which a replayed CUDA graph advances
             columns = self._end[None] if new == old + 1 else self._end + torch.arange(new - old, device=self._end.device)
             for buffer, states in zip(self._buffers, given, strict=True):
@@ -68,12 +68,33 @@ class BlockLayer(DynamicLayer):
         self._show(new)
         return self.keys, self.values
 
+    def reserve(self, tokens: int, batch: int, kv_heads: int, head_dim: int, like: Tensor, bias: bool) -> None:
+        """Counts so many tokens as being there, which the caller writes, and adds to `end`."""
+        empty = like.new_empty(batch, kv_heads, 0, head_dim)
+        if not self.is_initialized:
+            self.lazy_initialization(empty, empty)
+        old = self.get_seq_length()
+        given = (
+            (empty, empty, like.new_empty(batch, kv_heads, 0, 1, dtype=torch.promote_types(like.dtype, torch.float32)))
+            if bias
+            else (empty, empty)
+        )
+        self._make_room(given, old, old + tokens)
+        self._show(old + tokens)
+
+    def write_bias(self, bias_BTK: Tensor) -> None:
+        """The selector's bias of the tokens before `end`."""
+        tokens = bias_BTK.shape[1]
+        columns = self._end - tokens + torch.arange(tokens, device=self._end.device)
+        self._buffers[2].index_copy_(2, columns, bias_BTK.transpose(1, 2)[..., None])
+
     def buffers(self) -> list[Tensor]:
         """Keys and values [B, K, S, D] and, where there is one, the bias [B, K, S, 1], with all their room."""
         return self._buffers
 
-    def filled(self) -> Tensor:
-        """int64 scalar on the device: columns filled."""
+    @property
+    def end(self) -> Tensor | None:
+        """int64 scalar on the device: columns filled. None before the first token."""
         return self._end
 
     def state(self, key: Hashable, make: Callable[[], SelectorState], start_B: Tensor) -> SelectorState:
@@ -88,12 +109,20 @@ class BlockLayer(DynamicLayer):
         state.length = length
         return state
 
-    def advance(self, tokens: int) -> None:
-        """Counts tokens that replays of a captured step have appended, in states that were up to date, too."""
+    def advance(self, tokens: int, states: Collection[Hashable] | None = None) -> None:
+        """Counts tokens that replays of a captured step have appended, also in these states; None: in all that were up to date."""
         old = self.get_seq_length()
-        for state in self._states.values():
-            state.length += tokens if state.length == old else 0
+        for key, state in self._states.items():
+            state.length += tokens if state.length == old and (states is None or key in states) else 0
         self._show(old + tokens)
+
+    def current_states(self) -> frozenset[Hashable]:
+        """The states with all tokens in them."""
+        return frozenset(key for key, state in self._states.items() if state.length == self.get_seq_length())
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the buffers lie."""
+        return tuple(buffer.data_ptr() for buffer in self._buffers)
 
     def crop(self, tokens: int) -> None:
         """Drops the last `-tokens` tokens; a positive number, as releases before 5.24 have it, is the length to keep."""
@@ -174,34 +203,64 @@ class BlockCache(Cache):
             raise UserError(f"max_length = {max_length} must be at least 1")
         super().__init__(layer_class_to_replicate=functools.partial(BlockLayer, max_length=max_length))
         self.max_length = max_length
+        self.step_inputs: tuple[Tensor, Tensor] | None = None
+        """Where captured steps find their tokens and each row's first column."""
+
+    def bounds(self, batch: int, queries: int, positions_BT: Tensor | None, device: torch.device) -> RowBounds:
+        """Of the rows with `queries` tokens more, whose positions in their documents are `positions_BT`, None = plain rows. Reads no device."""
+        end = self.layers[0].end if self.layers else None
+        end = torch.zeros((), dtype=torch.int64, device=device) if end is None else end.to(device)
+        starts_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        if positions_BT is not None:
+            starts_B = self.get_seq_length() + queries - 1 - positions_BT[:, -1]
+        return RowBounds(starts_B, end + queries - starts_B)
+
+    def open(self, layers: int, tokens: int, batch: int, kv_heads: int, head_dim: int, like: Tensor, bias: bool) -> None:
+        """Makes room for so many tokens in every layer and counts them as being there; the caller writes them to the columns before `end`."""
+        while len(self.layers) < layers:
+            self.layers.append(self.layer_class_to_replicate())
+        for layer in self.layers:
+            layer.reserve(tokens, batch, kv_heads, head_dim, like, bias)
+        torch._foreach_add_([layer.end for layer in self.layers], tokens)
 
     def append(
-        self, layer_idx: int, k: Tensor, v: Tensor, bias: Tensor | None, positions_BT: Tensor | None
+        self, layer_idx: int, k: Tensor, v: Tensor, bias: Tensor | None, positions_BT: Tensor | None, bounds: RowBounds
     ) -> tuple[Tensor, Tensor, Tensor | None, CachedRows | None]:
-        """Takes up the new tokens' k, v [B, T, K, D] and bias [B, T, K]; `positions_BT` are theirs in their documents, None = plain rows.
+        """Takes up the new tokens' k, v [B, T, K, D] and bias [B, T, K]; `positions_BT` and `bounds` as for the pass.
 
         Returns:
             k, v [B, S, K, D] and bias [B, S, K] of all cached tokens; and the layer's `CachedRows`, None where they do not apply.
         """
-        queries, few = k.shape[1], k.shape[1] <= MAX_QUERIES
-        states = {} if bias is None else {"bias": bias.transpose(1, 2)[..., None]}
-        k, v = (y.transpose(1, 2) for y in self.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx, **states))
-        layer, length = self.layers[layer_idx], k.shape[1]
-        if bias is not None:
-            bias = layer.buffers()[2][:, :, :length, 0].transpose(1, 2)
+        queries, states = k.shape[1], {} if bias is None else {"bias": bias.transpose(1, 2)[..., None]}
+        self.update(k.transpose(1, 2), v.transpose(1, 2), layer_idx, **states)
+        return self.rows(layer_idx, queries, positions_BT, bounds)
+
+    def rows(
+        self, layer_idx: int, queries: int, positions_BT: Tensor | None, bounds: RowBounds
+    ) -> tuple[Tensor, Tensor, Tensor | None, CachedRows | None]:
+        """What `append` returns, of tokens that are there."""
+        layer = self.layers[layer_idx]
+        k, v, length = layer.keys.transpose(1, 2), layer.values.transpose(1, 2), layer.get_seq_length()
+        bias = layer.buffers()[2][:, :, :length, 0].transpose(1, 2) if len(layer.buffers()) > 2 else None
         # Packed documents share a row only where positions are given for several queries at once; there the blocks of earlier
         # documents matter and what is cached of one document a row does not apply.
         if queries == length or not (positions_BT is None or queries == 1):
             return k, v, bias, None
-        start_B = k.new_zeros(len(k), dtype=torch.int64)
-        if positions_BT is not None:
-            start_B = length - 1 - positions_BT[:, -1]
-        return k, v, bias, CachedRows(layer, start_B, length, few)
+        return k, v, bias, CachedRows(layer, bounds, length, queries <= MAX_QUERIES)
 
-    def advance(self, tokens: int) -> None:
-        """Counts tokens that replays of a captured step have appended to every layer."""
+    def advance(self, tokens: int, states: Collection[Hashable] | None = None) -> None:
+        """Counts tokens that replays of a captured step have appended to every layer, and to these states of each; None: all that were up to
+        date."""
         for layer in self.layers:
-            layer.advance(tokens)
+            layer.advance(tokens, states)
+
+    def current_states(self) -> frozenset[Hashable]:
+        """The states that have all tokens in them in every layer."""
+        return frozenset.intersection(*(layer.current_states() for layer in self.layers))
+
+    def addresses(self) -> tuple[tuple[int, ...], ...]:
+        """Where each layer's buffers lie."""
+        return tuple(layer.addresses() for layer in self.layers)
 
 
 class CacheByEitherName:

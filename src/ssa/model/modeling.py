@@ -24,13 +24,16 @@ from transformers.utils.generic import can_return_tuple
 
 from ssa.attention import AttentionCall, AttentionInputs, AttentionRecord, Selector
 from ssa.attention.method import with_selection_loss
+from ssa.attention.state import RowBounds
 from ssa.budget import AttentionMode, Budget, Full, Reading, parse_reading
 from ssa.errors import UserError
 from ssa.files import follow_umask
 from ssa.model.alignment import carry, warn_of_counted_starts, warn_of_eval_mode, weight_in_loss
 from ssa.model.cache import CACHE_FIELD, BlockCache, BlockCacheGeneration, CacheByEitherName, one_cache
 from ssa.model.configuration import SSAConfig, build_attention
+from ssa.model.inference import fused_layers, runs_fused
 from ssa.model.inputs import document_positions, refuse_typos, shifted_targets
+from ssa.model.step import DecodeSteps
 from ssa.model.streams import TrainStep, follow_trainers
 from ssa.ops.cross_entropy import SLICE_ELEMENTS, linear_cross_entropy
 from ssa.ops.documents import cu_seqlens_from_positions
@@ -66,7 +69,8 @@ class SSAAttention(nn.Module):
             gates = self.g_proj(x_BTC).float().sigmoid().unflatten(-1, (-1, self.num_gates))
         bias, cached = self.selector.key_bias(k, v), None
         if cache is not None:
-            k, v, bias, cached = cache.append(self.layer_idx, k, v, bias, call.positions_BT)
+            assert call.bounds is not None
+            k, v, bias, cached = cache.append(self.layer_idx, k, v, bias, call.positions_BT, call.bounds)
         inputs = AttentionInputs(q, k, v, gates, bias, cached)
         result = with_selection_loss(self.method(self.selector, inputs, call), self.selector, inputs, call)
         if call.observer is not None:
@@ -168,6 +172,8 @@ class SSAModel(SSAPreTrainedModel):
         self.gradient_checkpointing = False
         self.train_step = TrainStep()
         """What is known of the optimizer step in training, unless the caller passes `stream` and weighs the alignment."""
+        self.steps = DecodeSteps()
+        """How decoding steps are launched."""
         self.post_init()
 
     @can_return_tuple
@@ -222,15 +228,20 @@ class SSAModel(SSAPreTrainedModel):
         if positions_BT is not None and cu_seqlens is None and x_BTC.is_cuda and not (past and queries == 1):
             # once, not in every layer
             cu_seqlens = cu_seqlens_from_positions(positions_BT, past + queries if past else None)
-        call = self._attention_call(attention_mode, stream, positions_BT, padding_BT, cu_seqlens, observer)
+        bounds = None if cache is None else cache.bounds(len(x_BTC), queries, positions_BT, x_BTC.device)
+        call = self._attention_call(attention_mode, stream, positions_BT, padding_BT, cu_seqlens, observer, bounds)
         calls = self._by_layer(call, attention_mode, budget)
         absolute_BT = positions_BT
         if absolute_BT is None:
             absolute_BT = torch.arange(past, past + x_BTC.shape[1], device=x_BTC.device)[None]
-        rope = self.rotary_emb(x_BTC, absolute_BT)
         hidden_states: tuple[Tensor, ...] = ()
         alignments: list[Tensor] = []
         selection_losses: list[Tensor] = []
+        if cache is not None and not output_hidden_states and runs_fused(self, x_BTC, call):
+            rope = self.rotary_emb(x_BTC.float(), absolute_BT)
+            x_BTC = self.norm(fused_layers(self, x_BTC, rope, calls, cache))
+            return SSAModelOutput(last_hidden_state=x_BTC, **{CACHE_FIELD: cache if use_cache else None})
+        rope = self.rotary_emb(x_BTC, absolute_BT)
         for layer, call in zip(self.layers, calls, strict=True):
             if output_hidden_states:
                 hidden_states += (x_BTC,)
@@ -265,10 +276,16 @@ class SSAModel(SSAPreTrainedModel):
             **{CACHE_FIELD: cache if use_cache else None},
         )
 
+    def decoding_calls(
+        self, attention_mode: AttentionMode | None = None, budget: Readings | None = None
+    ) -> Sequence[AttentionCall]:
+        """What a pass without gradients asks of each layer, but for what depends on its tokens."""
+        return self._by_layer(self._attention_call(attention_mode, None, None, None, None, None), attention_mode, budget)
+
     def _attention_call(
         self, attention_mode: AttentionMode | None, stream: AttentionMode | None,
         positions_BT: Tensor | None, padding_BT: Tensor | None, cu_seqlens: Tensor | None,
-        observer: Callable[[int, AttentionRecord], None] | None,
+        observer: Callable[[int, AttentionRecord], None] | None, bounds: RowBounds | None = None,
     ) -> AttentionCall:  # fmt: skip
         config = self.config
         for name, value in (("attention_mode", attention_mode), ("stream", stream)):
@@ -284,7 +301,18 @@ class SSAModel(SSAPreTrainedModel):
                 align = True
         else:
             mode = attention_mode or config.attention_mode
-        return AttentionCall(mode, config.selection(), align, train, positions_BT, padding_BT, cu_seqlens, self.impl, observer)
+        return AttentionCall(
+            mode,
+            config.selection(),
+            align,
+            train,
+            positions_BT,
+            padding_BT,
+            cu_seqlens,
+            bounds,
+            impl=self.impl,
+            observer=observer,
+        )
 
     @property
     def selector(self) -> Selector:
@@ -465,6 +493,13 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         shift_labels = kwargs.pop("shift_labels", None)
         refuse_typos(kwargs, SSAForCausalLM.forward)
         cache = one_cache(cache, past_key_values)
+        steps = not (
+            inputs_embeds is not None or observer or output_hidden_states or output_attentions or stream or use_cache is False
+        )
+        if steps and labels is None and shift_labels is None and cache is not None and not torch.is_grad_enabled():
+            logits = self._decoded(input_ids, attention_mask, position_ids, cache, attention_mode, budget)
+            if logits is not None:
+                return SSACausalLMOutput(logits=logits, **{CACHE_FIELD: cache})
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is not None:
             position_ids = document_positions(position_ids, cu_seq_lens_q, seq_idx, tokens, cache)
@@ -501,6 +536,39 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             result.logits = self.lm_head(hidden_BTC[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep])
         return replace(result)  # in the order of the fields, loss and logits first, not in that of their making
+
+    def _decoded(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None, cache: BlockCache,
+        attention_mode: AttentionMode | None, budget: Readings | None,
+    ) -> Tensor | None:  # fmt: skip
+        """The logits of a token after others on a GPU, by a captured step; None where the pass is no such step, or the first over its cache,
+        which looks at the mask."""
+        past = cache.get_seq_length()
+        if input_ids is None or not input_ids.is_cuda or input_ids.shape[1] != 1 or not past or torch.compiler.is_compiling():
+            return None
+        if attention_mask is not None and attention_mask.shape != (len(input_ids), past + 1):
+            return None
+        if cache.step_inputs is None:
+            ids_B1, starts_B = torch.empty_like(input_ids), torch.zeros_like(input_ids[:, 0])
+            calls = self.model.decoding_calls(attention_mode, budget)
+            if self.model.steps.applies(self, calls, self.model.embed_tokens.weight[:1, None], 1):
+                cache.step_inputs = ids_B1, starts_B
+            return None
+        ids_B1, starts_B = cache.step_inputs
+        if len(ids_B1) != len(input_ids):
+            cache.step_inputs = None
+            return None
+        ids_B1.copy_(input_ids)
+        if position_ids is not None:
+            starts_B.copy_(past - position_ids[:, -1].expand(len(input_ids)))
+        elif attention_mask is not None:
+            starts_B.copy_((attention_mask == 0).sum(1))
+        else:
+            starts_B.zero_()
+        calls = self.model.decoding_calls(attention_mode, budget)
+        if not self.model.steps.applies(self, calls, self.model.embed_tokens.weight[:1, None], 1):
+            return None
+        return self.model.steps.run(self, ids_B1, cache, starts_B, calls).clone()
 
     def token_nll(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None, **kwargs) -> Tensor:
         """-log p(token t+1 | tokens <= t) in nats, fp32 [B, T-1]; 0 where there is no target (document starts, labels of -100).

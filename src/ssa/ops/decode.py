@@ -76,7 +76,7 @@ def decode_attention(
         windows = _windows(q, block_means, coarse_means, importance, lengths, selection, columns, scale, impl)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             if impl == "triton":
-                return _kernels(True).decode_windows(*windows, k, v, starts, bias)
+                return _kernels("decode_windows").decode_windows(*windows, k, v, starts, bias)
             indices = reference.decode_select_windows(*windows)
             return *reference.decode_attend(q, k, v, indices, lengths, starts, bias, None, block_size, _scale(q, scale)), indices
     block_size = block_within_rows(block_size, columns)
@@ -160,7 +160,7 @@ def decode_select(
     if selection.mean_size:
         windows = _windows(q, block_means, coarse_means, importance, lengths, selection, columns, scale, impl)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            return (_kernels(True) if impl == "triton" else reference).decode_select_windows(*windows)
+            return (_kernels("decode_windows") if impl == "triton" else reference).decode_select_windows(*windows)
     arguments = (
         q, block_means, lengths, selection.block_size, within_rows(selection.num_selected_blocks, selection.block_size, columns, impl),
         selection.scope, selection.scoring, selection.rule, _scale(q, scale),
@@ -264,9 +264,7 @@ def decode_dense(
     arguments = (q, k, v, lengths, starts, bias, columns if window is None else min(window, columns), per, _scale(q, scale))
     with torch.no_grad():
         if resolve(impl, q) == "triton":
-            from ssa.ops.triton.decode_dense import decode_dense as by_triton
-
-            return by_triton(*arguments)
+            return _kernels("decode_dense").decode_dense(*arguments)
         with torch.autocast(q.device.type, enabled=False):  # it would take fp32 products back to half precision
             return reference.decode_dense(*arguments)
 
@@ -302,8 +300,8 @@ def _check_rows(lengths: Tensor, starts: Tensor | None, batch: int, columns: int
             raise UserError(f"lengths (and starts) leave the cache: a row must lie within its {columns} columns")
 
 
-def _kernels(windows: bool = False) -> Any:
+def _kernels(module: str = "decode") -> Any:
     """Imported when they run: without triton the reference still does; by a statement, which torch.compile traces."""
-    from ssa.ops.triton import decode, decode_windows
+    from ssa.ops.triton import decode, decode_dense, decode_windows
 
-    return decode_windows if windows else decode
+    return {"decode": decode, "decode_dense": decode_dense, "decode_windows": decode_windows}[module]

@@ -53,7 +53,8 @@ def read(prompt):
 
 
 class Writer:
-    """Has the `generate` of a model, and writes what `answer(prompt)` says, token by token; then goes on with nonsense for a while."""
+    """Stands where a model does, with `tokens` in the place of `ssa.infer.batch.decoded_tokens`: writes what `answer(prompt)` says, then goes on
+    with nonsense for a while."""
 
     device = torch.device("cpu")
     generation_config = None
@@ -63,16 +64,13 @@ class Writer:
         self.config = type("Config", (), {"eos_token_id": None})
         self.batches = []
 
-    def generate(self, input_ids, attention_mask, stopping_criteria, attention_mode, budget, logits_processor=()):
-        self.batches.append(input_ids.shape)
-        texts = [self.tokenizer.decode(row[mask == 1].tolist()) for row, mask in zip(input_ids, attention_mask, strict=True)]
+    def tokens(self, model, prompts, most, **how):
+        self.batches.append((len(prompts), max(map(len, prompts))))
+        texts = [self.tokenizer.decode(list(prompt)) for prompt in prompts]
         said = [self.tokenizer(" " + self.answer(text), add_special_tokens=False).input_ids for text in texts]
         noise = self.tokenizer(" blah", add_special_tokens=False).input_ids[-1]
-        for step in range(min(self.generation_config.max_new_tokens, max(map(len, said)) + 3)):
-            column = torch.tensor([ids[step] if step < len(ids) else noise for ids in said])
-            input_ids = torch.cat([input_ids, column[:, None]], 1)
-            if stopping_criteria(input_ids, None).all():
-                return
+        for step in range(min(most, max(map(len, said)) + 3)):
+            yield [ids[step] if step < len(ids) else noise for ids in said]
 
 
 def oracle(prompt):

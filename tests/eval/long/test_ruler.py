@@ -1,6 +1,7 @@
 import re
 from collections import Counter
 from functools import cache
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -77,7 +78,8 @@ def test_prompt_and_room_for_the_answer_are_exactly_as_long_as_asked(name, token
 def scores_of(name, answer, tmp_path, cases, length=3000, tokenizer="bpe"):
     task, log = make(name, length, tokenizer, cases), ItemLog(tmp_path / name)
     model = Writer(TOKENIZERS[tokenizer], answer)
-    generate_items(task, model, TOKENIZERS[tokenizer], FULL, log, Shard(), tokens=4 * length)
+    with mock.patch("ssa.infer.batch.decoded_tokens", model.tokens):
+        generate_items(task, model, TOKENIZERS[tokenizer], FULL, log, Shard(), tokens=4 * length)
     assert sum(rows for rows, _ in model.batches) == cases and max(rows for rows, _ in model.batches) == 4
     return [record["score"] for record in gather(log, cases)]
 

@@ -32,7 +32,9 @@ def extend_means(
     if importance_BNK is None:
         return
     per_block, before = block_size // stride, size // stride - 1
-    last_B1 = torch.minimum((done_B * stride + size - stride - 1) // block_size, torch.tensor(importance_BNK.shape[1] - 1))[:, None]
+    last_B1 = torch.minimum((done_B * stride + size - stride - 1) // block_size, torch.tensor(importance_BNK.shape[1] - 1))[
+        :, None
+    ]
     block_BN = torch.minimum(
         begun_B[:, None] * stride // block_size + torch.arange(new // block_size + 3, device=device), last_B1
     ).clamp(min=0)

@@ -65,7 +65,7 @@ def decode_dense(
     per: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `ssa.ops.decode_dense`."""
-    queries, columns, heads, kv_heads = q_BTHD.shape[1], k_BSKD.shape[1], q_BTHD.shape[2], k_BSKD.shape[2]
+    columns, heads, kv_heads = k_BSKD.shape[1], q_BTHD.shape[2], k_BSKD.shape[2]
     positions_BT, before_BT = _positions(lengths_B, q_BTHD)
     after_BT = torch.where(before_BT, 0, (positions_BT + 1) // per)
     key_BS = torch.arange(columns, device=q_BTHD.device) - (0 if starts_B is None else starts_B.to(torch.int64)[:, None])

@@ -73,7 +73,15 @@ def _dense_kernel(
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, bias: Tensor | None, window: int, per: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    bias: Tensor | None,
+    window: int,
+    per: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See `ssa.ops.decode_dense`."""
     q, k, v = (contiguous_rows(x) for x in (q, k, v))

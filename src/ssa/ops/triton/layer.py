@@ -30,31 +30,28 @@ def _product(x, w, at, acc, mask, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["R"])
 def _few_kernel(
-    x, norm, gates, w0, w1, w2, w3, b0, b1, b2, b3, residual, out, eps, R, x_r, out_r,
+    x, norm, gates, w0, w1, w2, w3, b0, b1, b2, residual, out, eps, R, x_r, out_r,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, C: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
+    BC: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, BIASES: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BN features of one of up to four weights that share their input. NORM: of the input's RMS norm, whose factor is known when all of it has
-    been read. GATE: of the input times its heads' gates, heads of GATE features. SWIGLU: silu of the first weight's times the second's."""
+    been read. GATE: of the input times its heads' gates, heads of GATE features. SWIGLU: silu of the first weight's times the second's.
+    BIASES: so many of the first weights, three at most, have one."""
     P0: tl.constexpr = (N0 + BN - 1) // BN
     P1: tl.constexpr = P0 if SWIGLU else P0 + (N1 + BN - 1) // BN
     P2: tl.constexpr = P1 + (N2 + BN - 1) // BN
     pid = tl.program_id(0)
     w = w0
-    bias = b0
-    if P1 > P0:
+    if P1 > P0:  # noqa: SIM102 - known when it is compiled
         if pid >= P0:
             w = w1
-            bias = b1
-    if N2 > 0:
+    if N2 > 0:  # noqa: SIM102 - known when it is compiled
         if pid >= P1:
             w = w2
-            bias = b2
-    if N3 > 0:
+    if N3 > 0:  # noqa: SIM102 - known when it is compiled
         if pid >= P2:
             w = w3
-            bias = b3
     count = tl.where(pid >= P2, N3, tl.where(pid >= P1, N2, tl.where(pid >= P0, N1, N0)))
     before = tl.where(pid >= P2, N0 + N1 + N2, tl.where(pid >= P1, N0 + N1, tl.where(pid >= P0, N0, 0)))
     first = (pid - tl.where(pid >= P2, P2, tl.where(pid >= P1, P1, tl.where(pid >= P0, P0, 0)))) * BN
@@ -84,8 +81,16 @@ def _few_kernel(
         factor = tl.rsqrt(square / C + eps)[:, None]
         acc *= factor
         up *= factor
-    if BIAS:
-        acc += tl.load(bias + n, mask=n < count, other=0.0).to(tl.float32)[None, :]
+    if BIASES > 0:
+        bias = b0
+        if BIASES > 1:  # noqa: SIM102 - known when it is compiled
+            if pid >= P0:
+                bias = b1
+        if BIASES > 2:  # noqa: SIM102 - known when it is compiled
+            if pid >= P1:
+                bias = b2
+        mine = pid < (P0 if BIASES == 1 else (P1 if BIASES == 2 else P2))
+        acc += tl.load(bias + n, mask=(n < count) & mine, other=0.0).to(tl.float32)[None, :]
     if SWIGLU:
         acc = acc * tl.sigmoid(acc) * up
     to = r[:, None] * out_r + before + n[None, :]
@@ -160,7 +165,7 @@ def _rope_kernel(
         to = v + (token * K + vh[:, None]) * D + d[None, :]
         tl.store(to, low, mask=is_value)
         tl.store(to + D // 2, high, mask=is_value)
-    if GATES > 0:
+    if GATES > 0:  # noqa: SIM102 - known when it is compiled
         if tl.program_id(1) == 0:
             g = tl.arange(0, GP)
             value = tl.load(y + token * WIDTH + (H + 2 * K) * D + g, mask=g < GATES, other=0.0).to(tl.float32)
@@ -181,16 +186,17 @@ def _few(
     four = [*counts, 0, 0, 0][:4]
     columns, block, stages = _tile(width, features, x.dtype, x.device)
     given = [*weights, None, None, None][:4]
-    with_bias = biases[0] is not None
+    biased = sum(bias is not None for bias in biases)
+    assert biased <= 3 and all(bias is not None for bias in biases[:biased])
     plan = plan_of(
         x, None if norm is None else norm.weight, gates, *given, *(b for b in biases), residual, swiglu, columns, block, stages
     )  # fmt: skip
     programs = ceil_div(counts[0], columns) if swiglu else sum(ceil_div(count, columns) for count in counts)
     launch(
-        plan, _few_kernel, (programs,), x, None if norm is None else norm.weight, gates, *given, *[*biases, None, None, None][:4], residual,
+        plan, _few_kernel, (programs,), x, None if norm is None else norm.weight, gates, *given, *[*biases, None, None][:3], residual,
         out, 0.0 if norm is None else norm.variance_epsilon, rows, x.stride(0), out.stride(0), N0=four[0], N1=four[1],
         N2=four[2], N3=four[3], C=features, RP=max(16, power_of_two(rows)), BN=columns, BC=block, NORM=norm is not None,
-        GATE=0 if gates is None else features // gates.shape[-1], SWIGLU=swiglu, RESIDUAL=residual is not None, BIAS=with_bias,
+        GATE=0 if gates is None else features // gates.shape[-1], SWIGLU=swiglu, RESIDUAL=residual is not None, BIASES=biased,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", STAGES=stages, num_warps=4,
     )  # fmt: skip
     return out

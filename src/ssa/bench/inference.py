@@ -1,0 +1,348 @@
+"""`ssa bench decode --model` and `ssa bench prefill`: decoding steps and prompts of a whole model, full and sparse in the same engine, beside
+transformers' Llama of the same shape. Weights are random, and so are the cached keys: neither changes what a step costs.
+
+Before a point is timed, the step by graph is compared with the model's own layers.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssa.bench.gate import GateError
+from ssa.bench.llama import llama_like
+from ssa.bench.report import Bar, Deadline, Report, environment
+from ssa.bench.rows import vocabulary
+from ssa.bench.shapes import parse_list, parse_tokens
+from ssa.budget import AttentionMode
+from ssa.config import Recipe
+from ssa.device import device_name, resolve_dtype
+from ssa.errors import UserError
+from ssa.infer.crossover import Crossover, save_crossovers
+from ssa.infer.decoder import PREFILL_CHUNK, Attention, Draw, Rows, decoded_tokens
+from ssa.model import BlockCache, SSAConfig, SSAForCausalLM
+from ssa.testing import rms_ratio
+
+MODES: tuple[AttentionMode, ...] = ("full", "sparse")
+STEPS = 60
+ROOM = STEPS + 68
+CHECKED_KEYS = 1 << 21
+"""Of rows times tokens: a larger cache is not copied for the comparison."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Contexts, each with its numbers of rows."""
+
+    pairs: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Points:
+        """ "8k:1,128k:16" -> ((8192, 1), (131072, 16))."""
+        pairs = []
+        for part in parse_list(text, "--points"):
+            tokens, _, rows = part.partition(":")
+            if not rows.isdecimal() or not int(rows):
+                raise UserError(f"--points {part!r} is not TOKENS:ROWS; write e.g. 8k:1,128k:16")
+            pairs.append((parse_tokens(tokens)[0], int(rows)))
+        return cls(tuple(pairs))
+
+
+def new_model(recipe: Recipe, longest: int) -> SSAForCausalLM:
+    """The recipe's, with random weights in bf16 on the GPU.
+
+    Raises:
+        UserError: no CUDA GPU.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("this benchmark needs a CUDA GPU, and PyTorch finds none here")
+    torch.manual_seed(0)
+    config = SSAConfig.from_recipe(recipe.model, vocabulary(recipe, None))
+    config.max_position_embeddings = longest
+    with torch.device("cuda"):
+        model = SSAForCausalLM(config)
+    return model.to(resolve_dtype("bfloat16", torch.device("cuda"))).eval()
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy on the device."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / min(_times(lambda: target.copy_(source), 10))
+
+
+def _times(call: Callable[[], Any], count: int) -> list[float]:
+    """Seconds on the device."""
+    call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def filled_cache(model: SSAForCausalLM, rows: int, tokens: int, room: int) -> BlockCache:
+    """A cache of random keys and values."""
+    config, cache = model.config, BlockCache(tokens + room)
+    like, bias = model.model.embed_tokens.weight, model.model.selector.adds_bias
+    cache.open(config.num_hidden_layers, tokens, rows, config.num_key_value_heads, config.head_dim, like, bias)
+    for layer in cache.layers:
+        for buffer in layer.buffers():
+            for row in buffer:  # a row at a time: normal_ of 2^31 elements and more takes a copy in fp32
+                row.normal_()
+    return cache
+
+
+def step_bytes(model: SSAForCausalLM, rows: int, tokens: int, mode: AttentionMode) -> int:
+    """What a step of one token a row must read: all weights but the embedding's, and the keys and values (sparse: chosen ones, and means)."""
+    config, itemsize = model.config, model.dtype.itemsize
+    weights = sum(p.numel() * p.element_size() for p in model.model.layers.parameters()) + model.lm_head.weight.numel() * itemsize
+    key = config.num_key_value_heads * config.head_dim * itemsize
+    read = 2 * tokens
+    if mode == "sparse":
+        read = min(2 * config.budget.tokens + tokens // config.block_size, 2 * tokens)
+    return weights + rows * config.num_hidden_layers * key * read
+
+
+@torch.no_grad()
+def measure_step(model: SSAForCausalLM, tokens: int, rows: int, mode: AttentionMode, bandwidth: float) -> dict[str, Any]:
+    """Times of a step over `tokens` cached ones, greedy, by CUDA graph.
+
+    Raises:
+        GateError: its logits are not those of the model's own layers.
+    """
+    row: dict[str, Any] = {"what": "decode", "tokens": tokens, "batch": rows, "mode": mode}
+    torch.cuda.synchronize()
+    cache = filled_cache(model, rows, tokens, ROOM)
+    ids, starts = torch.randint(0, 1000, (rows, 1), device="cuda"), torch.zeros(rows, dtype=torch.int64, device="cuda")
+    calls, steps = model.model.decoding_calls(mode), model.model.steps
+    if rows * tokens <= CHECKED_KEYS:
+        row["error"] = _check(model, cache, ids, starts, mode)
+    draw, before = Draw(), torch.cuda.memory_allocated()
+
+    def choose(logits: Tensor) -> Tensor:
+        chosen = draw(logits[:, -1])
+        ids.copy_(chosen.clamp(min=0)[:, None])
+        return chosen
+
+    def step() -> Tensor:
+        return steps.run(model, ids, cache, starts, calls, choose)
+
+    started = time.perf_counter()
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    row["cold_s"] = round(time.perf_counter() - started, 3)
+    times = sorted(_times(step, STEPS - 5))
+    row |= {
+        "ms": 1e3 * statistics.median(times), "p99_ms": 1e3 * times[int(0.99 * len(times))],
+        "graph_gb": (torch.cuda.memory_allocated() - before) / 1e9, "floor_ms": 1e3 * step_bytes(model, rows, tokens, mode) / bandwidth,
+    }  # fmt: skip
+    row |= {"of_floor": row["ms"] / row["floor_ms"], "tokens_per_s": rows / row["ms"] * 1e3}
+    return row
+
+
+def _check(model: SSAForCausalLM, cache: BlockCache, ids: Tensor, starts: Tensor, mode: AttentionMode) -> float:
+    """Of the logits by a captured step, against the model's own layers; the cache is left as it was."""
+    steps = model.model.steps
+    calls, found = model.model.decoding_calls(mode), None
+    for _ in range(3):  # as it is, captured, replayed
+        found = steps.run(model, ids, cache, starts, calls).clone()
+        cache.crop(-1)
+    steps.fused = False
+    exact = model(ids, cache=cache, use_cache=True, attention_mode=mode).logits
+    steps.fused = True
+    cache.crop(-1)
+    assert found is not None
+    error = rms_ratio(found, exact)
+    if not error < 5e-2:
+        raise GateError(f"not the logits of the model's own layers: off by {error:.3g}")
+    return error
+
+
+@torch.no_grad()
+def measure_loop(model: SSAForCausalLM, tokens: int, mode: AttentionMode, new: int = 128) -> dict[str, Any]:
+    """What a user waits for, batch 1: the first token, and tokens a second, of `ssa generate`'s loop, of `model.generate`, and of the model's own
+    layers called token by token."""
+    prompt = torch.randint(0, 1000, (tokens,)).tolist()
+    row: dict[str, Any] = {"what": "generate", "tokens": tokens, "batch": 1, "mode": mode, "new": new}
+
+    def loop() -> Iterator[list[int]]:
+        return decoded_tokens(model, [prompt], new, pad_id=0, attention=Attention(mode), draw=Draw())
+
+    steps = model.model.steps
+    for name, fused, graphs, count in (
+        ("loop", True, True, new), ("loop, launched", True, False, 24), ("token by token", False, False, 24),
+    ):  # fmt: skip
+        steps.fused, steps.graphs = fused, graphs
+        for _ in range(2):  # the first compiles
+            started, arrivals = time.perf_counter(), []
+            for _, _tokens in zip(range(count), loop(), strict=False):
+                arrivals.append(time.perf_counter())
+        gaps = sorted(b - a for a, b in itertools.pairwise(arrivals[4:]))
+        row[name] = {
+            "ttft_s": arrivals[0] - started, "tokens_per_s": (len(arrivals) - 1) / (arrivals[-1] - arrivals[0]),
+            "p50_ms": 1e3 * statistics.median(gaps), "p99_ms": 1e3 * gaps[int(0.99 * len(gaps))],
+        }  # fmt: skip
+    steps.fused = steps.graphs = True
+    ids = torch.tensor([prompt], device="cuda")
+    seconds = []
+    for count in (1, new, 1, new):
+        started = time.perf_counter()
+        model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, attention_mode=mode)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    row["model.generate"] = {"tokens_per_s": (new - 1) / (seconds[3] - seconds[2])}
+    return row
+
+
+@torch.no_grad()
+def measure_prefill(model: SSAForCausalLM, tokens: int, mode: AttentionMode, chunk: int = PREFILL_CHUNK) -> dict[str, Any]:
+    """Milliseconds and GB beside the weights until the logits of the last of `tokens` are there, keys cached."""
+    prompt = torch.randint(0, 1000, (tokens,)).tolist()
+
+    def run() -> Any:
+        return Rows(model, [prompt], 1, 0).prefill(Attention(mode), chunk)
+
+    return {"what": "prefill", "tokens": tokens, "mode": mode, "chunk": chunk, **_long_call(run)}
+
+
+@torch.no_grad()
+def measure_llama(model: Any, tokens: int) -> dict[str, Any]:
+    ids = torch.randint(0, 1000, (1, tokens), device="cuda")
+    return {
+        "what": "prefill",
+        "tokens": tokens,
+        "mode": "llama, sdpa",
+        **_long_call(lambda: model(ids, use_cache=True, logits_to_keep=1)),
+    }
+
+
+def _long_call(call: Callable[[], Any]) -> dict[str, float]:
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, times = torch.cuda.memory_allocated(), []
+    for _ in range(3):
+        started = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return {"ms": 1e3 * min(times), "extra_gb": (torch.cuda.max_memory_allocated() - before) / 1e9}
+
+
+def bench_steps(recipe: Recipe, points: Points, out: Path | None, budget_seconds: float, save: bool) -> int:
+    """Decoding: measure, write, print; 1 where a result was wrong (such a point is not timed)."""
+    model = new_model(recipe, max(tokens for tokens, _ in points.pairs) + ROOM)
+    report = _report("decode steps", recipe, out, budget_seconds)
+    bandwidth = report.data["copy_tb_per_s"] = copy_bandwidth()
+    for tokens, rows in points.pairs:
+        for mode in MODES:
+            if report.out_of_time(f"{tokens} tokens, {rows} rows, {mode}"):
+                continue
+            try:
+                row = measure_step(model, tokens, rows, mode, bandwidth)
+            except GateError as error:
+                report.data["failures"].append(f"{tokens} tokens, {rows} rows, {mode}: {error}")
+                print(f"not timed: {report.data['failures'][-1]}", flush=True)
+                continue
+            report.add(row)
+            print(
+                f"{mode} {tokens} x {rows}: {row['ms']:.3f} ms, {row['of_floor']:.2f} of its floor, {row['tokens_per_s']:.0f} tokens/s",
+                flush=True,
+            )
+            gc.collect()
+            torch.cuda.empty_cache()
+    if not report.out_of_time("generate"):
+        for mode in MODES:
+            row = measure_loop(model, min(tokens for tokens, _ in points.pairs), mode)
+            report.add(row)
+            print({name: round(x["tokens_per_s"], 1) for name, x in row.items() if isinstance(x, dict)}, flush=True)
+    found = crossovers(report.data["rows"], model.config)
+    report.data["crossovers"] = [vars(one) for one in found]
+    report.finish(step_bars(report.data["rows"]))
+    if save:
+        print(f"saved {save_crossovers(found)}")
+    return 1 if report.data["failures"] else 0
+
+
+def bench_prefill(recipe: Recipe, tokens: str, chunk: int, out: Path | None, budget_seconds: float) -> int:
+    """Prompts: measure, write, print."""
+    lengths = parse_tokens(tokens)
+    model = new_model(recipe, max(lengths) + 1)
+    report = _report("prefill", recipe, out, budget_seconds)
+    for length in lengths:
+        for mode in MODES:
+            if not report.out_of_time(f"{length} tokens, {mode}"):
+                report.add(measure_prefill(model, length, mode, chunk))
+                print("{mode} {tokens}: {ms:.1f} ms, {extra_gb:.2f} GB".format(**report.data["rows"][-1]), flush=True)
+    config = model.config
+    del model
+    torch.cuda.empty_cache()
+    with torch.device("cuda"):
+        llama = llama_like(config).to(torch.bfloat16).eval()
+    for length in lengths:
+        if not report.out_of_time(f"{length} tokens, Llama"):
+            report.add(measure_llama(llama, length))
+            print("{mode} {tokens}: {ms:.1f} ms, {extra_gb:.2f} GB".format(**report.data["rows"][-1]), flush=True)
+    report.finish(prefill_bars(report.data["rows"]))
+    return 0
+
+
+def _report(suite: str, recipe: Recipe, out: Path | None, budget_seconds: float) -> Report:
+    return Report(
+        out, Deadline(budget_seconds), suite=suite, dtype="bfloat16", recipe=recipe.to_dict(), failures=[],
+        **environment(f"cuda:{torch.cuda.current_device()}"),
+    )  # fmt: skip
+
+
+def crossovers(rows: list[dict[str, Any]], config: SSAConfig) -> list[Crossover]:
+    """Of each number of rows: the shortest measured context from which on sparse steps are no slower."""
+    found = []
+    for batch in sorted({row["batch"] for row in rows if row["what"] == "decode"}):
+        ms = {(row["tokens"], row["mode"]): row["ms"] for row in rows if row["what"] == "decode" and row["batch"] == batch}
+        lengths = sorted({tokens for tokens, _ in ms})
+        if any((tokens, mode) not in ms for tokens in lengths for mode in MODES):
+            continue
+        slower = [tokens for tokens in lengths if ms[tokens, "sparse"] > ms[tokens, "full"]]
+        after = [tokens for tokens in lengths if not slower or tokens > max(slower)]
+        shape: Any = (config.num_attention_heads, config.num_key_value_heads, config.head_dim, str(config.budget))
+        found.append(Crossover(device_name(torch.device("cuda")), *shape, batch, min(after) if after else None))
+    return found
+
+
+def step_bars(rows: list[dict[str, Any]]) -> list[Bar]:
+    """The promises about decoding, of what was measured."""
+    ms = {(row["tokens"], row["batch"], row["mode"]): row for row in rows if row["what"] == "decode"}
+    bars = []
+    for tokens, batch, bar in ((1 << 17, 16, 2.8), (1 << 17, 32, 4.2), (1 << 15, 64, 3.0)):
+        full, sparse = ms.get((tokens, batch, "full")), ms.get((tokens, batch, "sparse"))
+        bars.append(Bar(f"sparse over full, {tokens} x {batch}", bar, full["ms"] / sparse["ms"] if full and sparse else None))
+    for mode, bar in (("full", 2.2), ("sparse", 2.3)):
+        row = ms.get((8192, 1, mode))
+        bars.append(Bar(f"{mode} step over its floor, 8192 x 1", bar, row["of_floor"] if row else None, "<="))
+    loops = {row["mode"]: row for row in rows if row["what"] == "generate" and row["tokens"] == 8192}
+    loop = loops.get("sparse")
+    ratio = loop["loop"]["tokens_per_s"] / loop["token by token"]["tokens_per_s"] if loop else None
+    return [*bars, Bar("generate over token by token, 8192 x 1, sparse", 12, ratio)]
+
+
+def prefill_bars(rows: list[dict[str, Any]]) -> list[Bar]:
+    found = {(row["tokens"], row["mode"]): row for row in rows}
+    bars = []
+    for tokens, bar in ((8192, 1.6), (1 << 15, 2.4), (1 << 17, 4.3)):
+        ours, llama = found.get((tokens, "sparse")), found.get((tokens, "llama, sdpa"))
+        bars.append(Bar(f"prefill over Llama, SDPA, {tokens}", bar, llama["ms"] / ours["ms"] if ours and llama else None))
+    longest = found.get((1 << 17, "sparse"))
+    return [*bars, Bar("extra GB of a prompt of 131072", 2, longest["extra_gb"] if longest else None, "<=")]

@@ -1,0 +1,164 @@
+"""The tokens of a batch, step by step: prompts in chunks, then one token a row, chosen on the device.
+
+On a GPU a step is one CUDA graph that feeds itself (`ssa.model.step`), and the host looks at a step's tokens while the next is under way.
+
+Legend: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssa.budget import FULL, AttentionMode, Reading
+from ssa.errors import UserError
+from ssa.model import BlockCache, SSAForCausalLM
+
+PREFILL_CHUNK = 8192
+"""Tokens of a prompt computed at once."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a token is drawn; temperature 0: the likeliest. top_k 0 and top_p 1: from the whole vocabulary."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
+        """int64 [B]; -1 where logits are NaN or infinite, so that every choice would be arbitrary."""
+        finite_B = logits_BV.amax(-1).isfinite()
+        if self.temperature == 0:
+            return torch.where(finite_B, logits_BV.argmax(-1), -1)
+        probs_BV = self.probabilities(logits_BV)
+        # argmax p / e with e exponential is a draw from p, and needs no look from the host
+        drawn_B = (probs_BV / torch.empty_like(probs_BV).exponential_()).argmax(-1)
+        return torch.where(finite_B, drawn_B, -1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """fp32, of logits [..., V]: among the `top_k` likeliest, and of these among the likeliest that reach `top_p` together."""
+        logits = logits.float() / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[..., -1:], float("-inf"))
+        if self.top_p < 1:
+            ordered, index = logits.sort(descending=True, stable=True)
+            probs = ordered.softmax(-1)
+            before = probs.cumsum(-1) - probs
+            ordered = ordered.masked_fill(before >= self.top_p, float("-inf"))
+            logits = torch.empty_like(logits).scatter_(-1, index, ordered)
+        return logits.softmax(-1)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a decoder reads: `mode` and `budget` as the model's call takes them, and the prompt's mode where it is another."""
+
+    mode: AttentionMode | None = None
+    budget: Reading | None = None
+    prefill_mode: AttentionMode | None = None
+
+    def arguments(self, prompt: bool = False) -> dict[str, Any]:
+        if prompt and self.prefill_mode == "full":
+            return {"attention_mode": "full"}
+        if prompt and self.prefill_mode == "sparse":
+            return {"attention_mode": "sparse", "budget": None if self.budget is FULL else self.budget}
+        return {"attention_mode": self.mode, "budget": self.budget}
+
+
+class Rows:
+    """A batch of sequences, padded on the left, in one cache."""
+
+    def __init__(self, model: SSAForCausalLM, prompts: Sequence[Sequence[int] | np.ndarray], room: int, pad_id: int) -> None:
+        """`room`: tokens that will follow the longest prompt, at most."""
+        self.model, self.width = model, max(map(len, prompts))
+        input_BT = torch.full((len(prompts), self.width), pad_id, dtype=torch.int64)
+        for row, ids in enumerate(prompts):
+            input_BT[row, self.width - len(ids) :] = torch.as_tensor(ids)
+        pads_B = torch.tensor([self.width - len(ids) for ids in prompts])
+        self.input_BT, self.starts_B = input_BT.to(model.device), pads_B.to(model.device)
+        self.padded = bool(pads_B.any())
+        self.cache = BlockCache(self.width + room)
+
+    def prefill(self, attention: Attention, chunk: int = PREFILL_CHUNK) -> Tensor:
+        """The logits after the prompts, [B, V]."""
+        if chunk < 1:
+            raise UserError(f"prefill chunk {chunk} must be at least 1 token")
+        logits: Any = None
+        for start in range(0, self.width, chunk):
+            part_BT = self.input_BT[:, start : start + chunk]
+            logits = self.passed(part_BT, attention.arguments(prompt=True)).logits
+        return logits[:, -1]
+
+    def passed(self, ids_BT: Tensor, arguments: dict[str, Any]) -> Any:
+        """The model's output for tokens after those in the cache; logits of the last one."""
+        end = self.cache.get_seq_length() + ids_BT.shape[1]
+        mask_BS = (torch.arange(end, device=ids_BT.device) >= self.starts_B[:, None]).long() if self.padded else None
+        return self.model(
+            input_ids=ids_BT, attention_mask=mask_BS, cache=self.cache, use_cache=True, logits_to_keep=1, **arguments
+        )
+
+
+@torch.no_grad()
+def decoded_tokens(
+    model: SSAForCausalLM,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    most: int,
+    *,
+    pad_id: int,
+    attention: Attention,
+    draw: Draw,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[list[int]]:
+    """The tokens of every row after its prompt, a step at a time, `most` steps at most. The caller knows when to stop.
+
+    Raises:
+        UserError: The model's logits are NaN or infinite, or `prefill_chunk` is no number of tokens.
+    """
+    rows = Rows(model, prompts, most, pad_id)
+    chosen_B = draw(rows.prefill(attention, prefill_chunk))
+    yield _checked(chosen_B.tolist())
+    calls, steps = model.model.decoding_calls(**attention.arguments()), model.model.steps
+    ids_B1 = chosen_B[:, None].clone()
+    if not (ids_B1.is_cuda and steps.applies(model, calls, model.model.embed_tokens.weight[:1, None], 1)):
+        for _ in range(most - 1):
+            chosen_B = draw(rows.passed(ids_B1, attention.arguments()).logits[:, -1])
+            yield _checked(chosen_B.tolist())
+            ids_B1 = chosen_B[:, None]
+        return
+
+    def choose(logits_BTV: Tensor) -> Tensor:
+        drawn_B = draw(logits_BTV[:, -1])
+        ids_B1.copy_(drawn_B.clamp(min=0)[:, None])
+        return drawn_B
+
+    under_way: list[tuple[Tensor, torch.cuda.Event]] = []
+    places = [torch.empty(len(prompts), dtype=torch.int64, pin_memory=True) for _ in range(2)]
+    for step in range(most - 1):
+        place, event = places[step % 2], torch.cuda.Event()
+        place.copy_(steps.run(model, ids_B1, rows.cache, rows.starts_B, calls, choose), non_blocking=True)
+        event.record()
+        under_way.append((place, event))
+        if len(under_way) == 2:
+            yield _arrived(*under_way.pop(0))
+    for last in under_way:
+        yield _arrived(*last)
+
+
+def _arrived(place: Tensor, event: torch.cuda.Event) -> list[int]:
+    event.synchronize()
+    return _checked(place.tolist())
+
+
+def _checked(tokens: list[int]) -> list[int]:
+    if min(tokens) < 0:
+        raise UserError(
+            "the model's logits are nan or infinite, so no token can be chosen: its weights hold such values, or overflow in "
+            "this precision; take another checkpoint, or dtype float32"
+        )
+    return tokens

@@ -1,0 +1,120 @@
+"""Layers without gradients beside a cache, as a GPU does them fastest: the model's own weights and methods, with the kernels of
+`ssa.ops.triton.layer` around them.
+
+Models and layers are those of `ssa.model.modeling`, which imports this.
+
+Legend: B batch, T queries, R = B * T tokens, C hidden size, H query heads, K kv heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from ssa.attention import AttentionCall, AttentionInputs
+from ssa.model.cache import BlockCache
+from ssa.ops.implementations import resolve
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def runs_fused(model: Any, x_BTC: Tensor, call: AttentionCall) -> bool:
+    """Whether `fused_layers` does what the layers' own code would: nobody looks or learns, and no part is another than the model was made of
+    (an adapter, a quantized product, a hook, a share of tensor parallelism)."""
+    return (
+        call.bounds is not None
+        and model.steps.fused
+        and not torch.is_grad_enabled()
+        and call.observer is None
+        and not (call.align or call.train)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x_BTC.device.type)
+        and not torch._C._len_torch_dispatch_stack()
+        and x_BTC.dtype in DTYPES
+        and model.config.hidden_act == "silu"
+        and resolve(call.impl, x_BTC) == "triton"
+        and all(plain(part) and part.weight.dtype == x_BTC.dtype for layer in model.layers for part in _parts(layer))
+    )
+
+
+def plain(part: Any) -> bool:
+    """A product with its weight, or RMS norm, is all that it does."""
+    return (
+        type(part) in (nn.Linear, LlamaRMSNorm)
+        and type(part.weight) is nn.Parameter
+        and part.weight.is_contiguous()
+        and unwatched(part)
+    )
+
+
+def unwatched(module: nn.Module) -> bool:
+    """No hook, and no forward put in the place of its own."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _parts(layer: Any) -> Iterator[Any]:
+    """What has a weight; None for what is not as it was made."""
+    attention, mlp = layer.self_attn, layer.mlp
+    watched = type(mlp) is not LlamaMLP or not all(unwatched(x) for x in (layer, attention, attention.selector, mlp))
+    yield layer.input_layernorm
+    yield layer.post_attention_layernorm
+    yield from _projections(attention)
+    yield attention.o_proj
+    yield from (None,) if watched else (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+def _projections(attention: Any) -> list[nn.Linear]:
+    found = [attention.q_proj, attention.k_proj, attention.v_proj]
+    return found if attention.g_proj is None else [*found, attention.g_proj]
+
+
+def fused_layers(
+    model: Any, x_BTC: Tensor, rope: tuple[Tensor, Tensor], calls: Sequence[AttentionCall], cache: BlockCache
+) -> Tensor:
+    """The hidden states after all layers, [B, T, C], their keys and values in the cache.
+
+    rope: cos and sin in fp32.
+    """
+    config, queries = model.config, x_BTC.shape[1]
+    cache.open(
+        len(model.layers), queries, len(x_BTC), config.num_key_value_heads, config.head_dim, x_BTC, model.selector.adds_bias
+    )  # fmt: skip
+    x_RC = x_BTC.flatten(0, 1)
+    for layer, call in zip(model.layers, calls, strict=True):
+        x_RC = _layer(layer, x_RC, rope, call, cache, queries)
+    return x_RC.view(x_BTC.shape)
+
+
+def kernels() -> Any:
+    """Imported where there is triton."""
+    from ssa.ops.triton import layer
+
+    return layer
+
+
+def _layer(layer: Any, x_RC: Tensor, rope: tuple[Tensor, Tensor], call: AttentionCall, cache: BlockCache, queries: int) -> Tensor:
+    fused, attention, mlp = kernels(), layer.self_attn, layer.mlp
+    index, size = attention.layer_idx, attention.head_dim
+    heads, kv_heads = attention.q_proj.out_features // size, attention.k_proj.out_features // size
+    entry = cache.layers[index]
+    y_RN = fused.project(x_RC, layer.input_layernorm, _projections(attention))
+    keep = attention.selector.adds_bias
+    gates = 0 if attention.g_proj is None else attention.g_proj.out_features
+    q, gates_RG, k, v = fused.rope_and_append(
+        y_RN, rope, entry.end, entry.buffers(), (queries, heads, kv_heads, size), gates, keep
+    )  # fmt: skip
+    if k is not None and v is not None:
+        entry.write_bias(attention.selector.key_bias(k, v))
+    assert call.bounds is not None
+    k, v, bias, cached = cache.rows(index, queries, call.positions_BT, call.bounds)
+    gates_BTHG = None if gates_RG is None else gates_RG.view(len(q), queries, heads, -1)
+    # where nothing follows the gate, few tokens are gated on their way through the next product
+    later = gates_BTHG is not None and len(x_RC) <= fused.FEW and attention.num_gates == 1 and attention.method.gates_last
+    inputs = AttentionInputs(q, k, v, None if later else gates_BTHG, bias, cached)
+    attended_RC = attention.method(attention.selector, inputs, call).out_BTHD.reshape(len(x_RC), -1)
+    x_RC = fused.project_back(attended_RC, gates_RG if later else None, attention.o_proj, x_RC)
+    return fused.mlp(x_RC, layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
