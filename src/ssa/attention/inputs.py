@@ -36,6 +36,8 @@ class AttentionCall:
     """int32: where documents begin in the flattened batch, beside `positions_BT` (see `ssa.ops.dense_attention`)."""
     impl: str = "auto"
     observer: Callable[[int, AttentionRecord], None] | None = None
+    row_blocks_B: Tensor | None = None
+    """int32, the most blocks of each row, where few tokens are decoded (`ssa.ops.decode_attention`); None = `selection`'s."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ssa.attention.selectors.selector import Selector
 from ssa.budget import AttentionMode, Selection
 from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, decode_attention, dense_attention, gated_sum
+from ssa.ops.decode import MAX_QUERIES
 from ssa.ops.implementations import resolve
 
 
@@ -56,13 +57,20 @@ class AttentionMethod:
         q, k, v, bias = inputs.q_BTHD, inputs.k_BSKD, inputs.v_BSKD, inputs.bias_BSK
         if mode == "full":
             return dense_attention(q, k, v, positions=call.positions_BT, cu_seqlens=call.cu_seqlens, bias=bias), None
-        cached = inputs.cached
-        if selector.fused and cached is not None and cached.few and resolve(call.impl, q) == "triton":
+        row_blocks, few = call.row_blocks_B, None
+        if selector.fused and inputs.cached is not None and inputs.cached.few:
+            few = inputs.cached
+        if row_blocks is not None and (few is None or call.train):
+            raise UserError(
+                f"row_blocks are for decoding, 1 to {MAX_QUERIES} tokens after cached ones, by a selector that is fused, and here are {q.shape[1]} of "
+                f"{k.shape[1]} tokens by {type(selector).__name__}: give all rows one budget"
+            )
+        if few is not None and (row_blocks is not None or resolve(call.impl, q) == "triton"):
             rule = selector.rule(call.selection)
-            buffers, kept = cached.buffers(), selector.kept(cached, rule, room=True)
+            buffers, kept = few.buffers(), selector.kept(few, rule, room=True)
             out, _, block_indices = decode_attention(
                 q, buffers.k_BSKD, buffers.v_BSKD, kept.means, buffers.lengths_B, rule, starts=buffers.starts_B,
-                bias=buffers.bias_BSK, coarse_means=kept.coarse, importance=kept.importance, impl=call.impl,
+                bias=buffers.bias_BSK, coarse_means=kept.coarse, importance=kept.importance, row_blocks=row_blocks, impl=call.impl,
             )  # fmt: skip
             return out, block_indices
         block_indices = selector.select(inputs, call)

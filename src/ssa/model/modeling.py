@@ -189,6 +189,7 @@ class SSAModel(SSAPreTrainedModel):
         past_key_values: BlockCache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        row_blocks: Tensor | None = None,
         carry_alignment: bool = True,
         **kwargs,
     ) -> SSAModelOutput | tuple:
@@ -222,8 +223,12 @@ class SSAModel(SSAPreTrainedModel):
         if positions_BT is not None and cu_seqlens is None and x_BTC.is_cuda and not (past and queries == 1):
             # once, not in every layer
             cu_seqlens = cu_seqlens_from_positions(positions_BT, past + queries if past else None)
-        call = self._attention_call(attention_mode, stream, positions_BT, padding_BT, cu_seqlens, observer)
+        call = self._attention_call(attention_mode, stream, positions_BT, padding_BT, cu_seqlens, observer, row_blocks)
         calls = self._by_layer(call, attention_mode, budget)
+        if row_blocks is not None and all(call.mode == "full" for call in calls):
+            raise UserError(
+                "row_blocks say how many blocks a row reads, and full attention reads all: use sparse attention or leave them out"
+            )
         absolute_BT = positions_BT
         if absolute_BT is None:
             absolute_BT = torch.arange(past, past + x_BTC.shape[1], device=x_BTC.device)[None]
@@ -268,7 +273,7 @@ class SSAModel(SSAPreTrainedModel):
     def _attention_call(
         self, attention_mode: AttentionMode | None, stream: AttentionMode | None,
         positions_BT: Tensor | None, padding_BT: Tensor | None, cu_seqlens: Tensor | None,
-        observer: Callable[[int, AttentionRecord], None] | None,
+        observer: Callable[[int, AttentionRecord], None] | None, row_blocks_B: Tensor | None,
     ) -> AttentionCall:  # fmt: skip
         config = self.config
         for name, value in (("attention_mode", attention_mode), ("stream", stream)):
@@ -284,7 +289,8 @@ class SSAModel(SSAPreTrainedModel):
                 align = True
         else:
             mode = attention_mode or config.attention_mode
-        return AttentionCall(mode, config.selection(), align, train, positions_BT, padding_BT, cu_seqlens, self.impl, observer)
+        options = (positions_BT, padding_BT, cu_seqlens, self.impl, observer, row_blocks_B)
+        return AttentionCall(mode, config.selection(), align, train, *options)
 
     @property
     def selector(self) -> Selector:
@@ -431,6 +437,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         past_key_values: BlockCache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        row_blocks: Tensor | None = None,
         **kwargs,
     ) -> SSACausalLMOutput | tuple:
         """One pass over [B, T] tokens.
@@ -453,6 +460,8 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits of the last so many positions only (0 = all).
             cu_seq_lens_q: int32 [documents + 1], B = 1: where documents begin, with or without `position_ids`.
             seq_idx: int [B, T], a document's number for each of its tokens; says the same.
+            row_blocks: int32 [B], the most blocks that a query of each row may read, where a step of up to 8 tokens follows cached ones; the
+                budget's number is the most a row may have. A row with as many as it has blocks reads everything.
             kwargs: shift_labels, int [B, T], labels at the position that predicts them, as trainers give that shift before they cut
                 rows; they are taken as they are, instead of `labels`. What collators and other releases hand over besides is ignored.
 
@@ -472,7 +481,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
             inputs_embeds=inputs_embeds, use_cache=use_cache, attention_mode=attention_mode, budget=budget, stream=stream,
             cu_seqlens=cu_seqlens, observer=observer, output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            carry_alignment=labels is None and shift_labels is None, return_dict=True,
+            row_blocks=row_blocks, carry_alignment=labels is None and shift_labels is None, return_dict=True,
         )  # fmt: skip
         hidden_BTC = outputs.last_hidden_state
         result = SSACausalLMOutput(hidden_states=outputs.hidden_states, **{CACHE_FIELD: outputs.cache})
