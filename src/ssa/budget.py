@@ -148,11 +148,11 @@ class Selection:
             raise UserError(f"local_blocks = {self.local_blocks}: windows of {size} keys, one every {stride}, need at least 1")
         if self.rule == "released":
             raise UserError("selection rule 'released' knows no windows; use rule 'exact'")
-        if self.num_selected_blocks <= self.forced_blocks - 1 + (self.query_blocks or 0):
+        if self.num_selected_blocks < self.least_blocks:
             by_query = f" + {self.query_blocks} by query" if self.query_blocks else ""
             raise UserError(
                 f"budget {self.budget} is less than what is always read: {self.sink_blocks} sinks + {self.local_blocks} local{by_query} + the "
-                f"query's own block; give at least {self.forced_blocks + (self.query_blocks or 0)}x{block}"
+                f"query's own block; give at least {self.least_blocks}x{block}"
             )
 
     @property
@@ -173,6 +173,11 @@ class Selection:
     def forced_blocks(self) -> int:
         """Read whatever they score, the query's own among them."""
         return self.sink_blocks + self.local_blocks + 1
+
+    @property
+    def least_blocks(self) -> int:
+        """The smallest budget that holds what is always read."""
+        return self.forced_blocks + (self.query_blocks or 0)
 
     @property
     def places(self) -> int:

@@ -79,6 +79,96 @@ def test_one_cache_serves_both_modes_and_changing_budgets():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+WINDOWS = {"mean_size": 4, "mean_stride": 2, "sink_blocks": 1, "local_blocks": 1}
+
+
+def decode(model, prompts, readings, tokens=1, mask=None, max_length=None):
+    """Logits of five steps after prompts that are read in full, [B, 5 * tokens, V]; `readings` are those of the steps."""
+    cache, out = BlockCache(max_length), []
+    model(prompts, cache=cache, attention_mode="full", attention_mask=mask)
+    for t in range(5):
+        new = torch.arange(tokens).expand(len(prompts), -1) + 7 * t
+        mask = None if mask is None else torch.cat([mask, torch.ones_like(new)], 1)
+        out.append(model(new, cache=cache, attention_mask=mask, **readings).logits)
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize(
+    ("selector", "options", "rows"),
+    [("means", {}, [1, 2, 99]), ("windows", WINDOWS, [3, 5, 99]), ("eviction", WINDOWS | {"query_blocks": 1}, [4, 5, 99])],
+)
+@torch.no_grad()
+def test_every_row_decodes_by_its_own_budget(selector, options, rows, max_length):
+    model = tiny_model("moba", selector=selector, selector_options=options, num_selected_blocks=99)
+    if selector == "eviction":
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.self_attn.selector.delta.weight)
+    prompts = [torch.randint(0, 256, (n,)) for n in (45, 31, 38)]
+    ids, mask = torch.full((3, 45), 257), torch.zeros(3, 45, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, -len(prompt) :], mask[i, -len(prompt) :] = prompt, 1
+    counts = []
+    readings = {
+        "row_blocks": torch.tensor(rows, dtype=torch.int32),
+        "observer": lambda layer, seen: counts.append((seen.block_indices >= 0).sum(-1)[:, 0, 0].tolist()),
+    }
+    together = decode(model, ids, readings, mask=mask, max_length=max_length)
+    assert counts[0] == [*rows[:2], 10] and len(counts) == 10
+    for i, (prompt, count) in enumerate(zip(prompts, rows, strict=True)):
+        alone = decode(model, prompt[None], {"budget": f"{count}x4"})
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
+        full = decode(model, prompt[None], {"attention_mode": "full"})
+        assert torch.allclose(together[i : i + 1], full, rtol=1e-5, atol=1e-5) == (count == 99)
+
+
+@pytest.mark.parametrize("method", methods())
+@torch.no_grad()
+def test_every_row_decodes_several_tokens_by_its_own_budget(method):
+    model, prompts = tiny_model(method), torch.randint(0, 256, (3, 38))
+    rows = torch.tensor([1, 4, 12], dtype=torch.int32)
+    together = decode(model, prompts, {"budget": ["full", "12x4"], "row_blocks": rows}, tokens=3)
+    for i, count in enumerate(rows.tolist()):
+        alone = decode(model, prompts[i : i + 1], {"budget": ["full", f"{count}x4"]}, tokens=3)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_budgets_of_rows_are_refused_where_nothing_decodes_by_them(monkeypatch):
+    model, x = tiny_model(), torch.randint(0, 256, (2, 30))
+    rows = torch.tensor([1, 3], dtype=torch.int32)
+
+    def refused(match, tokens, past=20, mask=None, **kwargs):
+        cache = BlockCache()
+        if past:
+            model(x[:, :past], cache=cache, attention_mask=None if mask is None else mask[:, :past])
+        with pytest.raises(UserError, match=match) as error:
+            model(x[:, past : past + tokens], cache=cache, attention_mask=mask, **({"row_blocks": rows} | kwargs))
+        assert "\n" not in str(error.value)
+
+    elsewhere = "row_blocks are for decoding, 1 to 8 tokens after cached ones, by a selector that is fused, and here are "
+    refused(elsewhere + "8 of 8 tokens by MeansSelector", 8, past=0)
+    refused(elsewhere + "9 of 29 tokens", 9)
+    left = torch.ones(2, 22, dtype=torch.long)
+    left[0, :3] = 0
+    refused(elsewhere + "2 of 22 tokens", 2, mask=left)
+    refused("row_blocks say how many blocks a row reads, and full attention reads all", 1, attention_mode="full")
+    refused("row_blocks .* must lie between 1, what is always read, and 2", 1, budget="2x4")
+    refused("row_blocks .* of torch.int64", 1, row_blocks=rows.long())
+    with pytest.raises(UserError, match=elsewhere):
+        model.generate(x, max_new_tokens=2, row_blocks=rows)
+    with pytest.raises(UserError, match="row_block is no keyword of the model: row_blocks"):
+        model(x, row_block=rows)
+    released = tiny_model(selection_rule="released", num_selected_blocks=4)
+    cache = released(x[:, :20], use_cache=True).cache
+    with pytest.raises(UserError, match="use rule 'exact'"):
+        released(x[:, 20:21], cache=cache, row_blocks=rows)
+    cache = model(x[:, :20], use_cache=True).cache
+    with pytest.raises(UserError, match=elsewhere + "1 of 21 tokens"):
+        model.train()(x[:, 20:21], cache=cache, row_blocks=rows, stream="sparse")
+    model.eval()
+    monkeypatch.setattr(type(model.model.selector), "fused", False)
+    refused(elsewhere + "1 of 21 tokens by MeansSelector", 1)
+
+
 @torch.no_grad()
 def test_bfloat16_decoding_stays_near_one_pass():
     model, x = tiny_model().bfloat16(), torch.randint(0, 256, (2, 40))

@@ -117,8 +117,9 @@ def decode(heads, kv_heads, size, count, block, columns, queries=1, dtype=torch.
         (2, queries, heads, size), *[(2, columns, kv_heads, size)] * 2, (2, columns // block, kv_heads, size), dtype=dtype
     )
     lengths, selection = torch.tensor([columns, 7]), Selection(count, block)
-    decode_attention(q, k, v, means, lengths, selection, starts=torch.tensor([0, 3]), impl="triton")
-    index = torch.zeros_like(decode_select(q, means, lengths, selection, impl="triton"))
+    for rows in (None, torch.tensor([count, 1], dtype=torch.int32)):
+        decode_attention(q, k, v, means, lengths, selection, starts=torch.tensor([0, 3]), row_blocks=rows, impl="triton")
+        index = torch.zeros_like(decode_select(q, means, lengths, selection, row_blocks=rows, impl="triton"))
     decode_attend(q, k, v, index, lengths, block_size=block, slots=index, impl="triton")
 
 
@@ -159,9 +160,11 @@ def windows(heads, kv_heads, size, tokens, packed=False, queries=1, dtype=torch.
     select_blocks(q, k, selection, bias=bias, positions=positions, impl="triton")
     means, coarse = torch.zeros(2, 2, tokens // 16, kv_heads, size, dtype=dtype)[:, :1]
     importance = torch.zeros(1, tokens // 64, kv_heads)
-    decode_attention(
-        q[:, :queries], k, v, means, torch.tensor([tokens]), selection, bias=bias, coarse_means=coarse, importance=importance, impl="triton"
-    )  # fmt: skip
+    for rows in (None, torch.tensor([24], dtype=torch.int32)):
+        decode_attention(
+            q[:, :queries], k, v, means, torch.tensor([tokens]), selection, bias=bias, coarse_means=coarse, importance=importance,
+            row_blocks=rows, impl="triton",
+        )  # fmt: skip
 
 
 def all_windows() -> None:

@@ -1,13 +1,24 @@
 """Decoding: the reference against selection and attention of every row alone, the Triton kernels against the reference (on the CPU
 by Triton's interpreter, or on the GPU named by SSA_TEST_DEVICE)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.nn.functional import pad
 
-from marks import needs_triton, on_gpu
+from marks import either, needs_triton, on_gpu
 from ssa.budget import Selection
 from ssa.errors import UserError
-from ssa.ops import block_means, block_sparse_attention, decode_attend, decode_attention, decode_select, select_blocks
+from ssa.ops import (
+    block_means,
+    block_sparse_attention,
+    decode_attend,
+    decode_attention,
+    decode_select,
+    dense_attention,
+    select_blocks,
+)
 from ssa.testing import assert_near_exact, poisoned_empty
 
 
@@ -35,22 +46,24 @@ def a_cache(lengths, starts=None, *, columns, queries=1, heads=4, kv_heads=2, si
 
 
 def row_alone(cache, b, options):
-    """Row b by the public operations: out, lse, block_indices of the queries that the row is long enough for."""
+    """Row b by the public operations, by a budget of its own where the options have one for each: out, lse, block_indices of the queries that
+    the row is long enough for."""
     start, length = int(cache["starts"][b]) if "starts" in cache else 0, int(cache["lengths"][b])
     cut = slice(start, start + length)
     q = cache["q"][b : b + 1, max(0, cache["q"].shape[1] - length) :]
     k, v = cache["k"][b : b + 1, cut], cache["v"][b : b + 1, cut]
     bias = None if cache["bias"] is None else cache["bias"][b : b + 1, cut]
-    index, _ = select_blocks(q, k, **options, impl="reference")
-    scale, block_size = options.get("scale"), options["selection"].block_size
-    out, lse = block_sparse_attention(q, k, v, index, block_size=block_size, bias=bias, scale=scale, impl="reference")
-    return out, lse, index
+    scale, selection = options.get("scale"), options["selection"]
+    own = int(options["row_blocks"][b]) if "row_blocks" in options else selection.num_selected_blocks
+    index, _ = select_blocks(q, k, replace(selection, num_selected_blocks=own), scale=scale, impl="reference")
+    out, lse = block_sparse_attention(q, k, v, index, block_size=selection.block_size, bias=bias, scale=scale, impl="reference")
+    return out, lse, pad(index, (0, selection.num_selected_blocks - own), value=-1)
 
 
 def in_two(cache, options, impl):
     """(out, lse, block_indices), chosen first and attended to then."""
     selection, scale = options["selection"], options.get("scale")
-    index = decode_select(cache["q"], cache["block_means"], cache["lengths"], selection, scale=scale, impl=impl)
+    index = decode_select(cache["q"], cache["block_means"], cache["lengths"], **options, impl=impl)
     rest = {name: x for name, x in cache.items() if name != "block_means"}
     return *decode_attend(**rest, block_indices=index, block_size=selection.block_size, scale=scale, impl=impl), index
 
@@ -112,14 +125,25 @@ CASES = {
     "half precision": (dict(lengths=[80, 31], columns=80, dtype=torch.float16), dict(num_selected_blocks=6)),
     "eight queries": (dict(lengths=[70, 6], columns=70, queries=8, kv_heads=1), dict(num_selected_blocks=5)),
     "an empty row": (dict(lengths=[0, 31], columns=40, queries=2), dict(num_selected_blocks=3)),
+    "a budget a row": (dict(lengths=[60, 37, 61, 50], columns=62), dict(num_selected_blocks=16, row_blocks=[16, 3, 1, 7])),
+    "a budget a row, several queries, left padding, bias": (
+        dict(lengths=[45, 2, 30], starts=[3, 46, 18], columns=51, queries=3, biased=True),
+        dict(num_selected_blocks=9, row_blocks=[2, 1, 9]),
+    ),
+    "a budget a row, heads choose by logits": (
+        dict(lengths=[50, 63, 31], columns=64, queries=3, block_size=3),
+        dict(num_selected_blocks=6, scope="head", scoring="logit", row_blocks=[5, 1, 6]),
+    ),
 }
 
 
 def case(name):
     cache, options = CASES[name]
-    scale = {"scale": options["scale"]} if "scale" in options else {}
-    chosen = {key: x for key, x in options.items() if key != "scale"}
-    return a_cache(**cache), {"selection": Selection(block_size=cache.get("block_size", 4), **chosen)} | scale
+    more = {"scale": options["scale"]} if "scale" in options else {}
+    if "row_blocks" in options:
+        more["row_blocks"] = torch.tensor(options["row_blocks"], dtype=torch.int32)
+    chosen = {key: x for key, x in options.items() if key not in more}
+    return a_cache(**cache), {"selection": Selection(block_size=cache.get("block_size", 4), **chosen)} | more
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -217,6 +241,32 @@ def test_a_budget_beyond_the_rows_chooses_all_their_blocks(impl):
     assert (index[0] >= 0).sum(-1).tolist() == [[38]] * 2
 
 
+@either
+def test_a_row_with_as_many_blocks_as_it_has_reads_everything(impl):
+    cache = a_cache([60, 37, 61], [1, 20, 0], columns=61, queries=2, biased=True)
+    out, _, index = decode_attention(
+        **cache, selection=Selection(16, 4), row_blocks=torch.tensor([16, 10, 15], dtype=torch.int32), impl=impl
+    )
+    assert index.shape[3] == 16 and (index >= 0).sum(-1)[:, 0].tolist() == [[15, 15], [9, 10], [15, 15]]
+    for b, dense in enumerate((True, True, False)):  # the last has 16
+        start, length = int(cache["starts"][b]), int(cache["lengths"][b])
+        k, v, bias = (cache[name][b : b + 1, start : start + length] for name in ("k", "v", "bias"))
+        everything = dense_attention(cache["q"][b : b + 1], k, v, bias=bias)
+        assert torch.allclose(out[b], everything[0], rtol=1e-4, atol=1e-5) == dense
+
+
+@needs_triton
+def test_row_blocks_out_of_range_stay_within_the_rows_places():
+    """On a GPU nobody looks at them."""
+    from ssa.ops.triton import decode as kernels
+
+    q, _, _, means, lengths = (a_cache([60, 60, 60, 60], columns=60)[n] for n in ("q", "k", "v", "block_means", "lengths"))
+    rows = torch.tensor([-3, 0, 5, 2**31 - 1], dtype=torch.int32)
+    with poisoned_empty():
+        index = kernels.decode_select(q, means, lengths, 4, 5, "group", "softmax", "exact", 0.25, rows)
+    assert (index >= 0).sum(-1)[:, :, 0].tolist() == [[1, 1], [1, 1], [5, 5], [5, 5]]
+
+
 @needs_triton
 @pytest.mark.parametrize("options", [{}, {"rule": "released"}, {"scope": "head"}], ids=str)
 def test_long_rows(options):
@@ -295,9 +345,13 @@ def test_the_operator_is_a_good_citizen_of_pytorch():
     cache = a_cache([30, 9], [0, 20], columns=30, biased=True)
     arguments = [cache[n] for n in ("q", "k", "v", "block_means", "lengths", "starts", "bias")]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(operator, (*arguments, 4, 3, "head", "softmax", "exact", 0.25), test_utils=checks)
+    rows = torch.tensor([1, 3], dtype=torch.int32)
+    for more in ((), (rows,)):
+        torch.library.opcheck(operator, (*arguments, 4, 3, "head", "softmax", "exact", 0.25, *more), test_utils=checks)
     q, k, v, means, lengths, starts, bias = arguments
-    torch.library.opcheck(decode_select_op, (q, means, lengths, 4, 3, "head", "softmax", "exact", 0.25), test_utils=checks)
+    for more in ((), (rows,)):
+        choice = (q, means, lengths, 4, 3, "head", "softmax", "exact", 0.25, *more)
+        torch.library.opcheck(decode_select_op, choice, test_utils=checks)
     index = torch.tensor([0, 1], dtype=torch.int32).expand(2, 4, 1, 2).contiguous()
     torch.library.opcheck(decode_attend_op, (q, k, v, index, lengths, starts, bias, None, 4, 0.25), test_utils=checks)
     k, v = k.nan_to_num(), v.nan_to_num()
@@ -315,7 +369,13 @@ def test_it_compiles_into_one_graph():
         pages = decode_attend(x["q"], x["k"], x["v"], index, x["lengths"], block_size=4, slots=slots, impl="triton")
         return out, lse, index, *pages
 
-    for call in (lambda **x: decode_attention(**x, **options), again):
+    def one_a_row(**x):
+        rows = (x["lengths"] // 10).clamp(min=1)
+        return *decode_attention(**x, **options, row_blocks=rows), *in_two(
+            x, {"selection": selection, "row_blocks": rows}, "triton"
+        )
+
+    for call in (lambda **x: decode_attention(**x, **options), again, one_a_row):
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         for a, b in zip(compiled(**cache), call(**cache), strict=True):
             assert torch.equal(a, b)
@@ -346,6 +406,32 @@ def test_a_captured_graph_serves_other_lengths():
             assert torch.equal(a, b) and torch.equal(a, c)
 
 
+@pytest.mark.skipif(not on_gpu, reason="CUDA graphs need a GPU")
+def test_a_captured_graph_serves_other_row_blocks():
+    cache = a_cache([1000, 500, 900], columns=1200, dtype=torch.bfloat16, size=64, block_size=16)
+    rows = torch.tensor([70, 1, 8], dtype=torch.int32)
+    options = {"selection": Selection(70, 16), "row_blocks": rows}
+
+    def step():
+        return *decode_attention(**cache, **options, impl="triton"), *in_two(cache, options, "triton")
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for others in ([70, 1, 8], [2, 40, 63], [8, 8, 8]):
+        rows.copy_(torch.tensor(others))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+        has = [min(k, -(-n // 16)) for k, n in zip(others, cache["lengths"].tolist(), strict=True)]
+        assert (captured[2] >= 0).sum(-1)[:, 0, 0].tolist() == has
+        for b, k in enumerate(others):
+            own = {n: None if x is None else x[b : b + 1] for n, x in cache.items()}
+            alone = decode_attention(**own, selection=Selection(k, 16), impl="triton")
+            assert torch.equal(captured[2][b, ..., :k], alone[2][0])
+            torch.testing.assert_close(captured[0][b], alone[0][0], rtol=2e-2, atol=2e-2)
+
+
 def test_autocast_does_not_reach_in():
     cache, options = a_cache([57, 20], columns=60), {"selection": Selection(4, 4), "impl": "reference"}
     expected = decode_attention(**cache, **options)
@@ -369,16 +455,23 @@ def test_autocast_does_not_reach_in():
         ({"starts": torch.tensor([0, 25])}, "within its 30 columns"),
         ({"starts": torch.tensor([-1, 0])}, "within its 30 columns"),
         ({"bias": torch.zeros(2, 29, 2)}, "bias"),
+        ({"row_blocks": torch.tensor([3], dtype=torch.int32)}, r"row_blocks \(1,\) of torch.int32 on .* B = 2"),
+        ({"row_blocks": torch.tensor([3, 1])}, "row_blocks .2,. of torch.int64"),
+        ({"row_blocks": torch.ones(2, dtype=torch.int32, device="meta")}, "on meta is not"),
+        ({"row_blocks": torch.tensor([3, 0], dtype=torch.int32)}, r"row_blocks \[3, 0\] must lie between 1, .*, and 3"),
+        ({"row_blocks": torch.tensor([4, 1], dtype=torch.int32)}, r"row_blocks \[4, 1\] must lie between 1, .*, and 3"),
+        ({"row_blocks": torch.tensor([1, 1], dtype=torch.int32), "selection": Selection(4, 4, rule="released")}, "use rule 'exact'"),
         ({"scale": -1.0}, "scale = -1"),
         ({"impl": "cuda"}, "impl = 'cuda'"),
     ],
 )  # fmt: skip
 def test_errors(change, match):
     cache = a_cache([30, 9], columns=30)
-    if on_gpu and "within" in match:
-        pytest.skip("lengths are not looked at on a GPU")
-    with pytest.raises(UserError, match=match):
+    if on_gpu and ("within" in match or "must lie" in match):
+        pytest.skip("lengths and row_blocks are not looked at on a GPU")
+    with pytest.raises(UserError, match=match) as error:
         decode_attention(**(cache | {"selection": Selection(3, 4)} | change))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +483,7 @@ def test_errors(change, match):
         ({"block_means": torch.zeros(2, 7, 2, 16, dtype=torch.float64)}, "differ in dtype"),
         ({"lengths": torch.tensor([3, 32])}, "within its 31 columns"),
         ({"lengths": torch.tensor([3.0, 4.0])}, "not int32 or int64"),
+        ({"row_blocks": torch.tensor([3, 1])}, "row_blocks .2,. of torch.int64"),
         ({"scale": 0.0}, "scale = 0"),
         ({"impl": "cuda"}, "impl = 'cuda'"),
     ],

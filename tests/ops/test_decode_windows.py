@@ -1,20 +1,23 @@
 """Decoding with windows and importance: against selection and attention of whole rows; the Triton kernels against the reference (on the CPU by
 Triton's interpreter, or on the GPU named by SSA_TEST_DEVICE). What a row has not completed, and what it cannot choose, holds NaN."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from marks import either, needs_triton, on_gpu, windows
 from ssa.budget import COARSER
 from ssa.errors import UserError
-from ssa.ops import block_sparse_attention, decode_attend, decode_attention, decode_select, select_blocks
+from ssa.ops import block_sparse_attention, decode_attend, decode_attention, decode_select, dense_attention, select_blocks
 from ssa.ops.windows import block_importance, window_means
 from ssa.testing import assert_near_exact, attention_oracle, poisoned_empty
 
 NAN = float("nan")
 
 
-def a_cache(selection, lengths, starts=None, *, columns, queries=1, heads=4, kv_heads=2, size=16, dtype=torch.float32, seed=0):
+def a_cache(selection, lengths, starts=None, *, columns, queries=1, heads=4, kv_heads=2, size=16, dtype=torch.float32, row_blocks=None, seed=0):  # fmt: skip
     """Queries and a cache that holds NaN wherever nobody may look."""
     generator = torch.Generator("cpu").manual_seed(seed)
 
@@ -42,23 +45,29 @@ def a_cache(selection, lengths, starts=None, *, columns, queries=1, heads=4, kv_
         importance[b, :candidates] = worth[:candidates]
     tensors = {"lengths": torch.tensor(lengths, dtype=torch.int32), "starts": torch.tensor(starts) if starts else None}
     more = {"bias": bias, "coarse_means": coarse, "importance": importance, "selection": selection}
+    if row_blocks:
+        more["row_blocks"] = torch.tensor(row_blocks, dtype=torch.int32)
     return {"q": draw(rows, queries, heads, size), "k": k, "v": v, "block_means": means} | tensors | more
 
 
 def row_alone(cache, b):
-    """Row b by the operations for whole rows: (out, lse, block_indices) of the queries that the row is long enough for."""
+    """Row b by the operations for whole rows, by its own budget where there is one for each: (out, lse, block_indices) of the queries that the
+    row is long enough for."""
     start, length = 0 if cache["starts"] is None else int(cache["starts"][b]), int(cache["lengths"][b])
     cut, selection = slice(start, start + length), cache["selection"]
     q = cache["q"][b : b + 1, max(0, cache["q"].shape[1] - length) :]
     k, v, bias = (cache[name][b : b + 1, cut] for name in ("k", "v", "bias"))
+    places = selection.places
+    if "row_blocks" in cache:
+        selection = replace(selection, num_selected_blocks=int(cache["row_blocks"][b]))
     index, _ = select_blocks(q, k, selection, bias=bias, impl="reference")
     out, lse = block_sparse_attention(q, k, v, index, block_size=selection.block_size, bias=bias, impl="reference")
-    return out, lse, index
+    return out, lse, pad(index, (0, places - index.shape[3]), value=-1)
 
 
 def choose(cache, impl):
-    names = ("q", "block_means", "lengths", "selection", "coarse_means", "importance")
-    return decode_select(**{name: cache[name] for name in names}, impl=impl)
+    names = ("q", "block_means", "lengths", "selection", "coarse_means", "importance", "row_blocks")
+    return decode_select(**{name: cache[name] for name in names if name in cache}, impl=impl)
 
 
 def in_two(cache, impl):
@@ -87,6 +96,19 @@ CASES = {
     "eight queries": dict(selection=windows(6, 8, 4, 2, 1, 1, 1), lengths=[85, 6], columns=90, queries=8, kv_heads=1),
     "an empty row": dict(selection=windows(6, 8, 4, 2, 1, 1, 1), lengths=[0, 61], columns=70, queries=2),
     "half precision": dict(selection=windows(6, 8, 4, 2, 1, 1, 1), lengths=[85, 40], columns=90, dtype=torch.float16),
+    "a budget a row": dict(
+        selection=windows(9, 8, 4, 2, 2, 1), lengths=[90, 37, 66, 70], starts=[0, 40, 3, 2], columns=92, row_blocks=[9, 5, 4, 7]
+    ),
+    "a budget a row, importance, several queries": dict(
+        selection=windows(12, 8, 4, 2, 1, 1, 2), lengths=[90, 75, 80, 2], starts=[0, 15, 3, 2], columns=92, queries=3,
+        row_blocks=[12, 5, 7, 5],
+    ),
+    "a budget a row, heads choose, coarse": dict(
+        selection=windows(7, 8, 4, 2, 1, 1, 1, scope="head", lse="coarse"), lengths=[90, 75], columns=92, queries=2, row_blocks=[4, 6]
+    ),
+    "a budget a row, dense at first": dict(
+        selection=windows(6, 8, 4, 2, 1, 1, 1, dense_length=60), lengths=[85, 61, 33], columns=90, queries=4, row_blocks=[4, 5, 6]
+    ),
 }  # fmt: skip
 
 
@@ -191,6 +213,31 @@ def test_fault_2_rows_of_a_batch_rank_by_their_own_importance_and_windows(impl):
     assert not torch.equal(decode_attention(**swapped, impl=impl)[2][:1], index[:1])
 
 
+@either
+def test_a_row_with_as_many_blocks_as_it_has_reads_everything(impl):
+    cache = a_cache(windows(12, 8, 4, 2, 1, 1, 2), [90, 60], [0, 5], columns=92, queries=2, row_blocks=[12, 7])
+    out, _, index = decode_attention(**cache, impl=impl)
+    assert index.shape[3] == 12 and (index >= 0).sum(-1)[:, 0].tolist() == [[12, 12], [7, 7]]
+    for b, dense in enumerate((True, False)):  # the second has 8
+        cut = slice(int(cache["starts"][b]), int(cache["starts"][b] + cache["lengths"][b]))
+        k, v, bias = (cache[name][b : b + 1, cut] for name in ("k", "v", "bias"))
+        everything = dense_attention(cache["q"][b : b + 1], k, v, bias=bias)
+        assert torch.allclose(out[b], everything[0], rtol=1e-4, atol=1e-5) == dense
+
+
+@needs_triton
+def test_row_blocks_out_of_range_stay_within_the_rows_places():
+    """On a GPU nobody looks at them."""
+    from ssa.ops.triton import decode_windows as kernels
+
+    cache = a_cache(windows(6, 8, 4, 2, 1, 1, 1), [90] * 4, columns=90)
+    rows = torch.tensor([-5, 3, 6, 2**31 - 1], dtype=torch.int32)
+    tensors = (cache[name] for name in ("q", "block_means", "coarse_means", "importance", "lengths"))
+    with poisoned_empty():
+        index = kernels.decode_select_windows(*tensors, 8, 6, 6, [4, 2, 1, 1, 1, 0], "group", "softmax", 0.25, rows)
+    assert (index >= 0).sum(-1)[:, :, 0].tolist() == [[3, 3], [3, 3], [6, 6], [6, 6]]
+
+
 @needs_triton
 def test_ties_go_to_the_lower_block(monkeypatch):
     from ssa.ops.triton import decode as kernels
@@ -239,10 +286,11 @@ def test_the_operators_are_good_citizens_of_pytorch():
     q, k, v, means, coarse, importance, lengths, starts, bias = (
         cache[n] for n in ("q", "k", "v", "block_means", "coarse_means", "importance", "lengths", "starts", "bias")
     )
-    choice = (lengths, 4, 5, 5, [4, 2, 1, 1, 1, 0], "group", "softmax", 0.25)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(decode_select_windows_op, (q, means, coarse, importance, *choice), test_utils=checks)
-    torch.library.opcheck(decode_windows_op, (q, means, None, importance, *choice, k, v, starts, bias), test_utils=checks)
+    for rows in (None, torch.tensor([5, 4], dtype=torch.int32)):
+        choice = (lengths, 4, 5, 5, [4, 2, 1, 1, 1, 0], "group", "softmax", 0.25, rows)
+        torch.library.opcheck(decode_select_windows_op, (q, means, coarse, importance, *choice), test_utils=checks)
+        torch.library.opcheck(decode_windows_op, (q, means, None, importance, *choice, k, v, starts, bias), test_utils=checks)
 
 
 @needs_triton
@@ -327,9 +375,13 @@ def test_fault_8_offsets_beyond_31_bits():
         ({"importance": torch.zeros(2, 6, 2)}, r"importance \(2, 6, 2\) is not \[B, N, K\] = \[2, at least 7, 2\]"),
         ({"importance": torch.zeros(1, 9, 2)}, r"importance \(1, 9, 2\) is not \[B, N, K\]"),
         ({"q": torch.zeros(2, 9, 4, 16)}, "9 queries"),
+        ({"row_blocks": torch.tensor([6, 3], dtype=torch.int32)}, r"row_blocks \[6, 3\] must lie between 4, .*, and 6"),
+        ({"row_blocks": torch.tensor([6, 4])}, "row_blocks .2,. of torch.int64"),
     ],
 )
 def test_errors(change, message):
+    if on_gpu and "must lie" in message:
+        pytest.skip("row_blocks are not looked at on a GPU")
     cache = a_cache(windows(6, 8, 4, 2, 1, 1, 1, lse="coarse"), [60, 30], columns=60)
     decode_attention(**cache)
     with pytest.raises(UserError, match=message) as error:

@@ -41,6 +41,8 @@ class AttentionCall:
     """A pass over everything keeps up what a selection of the cached tokens needs."""
     impl: str = "auto"
     observer: Callable[[int, AttentionRecord], None] | None = None
+    row_blocks_B: Tensor | None = None
+    """int32, the most blocks of each row, where few tokens are decoded (`ssa.ops.decode_attention`); None = `selection`'s."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ssa.attention.selectors.selector import Selector
 from ssa.budget import AttentionMode, Selection
 from ssa.errors import UserError
 from ssa.ops import block_sparse_attention, decode_attention, dense_attention, gated_sum
+from ssa.ops.decode import MAX_QUERIES
 from ssa.ops.implementations import resolve
 
 
@@ -78,13 +79,19 @@ class AttentionMethod:
             return inputs.dense_step(call.impl), None
         if mode == "full":
             return dense_attention(q, k, v, positions=call.positions_BT, cu_seqlens=call.cu_seqlens, bias=bias), None
-        if selector.fused and few:
-            assert cached is not None
+        row_blocks = call.row_blocks_B
+        by_rows = cached if selector.fused and cached is not None and cached.few else None
+        if row_blocks is not None and (by_rows is None or call.train):
+            raise UserError(
+                f"row_blocks are for decoding, 1 to {MAX_QUERIES} tokens after cached ones, by a selector that is fused, and here are {q.shape[1]} of "
+                f"{k.shape[1]} tokens by {type(selector).__name__}: give all rows one budget"
+            )
+        if by_rows is not None and (row_blocks is not None or few):
             rule = selector.rule(call.selection)
-            buffers, kept = cached.buffers(), selector.kept(cached, rule, room=True)
+            buffers, kept = by_rows.buffers(), selector.kept(by_rows, rule, room=True)
             out, _, block_indices = decode_attention(
                 q, buffers.k_BSKD, buffers.v_BSKD, kept.means, buffers.lengths_B, rule, starts=buffers.starts_B,
-                bias=buffers.bias_BSK, coarse_means=kept.coarse, importance=kept.importance, impl=call.impl,
+                bias=buffers.bias_BSK, coarse_means=kept.coarse, importance=kept.importance, row_blocks=row_blocks, impl=call.impl,
             )  # fmt: skip
             return out, block_indices
         block_indices = selector.select(inputs, call)

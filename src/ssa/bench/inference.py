@@ -27,7 +27,7 @@ from ssa.budget import AttentionMode
 from ssa.config import Recipe
 from ssa.device import device_name, resolve_dtype
 from ssa.errors import UserError
-from ssa.infer.crossover import Crossover, save_crossovers
+from ssa.infer.crossover import Crossover, Shape, save_crossovers
 from ssa.infer.decoder import PREFILL_CHUNK, Attention, Draw, Rows, decoded_tokens
 from ssa.model import BlockCache, SSAConfig, SSAForCausalLM
 from ssa.testing import rms_ratio
@@ -317,8 +317,8 @@ def crossovers(rows: list[dict[str, Any]], config: SSAConfig) -> list[Crossover]
             continue
         slower = [tokens for tokens in lengths if ms[tokens, "sparse"] > ms[tokens, "full"]]
         after = [tokens for tokens in lengths if not slower or tokens > max(slower)]
-        shape: Any = (config.num_attention_heads, config.num_key_value_heads, config.head_dim, str(config.budget))
-        found.append(Crossover(device_name(torch.device("cuda")), *shape, batch, min(after) if after else None))
+        shape = Shape.of(config)
+        found.append(Crossover(device_name(torch.device("cuda")), shape, batch, min(after) if after else None))
     return found
 
 

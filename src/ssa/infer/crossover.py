@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ssa.errors import UserError, one_line
 from ssa.files import write_atomically
@@ -17,15 +17,25 @@ from ssa.files import write_atomically
 SHIPPED = Path(__file__).with_name("crossovers.json")
 
 
-@dataclass(frozen=True)
-class Crossover:
-    """Of one device, shape of a layer's heads, budget and number of rows."""
+class Shape(NamedTuple):
+    """A layer's heads and what a query reads."""
 
-    device: str
     heads: int
     kv_heads: int
     head_dim: int
     budget: str
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        return cls(config.num_attention_heads, config.num_key_value_heads, config.head_dim, str(config.budget))
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Of one device, shape and number of rows."""
+
+    device: str
+    shape: Shape
     batch: int
     tokens: int | None
     """The shortest measured context from which on sparse steps are no slower; None: they were slower in the longest, too."""
@@ -58,30 +68,35 @@ def save_crossovers(found: Sequence[Crossover]) -> Path:
 def auto_for(device: str, config: Any, batch: int) -> Auto:
     """The measurement that is nearest to a model of this configuration with `batch` rows: this user's of this device before the shipped one,
     the same heads and budget before others, then the nearest number of rows."""
-    wanted = (config.num_attention_heads, config.num_key_value_heads, config.head_dim, str(config.budget))
+    wanted = Shape.of(config)
 
     def distance(one: Crossover) -> tuple[int, int]:
-        shape = (one.heads, one.kv_heads, one.head_dim, one.budget)
-        return sum(a != b for a, b in zip(shape, wanted, strict=True)), abs(one.batch.bit_length() - batch.bit_length())
+        return sum(a != b for a, b in zip(one.shape, wanted, strict=True)), abs(one.batch.bit_length() - batch.bit_length())
 
     mine = [one for one in _read(cache_file()) if one.device == device]
     known = mine or _read(SHIPPED)
     best = min(known, key=distance)
     here = "" if best.device == device else f"; measured on {best.device}, `ssa bench decode --model --save` measures this device"
-    shape = "" if not distance(best)[0] else f" for {best.heads}/{best.kv_heads} heads of {best.head_dim}, {best.budget}"
+    shape = (
+        ""
+        if not distance(best)[0]
+        else f" (of {best.shape.heads}/{best.shape.kv_heads} heads of {best.shape.head_dim}, {best.shape.budget})"
+    )
     if best.tokens is None:
         return Auto(float("inf"), f"auto: full{shape}{here}")
     return Auto(best.tokens, f"auto: sparse from {best.tokens} tokens on{shape}{here}")
 
 
 def _key(one: Crossover) -> tuple[Any, ...]:
-    return (one.device, one.heads, one.kv_heads, one.head_dim, one.budget, one.batch)
+    return one.device, one.shape, one.batch
 
 
 def _read(path: Path) -> list[Crossover]:
     if not path.exists():
         return []
     try:
-        return [Crossover(**one) for one in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError) as error:
+        return [
+            Crossover(one["device"], Shape(*one["shape"]), one["batch"], one["tokens"]) for one in json.loads(path.read_text())
+        ]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} holds no measurements ({one_line(error)}): delete it, or measure anew") from None

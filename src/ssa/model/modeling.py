@@ -24,7 +24,6 @@ from transformers.utils.generic import can_return_tuple
 
 from ssa.attention import AttentionCall, AttentionInputs, AttentionRecord, Selector
 from ssa.attention.method import with_selection_loss
-from ssa.attention.state import RowBounds
 from ssa.budget import AttentionMode, Budget, Full, Reading, parse_reading
 from ssa.errors import UserError
 from ssa.files import follow_umask
@@ -195,6 +194,7 @@ class SSAModel(SSAPreTrainedModel):
         past_key_values: BlockCache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        row_blocks: Tensor | None = None,
         carry_alignment: bool = True,
         **kwargs,
     ) -> SSAModelOutput | tuple:
@@ -229,8 +229,15 @@ class SSAModel(SSAPreTrainedModel):
             # once, not in every layer
             cu_seqlens = cu_seqlens_from_positions(positions_BT, past + queries if past else None)
         bounds = None if cache is None else cache.bounds(len(x_BTC), queries, positions_BT, x_BTC.device)
-        call = self._attention_call(attention_mode, stream, positions_BT, padding_BT, cu_seqlens, observer, bounds)
+        call = self._attention_call(attention_mode, stream, observer)
+        call = replace(
+            call, positions_BT=positions_BT, padding_BT=padding_BT, cu_seqlens=cu_seqlens, bounds=bounds, row_blocks_B=row_blocks
+        )
         calls = self._by_layer(call, attention_mode, budget)
+        if row_blocks is not None and all(call.mode == "full" for call in calls):
+            raise UserError(
+                "row_blocks say how many blocks a row reads, and full attention reads all: use sparse attention or leave them out"
+            )
         absolute_BT = positions_BT
         if absolute_BT is None:
             absolute_BT = torch.arange(past, past + x_BTC.shape[1], device=x_BTC.device)[None]
@@ -280,13 +287,13 @@ class SSAModel(SSAPreTrainedModel):
         self, attention_mode: AttentionMode | None = None, budget: Readings | None = None
     ) -> Sequence[AttentionCall]:
         """What a pass without gradients asks of each layer, but for what depends on its tokens."""
-        return self._by_layer(self._attention_call(attention_mode, None, None, None, None, None), attention_mode, budget)
+        return self._by_layer(self._attention_call(attention_mode, None), attention_mode, budget)
 
     def _attention_call(
         self, attention_mode: AttentionMode | None, stream: AttentionMode | None,
-        positions_BT: Tensor | None, padding_BT: Tensor | None, cu_seqlens: Tensor | None,
-        observer: Callable[[int, AttentionRecord], None] | None, bounds: RowBounds | None = None,
+        observer: Callable[[int, AttentionRecord], None] | None = None,
     ) -> AttentionCall:  # fmt: skip
+        """What a pass asks for, but for what depends on its tokens."""
         config = self.config
         for name, value in (("attention_mode", attention_mode), ("stream", stream)):
             if value not in (None, "sparse", "full"):
@@ -301,18 +308,7 @@ class SSAModel(SSAPreTrainedModel):
                 align = True
         else:
             mode = attention_mode or config.attention_mode
-        return AttentionCall(
-            mode,
-            config.selection(),
-            align,
-            train,
-            positions_BT,
-            padding_BT,
-            cu_seqlens,
-            bounds,
-            impl=self.impl,
-            observer=observer,
-        )
+        return AttentionCall(mode, config.selection(), align, train, impl=self.impl, observer=observer)
 
     @property
     def selector(self) -> Selector:
@@ -459,6 +455,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
         past_key_values: BlockCache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        row_blocks: Tensor | None = None,
         **kwargs,
     ) -> SSACausalLMOutput | tuple:
         """One pass over [B, T] tokens.
@@ -481,6 +478,8 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits of the last so many positions only (0 = all).
             cu_seq_lens_q: int32 [documents + 1], B = 1: where documents begin, with or without `position_ids`.
             seq_idx: int [B, T], a document's number for each of its tokens; says the same.
+            row_blocks: int32 [B], the most blocks that a query of each row may read, where a step of up to 8 tokens follows cached ones; the
+                budget's number is the most a row may have. A row with as many as it has blocks reads everything.
             kwargs: shift_labels, int [B, T], labels at the position that predicts them, as trainers give that shift before they cut
                 rows; they are taken as they are, instead of `labels`. What collators and other releases hand over besides is ignored.
 
@@ -507,7 +506,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
             inputs_embeds=inputs_embeds, use_cache=use_cache, attention_mode=attention_mode, budget=budget, stream=stream,
             cu_seqlens=cu_seqlens, observer=observer, output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-            carry_alignment=labels is None and shift_labels is None, return_dict=True,
+            row_blocks=row_blocks, carry_alignment=labels is None and shift_labels is None, return_dict=True,
         )  # fmt: skip
         hidden_BTC = outputs.last_hidden_state
         result = SSACausalLMOutput(hidden_states=outputs.hidden_states, **{CACHE_FIELD: outputs.cache})

@@ -33,6 +33,7 @@ def decode_attention(
     bias: Tensor | None = None,
     coarse_means: Tensor | None = None,
     importance: Tensor | None = None,
+    row_blocks: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,6 +54,10 @@ def decode_attention(
         selection, scale: as for `select_blocks`.
         bias: [B, S, K] logit bias per key, added after scaling; -inf masks a key. Blocks are chosen without it.
         coarse_means, importance: as `select_blocks` takes them; row b's begin with its first token.
+        row_blocks: int32 [B] on q's device: row b reads what it would alone with `num_selected_blocks = row_blocks[b]`, from what is always
+            read up to the selection's own number; one that is not below its number of blocks reads everything. None = the selection's for
+            all. By rule "exact". Not looked at on a GPU, where no row reads more than the selection's number, or less than sinks, local blocks
+            and its own.
         impl: "auto", "reference" or "triton".
 
     Returns:
@@ -60,7 +65,7 @@ def decode_attention(
         head scope), ascending, right-padded with -1, M as for `select_blocks`. A query that reads nothing: 0, -inf and -1.
 
     Raises:
-        UserError: shapes or dtypes that do not fit.
+        UserError: shapes or dtypes that do not fit; on the CPU lengths, starts or row_blocks out of their range.
     """
     check_keys(q, k, v, bias)
     batch, columns, block_size = q.shape[0], k.shape[1], selection.block_size
@@ -71,9 +76,10 @@ def decode_attention(
         )
     _check_call(q, {"k": k, "v": v, "block_means": block_means}, columns, scale)
     _check_rows(lengths, starts, batch, columns)
+    _check_row_blocks(row_blocks, selection, q)
     impl = resolve(impl, q)
     if selection.mean_size:
-        windows = _windows(q, block_means, coarse_means, importance, lengths, selection, columns, scale, impl)
+        windows = _windows(q, block_means, coarse_means, importance, lengths, selection, columns, scale, row_blocks, impl)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             if impl == "triton":
                 return _kernels("decode_windows").decode_windows(*windows, k, v, starts, bias)
@@ -83,7 +89,7 @@ def decode_attention(
     arguments = (
         q, k, v, block_means, lengths, starts, bias, block_size,
         within_rows(selection.num_selected_blocks, block_size, columns, impl), selection.scope, selection.scoring, selection.rule,
-        _scale(q, scale),
+        _scale(q, scale), row_blocks,
     )  # fmt: skip
     with torch.no_grad():
         if impl == "triton":
@@ -94,7 +100,7 @@ def decode_attention(
 
 def _windows(
     q: Tensor, means: Tensor, coarse: Tensor | None, importance: Tensor | None, lengths: Tensor, selection: Selection, columns: int,
-    scale: float | None, impl: str,
+    scale: float | None, row_blocks: Tensor | None, impl: str,
 ) -> tuple[Any, ...]:  # fmt: skip
     """What chooses by windows in rows of at most `columns` tokens, as implementations take it.
 
@@ -112,7 +118,7 @@ def _windows(
     check_importance(importance, means, selection, columns)
     return (
         q, means, coarse, importance, lengths, selection.block_size, within_rows(selection.places, selection.block_size, columns, impl),
-        selection.num_selected_blocks, window_numbers(selection), selection.scope, selection.scoring, _scale(q, scale),
+        selection.num_selected_blocks, window_numbers(selection), selection.scope, selection.scoring, _scale(q, scale), row_blocks,
     )  # fmt: skip
 
 
@@ -124,6 +130,7 @@ def decode_select(
     *,
     coarse_means: Tensor | None = None,
     importance: Tensor | None = None,
+    row_blocks: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -135,7 +142,7 @@ def decode_select(
         q: [B, T, H, D] after RoPE, 1 <= T <= 8: the last T of the `lengths` tokens of each row.
         block_means: [B, N, K, D] of q's dtype, N at least the number of blocks (windows) that any row has completed; others are never read.
         lengths: int32 or int64 [B].
-        selection, scale, coarse_means, importance: as for `select_blocks`.
+        selection, scale, coarse_means, importance: as for `select_blocks`; row_blocks: as for `decode_attention`.
         impl: "auto", "reference" or "triton".
 
     Returns:
@@ -143,7 +150,7 @@ def decode_select(
         query. M as for `select_blocks` on rows of N blocks and one that is not complete.
 
     Raises:
-        UserError: shapes or dtypes that do not fit.
+        UserError: shapes or dtypes that do not fit; on the CPU lengths or row_blocks out of their range.
     """
     batch, _, heads, size = q.shape
     if block_means.ndim != 4 or block_means.shape[::3] != (batch, size) or heads % block_means.shape[2]:
@@ -156,14 +163,15 @@ def decode_select(
         columns = block_means.shape[1] * selection.mean_stride + selection.mean_size - 1
     _check_call(q, {"block_means": block_means}, None, scale)
     _check_rows(lengths, None, batch, columns)
+    _check_row_blocks(row_blocks, selection, q)
     impl = resolve(impl, q)
     if selection.mean_size:
-        windows = _windows(q, block_means, coarse_means, importance, lengths, selection, columns, scale, impl)
+        windows = _windows(q, block_means, coarse_means, importance, lengths, selection, columns, scale, row_blocks, impl)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             return (_kernels("decode_windows") if impl == "triton" else reference).decode_select_windows(*windows)
     arguments = (
         q, block_means, lengths, selection.block_size, within_rows(selection.num_selected_blocks, selection.block_size, columns, impl),
-        selection.scope, selection.scoring, selection.rule, _scale(q, scale),
+        selection.scope, selection.scoring, selection.rule, _scale(q, scale), row_blocks,
     )  # fmt: skip
     with torch.no_grad():
         if impl == "triton":
@@ -298,6 +306,23 @@ def _check_rows(lengths: Tensor, starts: Tensor | None, batch: int, columns: int
             raise UserError("lengths hold a negative number")
         if (columns is not None and bool((ends > columns).any())) or (starts is not None and bool((starts < 0).any())):
             raise UserError(f"lengths (and starts) leave the cache: a row must lie within its {columns} columns")
+
+
+def _check_row_blocks(row_blocks: Tensor | None, selection: Selection, q: Tensor) -> None:
+    if row_blocks is None:
+        return
+    if row_blocks.shape != q.shape[:1] or row_blocks.dtype != torch.int32 or row_blocks.device != q.device:
+        raise UserError(
+            f"row_blocks {tuple(row_blocks.shape)} of {row_blocks.dtype} on {row_blocks.device} is not int32 [B] with B = {len(q)} on {q.device}"
+        )
+    if selection.rule == "released":
+        raise UserError("row_blocks: rule 'released' exists for few numbers of blocks, and rows have any; use rule 'exact'")
+    if row_blocks.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = selection.least_blocks, selection.num_selected_blocks
+        if bool(((row_blocks < least) | (row_blocks > most)).any()):
+            raise UserError(
+                f"row_blocks {row_blocks.tolist()} must lie between {least}, what is always read, and {most}, the selection's num_selected_blocks"
+            )
 
 
 def _kernels(module: str = "decode") -> Any:

@@ -16,34 +16,37 @@ from ssa.ops.reference.select_windows import select_windows
 def decode_attention(
     q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, block_means_BNKD: Tensor, lengths_B: Tensor, starts_B: Tensor | None,
     bias_BSK: Tensor | None, block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float,
+    row_blocks_B: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `ssa.ops.decode_attention`."""
-    indices = decode_select(q_BTHD, block_means_BNKD, lengths_B, block_size, num_selected, scope, scoring, rule, scale)
+    indices = decode_select(
+        q_BTHD, block_means_BNKD, lengths_B, block_size, num_selected, scope, scoring, rule, scale, row_blocks_B
+    )
     return *decode_attend(q_BTHD, k_BSKD, v_BSKD, indices, lengths_B, starts_B, bias_BSK, None, block_size, scale), indices
 
 
 def decode_select(
     q_BTHD: Tensor, block_means_BNKD: Tensor, lengths_B: Tensor, block_size: int, num_selected: int, scope: str, scoring: str, rule: str,
-    scale: float,
+    scale: float, row_blocks_B: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See `ssa.ops.decode_select`."""
     positions_BT, before_BT = _positions(lengths_B, q_BTHD)
     first_block_BT = torch.zeros_like(positions_BT)
     indices, _ = select_blocks(
-        q_BTHD, block_means_BNKD, first_block_BT, positions_BT, 0, block_size, num_selected, scope, scoring, rule, scale
-    )
+        q_BTHD, block_means_BNKD, first_block_BT, positions_BT, 0, block_size, num_selected, scope, scoring, rule, scale, row_blocks_B
+    )  # fmt: skip
     return indices.masked_fill(before_BT[:, None, :, None], -1)
 
 
 def decode_select_windows(
     q_BTHD: Tensor, means_BWKD: Tensor, coarse_BVKD: Tensor | None, importance_BNK: Tensor | None, lengths_B: Tensor, block_size: int,
-    places: int, num_selected: int, windows: list[int], scope: str, scoring: str, scale: float,
+    places: int, num_selected: int, windows: list[int], scope: str, scoring: str, scale: float, row_blocks_B: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See `ssa.ops.decode_select`."""
     positions_BT, before_BT = _positions(lengths_B, q_BTHD)
     indices, _ = select_windows(
         q_BTHD, means_BWKD, coarse_BVKD, importance_BNK, None, None, positions_BT, 0, block_size, places, num_selected, windows, scope,
-        scoring, scale,
+        scoring, scale, row_blocks_B,
     )  # fmt: skip
     return indices.masked_fill(before_BT[:, None, :, None], -1)
 

@@ -23,8 +23,9 @@ def select_blocks(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _select_blocks(
     q_BTHD: Tensor, block_keys_BNKD: Tensor, first_block_BT: Tensor | None, positions_BT: Tensor | None, num_keys: int,
-    block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float,
+    block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float, row_blocks_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`row_blocks_B`: the most blocks of each row, at most `num_selected`; by rule "exact"."""
     batch, queries, heads, _ = q_BTHD.shape
     blocks = block_keys_BNKD.shape[1]
     if positions_BT is None:
@@ -40,7 +41,7 @@ def _select_blocks(
         )
         own_BC = positions_BT[:, cut] // block_size
         indices[:, :, cut], scores[:, :, cut] = _top(
-            score_BRCN, block_BCN[:, None], own_BC[:, None], num_selected, block_size, rule
+            score_BRCN, block_BCN[:, None], own_BC[:, None], num_selected, block_size, rule, row_blocks_B
         )
     return indices, scores
 
@@ -56,7 +57,7 @@ select_blocks_op = torch.library.custom_op("ssa::select_blocks_reference", _sele
 
 
 @select_blocks_op.register_fake
-def _(q, block_keys, first_block, positions, num_keys, block_size, num_selected, scope, scoring, rule, scale):
+def _(q, block_keys, first_block, positions, num_keys, block_size, num_selected, scope, scoring, rule, scale, row_blocks=None):
     return _empty(q, block_keys, num_selected, scope)
 
 
@@ -84,11 +85,15 @@ def block_scores(
     return score_BRCN.masked_fill(~candidate[:, None], float("-inf")).float(), block_BCN
 
 
-def _top(score: Tensor, block: Tensor, own: Tensor, num_selected: int, block_size: int, rule: str) -> tuple[Tensor, Tensor]:
+def _top(
+    score: Tensor, block: Tensor, own: Tensor, num_selected: int, block_size: int, rule: str, row_blocks_B: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Top blocks of `score` [B, R, C, N] plus the own block [B, 1, C], ascending: (int32, fp32) [B, R, C, M]."""
     own = own.expand(score.shape[:-1])
     if rule == "exact" or num_selected <= block_size // 2 or num_selected == 1:
         index, value = best(score, block, num_selected - 1)
+        if row_blocks_B is not None:
+            value = first_of_rows(value, row_blocks_B - 1)
     else:
         # The released kernel merges sorted chunks of `block_size` blocks and keeps only the best half of each side at the last
         # merge; in the first chunk there is nothing to merge with, and all blocks fit.
@@ -111,10 +116,16 @@ def _top(score: Tensor, block: Tensor, own: Tensor, num_selected: int, block_siz
 
 
 def best(score: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best (block, score); equal scores go to the lower block, which torch.topk alone does not promise."""
+    """The `count` best (block, score), best first; equal scores go to the lower block, which torch.topk alone does not promise."""
     count = min(count, score.shape[-1])
     bits = (score + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 turns -0.0 into 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
     key = (ordered << 32) | (_NONE - torch.arange(score.shape[-1], device=score.device))
     column = _NONE - (key.topk(count, -1).values & 0x7FFFFFFF)
     return block.expand(score.shape).gather(-1, column), score.gather(-1, column)
+
+
+def first_of_rows(value_BRCX: Tensor, count_B: Tensor) -> Tensor:
+    """Row b's first `count_B[b]` values; -inf, which chooses nothing, beyond."""
+    place = torch.arange(value_BRCX.shape[-1], device=value_BRCX.device)
+    return value_BRCX.masked_fill(place >= count_B[:, None, None, None], float("-inf"))

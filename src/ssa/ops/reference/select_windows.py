@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ssa.budget import COARSER
-from ssa.ops.reference.select import SCORE_ELEMENTS, best
+from ssa.ops.reference.select import SCORE_ELEMENTS, best, first_of_rows
 
 _NONE = 0x7FFFFFFF
 
@@ -26,10 +26,11 @@ def select_windows(*args: Any) -> tuple[Tensor, Tensor]:
 def _select_windows(
     q_BTHD: Tensor, means_BWKD: Tensor, coarse_BVKD: Tensor | None, importance_BNK: Tensor | None, first_block_BT: Tensor | None,
     first_coarse_BT: Tensor | None, positions_BT: Tensor | None, num_keys: int, block_size: int, places: int, num_selected: int,
-    windows: list[int], scope: str, scoring: str, scale: float,
+    windows: list[int], scope: str, scoring: str, scale: float, row_blocks_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`windows`: size, stride, sinks, local blocks, blocks by query or -1 for all, dense length. `first_block_BT` and `first_coarse_BT`: where the
-    blocks and the coarse windows of a query's document begin among the row's; None = 0."""
+    blocks and the coarse windows of a query's document begin among the row's; None = 0. `row_blocks_B`: the budget of each row, at most
+    `num_selected`."""
     batch, queries, heads, _ = q_BTHD.shape
     size, stride, sinks, local, by_query, dense = windows
     per_block, before = block_size // stride, size // stride - 1
@@ -70,11 +71,16 @@ def _select_windows(
         free = num_selected - sinks - local - 1
         by_score = free if by_query < 0 else min(by_query, free)
         column, value = best(score_BRCN, block_N, by_score)
+        if row_blocks_B is not None:
+            free_B = row_blocks_B - (sinks + local + 1)
+            value = first_of_rows(value, free_B)
         if importance_BRN is not None and free > by_score:
             rest_BRCN = importance_BRN[:, :, None].masked_fill(~candidate_BCN[:, None], float("-inf"))
             taken = torch.zeros_like(rest_BRCN, dtype=torch.bool).scatter_(-1, column, value != float("-inf"))
-            more = best(rest_BRCN.masked_fill(taken, float("-inf")), block_N, free - by_score)
-            column, value = torch.cat([column, more[0]], -1), torch.cat([value, more[1]], -1)
+            more, worth = best(rest_BRCN.masked_fill(taken, float("-inf")), block_N, free - by_score)
+            if row_blocks_B is not None:
+                worth = first_of_rows(worth, free_B - by_score)
+            column, value = torch.cat([column, more], -1), torch.cat([value, worth], -1)
         number = number_BCN[:, None].expand_as(score_BRCN).gather(-1, column)
         indices[:, :, cut], scores[:, :, cut] = _listed(number, value, lead_BC, late_BC, own_BC, places)
     return indices, scores
@@ -84,7 +90,7 @@ select_windows_op = torch.library.custom_op("ssa::select_windows_reference", _se
 
 
 @select_windows_op.register_fake
-def _(q, means, coarse, importance, first_block, first_coarse, positions, num_keys, block_size, places, num_selected, windows, scope, scoring, scale):  # fmt: skip
+def _(q, means, coarse, importance, first_block, first_coarse, positions, num_keys, block_size, places, num_selected, windows, scope, scoring, scale, row_blocks=None):  # fmt: skip
     selectors = q.shape[2] if scope == "head" else means.shape[2]
     indices = q.new_empty(q.shape[0], selectors, q.shape[1], places, dtype=torch.int32)
     return indices, torch.empty_like(indices, dtype=torch.float32)

@@ -159,8 +159,8 @@ def _normaliser(left, live, RT: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _best(rank, block, own, hint, M: tl.constexpr, BS: tl.constexpr, RELEASED: tl.constexpr):
-    """Flags the best M - 1 of the blocks before `own`. `hint`: a rank that so many of all reach, or NOTHING."""
+def _best(rank, block, own, hint, M, BS: tl.constexpr, RELEASED: tl.constexpr):
+    """Flags the best M - 1 of the blocks before `own`. M: a constant, or one row's number. `hint`: a rank that so many of all reach, or NOTHING."""
     if RELEASED:
         # the best half of all earlier chunks of BS blocks and the best half, less the own block, of the query's chunk
         split = own // BS * BS
@@ -174,15 +174,15 @@ def _best(rank, block, own, hint, M: tl.constexpr, BS: tl.constexpr, RELEASED: t
 
 @triton.jit(do_not_specialize=["pitch"])
 def _attend_kernel(
-    q, k, v, lengths, starts, bias, slots, scores, tops, families, indices, out, lse_out, scale, pitch,
+    q, k, v, lengths, starts, bias, slots, row_blocks, scores, tops, families, indices, out, lse_out, scale, pitch,
     q_b, q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, b_b, b_s, b_h,
     T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, FAMILY: tl.constexpr, FAMILIES: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr,
     PARTS: tl.constexpr, CHOOSE: tl.constexpr, ATTEND: tl.constexpr, SELECT: tl.constexpr, RELEASED: tl.constexpr, STARTS: tl.constexpr,
-    BIAS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, SLOTS: tl.constexpr, ROW_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """CHOOSE: the blocks are chosen, by their scores where SELECT says that there are any to choose from, and written to `indices`; else they
-    stand there. ATTEND: attention follows. SLOTS: blocks lie where `slots` says."""
+    stand there. ROW_BLOCKS: `row_blocks` of them in a row, M at most. ATTEND: attention follows. SLOTS: blocks lie where `slots` says."""
     query = tl.program_id(0)
     part = tl.program_id(1)
     t = query % T
@@ -202,12 +202,14 @@ def _attend_kernel(
     to = indices + query.to(tl.int64) * M
     count = 0
     if SELECT:
+        if ROW_BLOCKS:
+            most = tl.minimum(tl.maximum(tl.load(row_blocks + b), 1), M)
         # the best blocks lie in the families whose best are the best
         family = tl.arange(0, FAMILIES)
         row = query.to(tl.int64) * pitch
         before = family * FAMILY < tl.minimum(own, pitch)
         top = tl.where(before, ordered(tl.load(tops + row // FAMILY + family, mask=before, other=0.0)), NOTHING)
-        chosen = _best(top, family * FAMILY, own, NOTHING, M, BS, RELEASED)
+        chosen = _best(top, family * FAMILY, own, NOTHING, most if ROW_BLOCKS else M, BS, RELEASED)
         least = tl.min(tl.where(chosen, top, 2147483647), 0)
         places = families + query.to(tl.int64) * MP
         tl.store(places + tl.cumsum(chosen.to(tl.int32), 0) - 1, family, mask=chosen)
@@ -217,7 +219,7 @@ def _attend_kernel(
         candidate = tl.load(places + c // FAMILY, mask=c // FAMILY < count, other=0) * FAMILY + c % FAMILY
         listed = (c // FAMILY < count) & (candidate < own)
         rank = tl.where(listed, ordered(tl.load(scores + row + candidate, mask=listed, other=0.0)), NOTHING)
-        chosen = _best(rank, candidate, own, least, M, BS, RELEASED)
+        chosen = _best(rank, candidate, own, least, most if ROW_BLOCKS else M, BS, RELEASED)
         place = tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(to + place, candidate, mask=chosen)  # every part writes the same
         count = tl.sum(chosen.to(tl.int32), 0)
@@ -280,36 +282,38 @@ def combine_kernel(
 
 def _run(
     q: Tensor, k: Tensor, v: Tensor, block_means: Tensor, lengths: Tensor, starts: Tensor | None, bias: Tensor | None,
-    block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float,
+    block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float, row_blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `ssa.ops.decode_attention`."""
     q, k, v, block_means = (contiguous_rows(x) for x in (q, k, v, block_means))
     lengths, starts = lengths.contiguous(), None if starts is None else starts.contiguous()
     plan = plan_of(
-        q, k, v, block_means, lengths, starts, bias, block_size, num_selected, scope, scoring, rule, PART_KEYS
+        q, k, v, block_means, lengths, starts, bias, row_blocks, block_size, num_selected, scope, scoring, rule, PART_KEYS
     )  # fmt: skip
     indices = unfilled(q, k.shape[2], num_selected, scope)
     # the blocks that come before some query's own block are what there is to choose from
     choice = _score(
-        plan, q, block_means, lengths, indices, (k.shape[1] - 1) // block_size, k.shape[1] // block_size, block_size, scoring, rule, scale
+        plan, q, block_means, lengths, indices, (k.shape[1] - 1) // block_size, k.shape[1] // block_size, block_size, scoring, rule, scale,
+        row_blocks,
     )  # fmt: skip
     out, lse = _attend(plan, q, k, v, lengths, starts, bias, None, choice, indices, block_size, scale)
     return out, lse, indices
 
 
 def _run_select(
-    q: Tensor, block_means: Tensor, lengths: Tensor, block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float
+    q: Tensor, block_means: Tensor, lengths: Tensor, block_size: int, num_selected: int, scope: str, scoring: str, rule: str, scale: float,
+    row_blocks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See `ssa.ops.decode_select`."""
     q, block_means, lengths = contiguous_rows(q), contiguous_rows(block_means), lengths.contiguous()
-    plan = plan_of(q, block_means, lengths, block_size, num_selected, scope, scoring, rule, "select")
+    plan = plan_of(q, block_means, lengths, row_blocks, block_size, num_selected, scope, scoring, rule, "select")
     indices = unfilled(q, block_means.shape[2], num_selected, scope)
     blocks = block_means.shape[1]
-    choice = _score(plan, q, block_means, lengths, indices, blocks, blocks, block_size, scoring, rule, scale)
+    choice = _score(plan, q, block_means, lengths, indices, blocks, blocks, block_size, scoring, rule, scale, row_blocks)
     launch(
         plan, _attend_kernel, (indices.numel() // num_selected, 1),
-        None, None, None, lengths, None, None, None, choice.scores, choice.tops, choice.families, indices, None, None, scale, choice.pitch,
-        *(0,) * 12, **_geometry(q, block_means.shape[2], indices, block_size, choice), BN=16, PART=PART_KEYS, PARTS=1, CHOOSE=True,
+        None, None, None, lengths, None, None, None, choice.row_blocks, choice.scores, choice.tops, choice.families, indices, None, None,
+        scale, choice.pitch, *(0,) * 12, **_geometry(q, block_means.shape[2], indices, block_size, choice), BN=16, PART=PART_KEYS, PARTS=1, CHOOSE=True,
         ATTEND=False, STARTS=False, BIAS=False, SLOTS=False, num_warps=4, num_stages=2,
     )  # fmt: skip
     return indices
@@ -346,11 +350,13 @@ class _Choice(NamedTuple):
     families: Tensor | None = None
     """Room for the chosen ones."""
     released: bool = False
+    row_blocks: Tensor | None = None
+    """int32 [B], the most that each row reads; None = M."""
 
 
 def _score(
     plan: Plan | None, q: Tensor, block_means: Tensor, lengths: Tensor, indices: Tensor, candidates: int, complete: int, block_size: int,
-    scoring: str, rule: str, scale: float,
+    scoring: str, rule: str, scale: float, row_blocks: Tensor | None,
 ) -> _Choice:  # fmt: skip
     """`candidates`: the most blocks that come before a query's own; `complete`: the most that a row completes."""
     batch, queries = q.shape[:2]
@@ -368,7 +374,7 @@ def _score(
     scores, tops = workspace(q, rows, pitch), workspace(q, rows, pitch // family)
     families = workspace(q, rows, places, dtype=torch.int32)
     scored.launch(plan, q, block_means, lengths, scores, tops, block_size, selectors, scoring, scale, family)
-    return _Choice(family, pitch, scores, tops, families, released)
+    return _Choice(family, pitch, scores, tops, families, released, None if row_blocks is None else row_blocks.contiguous())
 
 
 class Scored(NamedTuple):
@@ -440,8 +446,8 @@ def _attend(
     scored = _Choice() if choice is None else choice
     launch(
         plan, _attend_kernel, (batch * indices.shape[1] * queries, parts),
-        q, k, v, lengths, starts, bias, slots, scored.scores, scored.tops, scored.families, indices, part_out, part_lse, scale,
-        scored.pitch, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if bias is None else bias.stride()),
+        q, k, v, lengths, starts, bias, slots, scored.row_blocks, scored.scores, scored.tops, scored.families, indices, part_out, part_lse,
+        scale, scored.pitch, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if bias is None else bias.stride()),
         **_geometry(q, k.shape[2], indices, block_size, scored), BN=columns, PART=part, PARTS=parts, CHOOSE=choice is not None, ATTEND=True,
         STARTS=starts is not None, BIAS=bias is not None, SLOTS=slots is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
@@ -460,7 +466,7 @@ def _geometry(q: Tensor, kv_heads: int, indices: Tensor, block_size: int, choice
         T=q.shape[1], R=selectors, K=kv_heads, G=group, GP=max(16, power_of_two(group)), D=size, DP=max(16, power_of_two(size)),
         BS=block_size, M=num_selected, MP=power_of_two(num_selected), FAMILY=choice.family,
         FAMILIES=power_of_two(choice.pitch // choice.family), SELECT=choice.scores is not None, RELEASED=choice.released,
-        PRECISION=precision_of(q),
+        ROW_BLOCKS=choice.row_blocks is not None, PRECISION=precision_of(q),
     )  # fmt: skip
 
 
@@ -492,12 +498,12 @@ decode_attend_op = torch.library.custom_op("ssa::decode_attend", run_attend, mut
 
 
 @decode_attention_op.register_fake
-def _(q, k, v, block_means, lengths, starts, bias, block_size, num_selected, scope, scoring, rule, scale):
+def _(q, k, v, block_means, lengths, starts, bias, block_size, num_selected, scope, scoring, rule, scale, row_blocks=None):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), unfilled(q, k.shape[2], num_selected, scope)
 
 
 @decode_select_op.register_fake
-def _(q, block_means, lengths, block_size, num_selected, scope, scoring, rule, scale):
+def _(q, block_means, lengths, block_size, num_selected, scope, scoring, rule, scale, row_blocks=None):
     return unfilled(q, block_means.shape[2], num_selected, scope)
 
 

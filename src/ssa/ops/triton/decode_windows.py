@@ -18,38 +18,39 @@ from ssa.ops.triton.select_windows import pick
 
 def _run(
     q: Tensor, means: Tensor, coarse_means: Tensor | None, importance: Tensor | None, lengths: Tensor, block_size: int, places: int,
-    num_selected: int, windows: list[int], scope: str, scoring: str, scale: float, k: Tensor, v: Tensor, starts: Tensor | None,
-    bias: Tensor | None,
+    num_selected: int, windows: list[int], scope: str, scoring: str, scale: float, row_blocks: Tensor | None, k: Tensor, v: Tensor,
+    starts: Tensor | None, bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `ssa.ops.decode_attention`."""
-    choice = (block_size, places, num_selected, windows, scope, scoring, scale)
+    choice = (block_size, places, num_selected, windows, scope, scoring, scale, row_blocks)
     indices = _choose(q, means, coarse_means, importance, lengths, *choice, k.shape[1])
     return *run_attend(q, k, v, indices, lengths, starts, bias, None, block_size, scale), indices
 
 
 def _run_select(
     q: Tensor, means: Tensor, coarse_means: Tensor | None, importance: Tensor | None, lengths: Tensor, block_size: int, places: int,
-    num_selected: int, windows: list[int], scope: str, scoring: str, scale: float,
+    num_selected: int, windows: list[int], scope: str, scoring: str, scale: float, row_blocks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See `ssa.ops.decode_select`."""
     columns = means.shape[1] * windows[1] + windows[0] - 1
-    choice = (block_size, places, num_selected, windows, scope, scoring, scale)
+    choice = (block_size, places, num_selected, windows, scope, scoring, scale, row_blocks)
     return _choose(q, means, coarse_means, importance, lengths, *choice, columns)
 
 
 def _choose(
     q: Tensor, means: Tensor, coarse_means: Tensor | None, importance: Tensor | None, lengths: Tensor, block_size: int, places: int,
-    num_selected: int, windows: list[int], scope: str, scoring: str, scale: float, columns: int,
+    num_selected: int, windows: list[int], scope: str, scoring: str, scale: float, row_blocks: Tensor | None, columns: int,
 ) -> Tensor:  # fmt: skip
     """int32 [B, R, T, M]; `columns`: the most tokens of a row."""
     q, means, lengths = contiguous_rows(q), contiguous_rows(means), lengths.contiguous()
     coarse_means = None if coarse_means is None else contiguous_rows(coarse_means)
+    row_blocks = None if row_blocks is None else row_blocks.contiguous()
     size, stride, _, local, _, _ = windows
     batch, queries = q.shape[:2]
     kv_heads, per_block = means.shape[2], block_size // stride
     indices = unfilled(q, kv_heads, places, scope)
     layout = (
-        q, means, coarse_means, importance, lengths, block_size, places, num_selected, *windows, scope, scoring, columns
+        q, means, coarse_means, importance, lengths, row_blocks, block_size, places, num_selected, *windows, scope, scoring, columns
     )  # fmt: skip
     plan = plan_of(*layout, "windows")
     softmax, selectors = scoring == "softmax", indices.shape[1]
@@ -71,7 +72,7 @@ def _choose(
     )
     pick(
         plan, tops, pitch, importance, None, None, lengths, indices, None, 0, queries, columns, kv_heads, block_size, num_selected, windows,
-        True,
+        True, row_blocks,
     )  # fmt: skip
     return indices
 
@@ -82,13 +83,13 @@ decode_select_windows_op = torch.library.custom_op("ssa::decode_select_windows",
 
 @decode_windows_op.register_fake
 def _(
-    q, means, coarse, importance, lengths, block_size, places, num_selected, windows, scope, scoring, scale, k, v, starts, bias
-):
+    q, means, coarse, importance, lengths, block_size, places, num_selected, windows, scope, scoring, scale, row_blocks, k, v, starts, bias
+):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), unfilled(q, k.shape[2], places, scope)
 
 
 @decode_select_windows_op.register_fake
-def _(q, means, coarse_means, importance, lengths, block_size, places, num_selected, windows, scope, scoring, scale):
+def _(q, means, coarse_means, importance, lengths, block_size, places, num_selected, windows, scope, scoring, scale, row_blocks):
     return unfilled(q, means.shape[2], places, scope)
 
 

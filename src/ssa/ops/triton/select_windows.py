@@ -23,13 +23,14 @@ from ssa.ops.triton.select import BOUND_TILE, SCORE_BYTES, SCORE_TILE, _bound_ke
 
 @triton.jit(do_not_specialize=["slab_start", "N"])
 def _pick_windows_kernel(
-    best, importance, positions, first_blocks, lengths, indices, scores, slab_start, slab, T, S, N, row_length, tails, i_b, i_n, i_h,
+    best, importance, positions, first_blocks, lengths, row_blocks, indices, scores, slab_start, slab, T, S, N, row_length, tails, i_b, i_n, i_h,
     R: tl.constexpr, K: tl.constexpr, BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr, SINKS: tl.constexpr,
     LOCAL: tl.constexpr, BY_SCORE: tl.constexpr, BY_IMPORTANCE: tl.constexpr, DENSE: tl.constexpr, TAIL: tl.constexpr, WHERE: tl.constexpr,
-    SOFTMAX: tl.constexpr, SCORES: tl.constexpr,
+    SOFTMAX: tl.constexpr, SCORES: tl.constexpr, ROW_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Of one query and selector. `best`: rows of scores by row block, `tails` places further those for the next block. N: blocks with an
-    importance. WHERE queries stand: "last" of S keys, at "positions", or last of "lengths"."""
+    importance. WHERE queries stand: "last" of S keys, at "positions", or last of "lengths". ROW_BLOCKS: a row's budget is
+    its `row_blocks`, of which BY_SCORE and BY_IMPORTANCE are the most."""
     local = tl.num_programs(0) - 1 - tl.program_id(0)
     t = slab_start + local
     row = tl.program_id(1)
@@ -58,13 +59,18 @@ def _pick_windows_kernel(
         score *= LN2
     rank = tl.where(valid, ordered(score), NOTHING)
     chosen = rank != rank
+    if ROW_BLOCKS:
+        free = tl.maximum(tl.load(row_blocks + b) - (SINKS + LOCAL + 1), 0)
+        by_score = tl.minimum(free, BY_SCORE)
+        by_importance = tl.minimum(free - by_score, BY_IMPORTANCE)
     if BY_SCORE > 0:
-        chosen, _, _ = take_largest(rank, BY_SCORE, tl.full([], NOTHING, tl.int32))
+        chosen, _, _ = take_largest(rank, by_score if ROW_BLOCKS else BY_SCORE, tl.full([], NOTHING, tl.int32))
     if BY_IMPORTANCE > 0:
         worth = importance + b * i_b + (r // (R // K)) * i_h + (first + number).to(tl.int64) * i_n
         value = tl.load(worth, mask=valid & (first + number < N), other=float("-inf"))
         rest = valid & (chosen == 0) & (value > float("-inf"))
-        more, _, _ = take_largest(tl.where(rest, ordered(value), NOTHING), BY_IMPORTANCE, tl.full([], NOTHING, tl.int32))
+        value_rank = tl.where(rest, ordered(value), NOTHING)
+        more, _, _ = take_largest(value_rank, by_importance if ROW_BLOCKS else BY_IMPORTANCE, tl.full([], NOTHING, tl.int32))
         score = tl.where(more, value, score)
         chosen = chosen | more
     found = tl.sum(chosen.to(tl.int32), 0)
@@ -87,7 +93,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 def pick(
     plan: Plan | None, best: Tensor, tails: int, importance: Tensor | None, positions: Tensor | None, first_blocks: Tensor | None,
     lengths: Tensor | None, indices: Tensor, scores: Tensor | None, start: int, here: int, num_keys: int, kv_heads: int, block_size: int,
-    num_selected: int, windows: list[int], softmax: bool,
+    num_selected: int, windows: list[int], softmax: bool, row_blocks: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes `indices` [B, R, T, M], and `scores` where given, of the queries from `start` on, of which `best` [B * R, slab, row] has the scores."""
     size, stride, sinks, local, by_query, dense = windows
@@ -99,11 +105,11 @@ def pick(
     where = "lengths" if lengths is not None else "last" if positions is None else "positions"
     launch(
         plan, _pick_windows_kernel, (here, batch * selectors),
-        best, importance, positions, first_blocks, lengths, indices, scores, start, best.shape[-2], queries, num_keys,
+        best, importance, positions, first_blocks, lengths, row_blocks, indices, scores, start, best.shape[-2], queries, num_keys,
         0 if importance is None else importance.shape[1], best.shape[-1], tails, *((0, 0, 0) if importance is None else importance.stride()),
         R=selectors, K=kv_heads, BS=block_size, M=places, MP=power_of_two(places), CP=columns, SINKS=sinks, LOCAL=local,
         BY_SCORE=min(by_score, columns), BY_IMPORTANCE=min(free - by_score, columns) if importance is not None else 0, DENSE=dense,
-        TAIL=size // stride - 1, WHERE=where, SOFTMAX=softmax, SCORES=scores is not None,
+        TAIL=size // stride - 1, WHERE=where, SOFTMAX=softmax, SCORES=scores is not None, ROW_BLOCKS=row_blocks is not None,
         num_warps=1 if columns <= 1024 else 4 if columns <= 4096 else 8, num_stages=1,
     )  # fmt: skip
 
@@ -170,7 +176,7 @@ def _run(
         )  # fmt: skip
         pick(
             plan, best, blocks, importance_BNK, positions_BT, first_block_BT, None, indices, scores, start, here, num_keys, kv_heads,
-            block_size, num_selected, windows, softmax,
+            block_size, num_selected, windows, softmax, None,
         )  # fmt: skip
     return indices, scores
 
