@@ -38,7 +38,7 @@ FLOORS = (
 """From the ground up. A module belongs to the floor that names it, or the nearest package around it; it imports from its own floor and those
 below. `ssa` itself, the version, is below all of them."""
 
-LATE = 59
+LATE = 60
 """So many imports may stand inside functions: of verbs, which `ssa --help` does without, and of optional packages."""
 
 
