@@ -122,7 +122,7 @@ class LayerBudgets:
 
 def tokens_of(name: str) -> float:
     """The receptive field in keys of a reading by its name in tables and files: "4x16", "full", or that of a model's `LayerBudgets`."""
-    found = re.fullmatch(r"tuned-(?:([\d.]+)(?:x(\d+))?)?\+?(\d+full)?", name)
+    found = re.fullmatch(r"tuned-(?:(\d+(?:\.\d)?)(?:x(\d+))?(?:\+(?=\d))?)?(\d+full)?(?<!-)", name)
     if not found:
         return parse_layer_reading(name).tokens
     return math.inf if found[3] else round(float(found[1]) * int(found[2] or 1), 1)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_kept_mass_is_that_of_the_figures(scope, tile):
 
 
 def test_cached_queries_are_the_last_ones():
-    q, k, v = (x.detach() for x in random_qkv(1, 21, 21, 4, 2, 8, dtype=torch.float32))
+    q, k, _ = (x.detach() for x in random_qkv(1, 21, 21, 4, 2, 8, dtype=torch.float32))
     index = select_blocks(q, k, Selection(2, 4))[0]
     (whole,) = kept_mass(q, k, [index], torch.arange(21)[None], block_size=4)
     (late,) = kept_mass(q[:, 15:], k, [index[:, :, 15:]], torch.arange(15, 21)[None], block_size=4)
@@ -83,7 +84,7 @@ def test_the_least_step_that_keeps_enough_is_chosen(make_run, text, changes):
     steps, kept = figures["ladder"]["blocks"], figures["ladder"]["kept_mass"]
     assert steps[0] == (3 if "selector" in changes else 1) and steps[-1] == "full" and len(steps) > 4
     for layer, budget in zip(kept, figures["layer_budgets"], strict=True):
-        assert all(a <= b + 1e-6 for a, b in zip(layer, layer[1:], strict=False)) and layer[0] < 0.9 and layer[-1] == 1
+        assert all(a <= b + 1e-6 for a, b in pairwise(layer)) and layer[0] < 0.9 and layer[-1] == 1
         at = next(i for i, mass in enumerate(layer) if mass >= 0.9)
         assert budget == ("full" if steps[at] == "full" else f"{steps[at]}x4")
         assert f"{budget:>6}   {layer[at]:>9.4f}" in said
@@ -239,3 +240,31 @@ def test_on_the_command_line(make_run, text, tmp_path, capsys):
 def test_a_block_size_that_the_selector_does_not_have(make_run, text):
     with pytest.raises(UserError, match="mean_stride = 2 must divide"):
         tuned(make_run(**WINDOWS), text, block_size=5)
+
+
+def test_two_ranks_find_what_one_finds(make_run, text, tmp_path, run_on_two_ranks):
+    run = make_run()
+    alone, _ = tuned(run, text, out=tmp_path / "alone")
+    words = [
+        "tune-budget",
+        run,
+        "--data",
+        text,
+        "--target-kept-mass",
+        "0.9",
+        "--context",
+        "80",
+        "--max-tokens",
+        "240",
+        "--device",
+        "cpu",
+    ]
+    (said, _), (silent, _) = run_on_two_ranks("-m", "ssa", *words, "--out", tmp_path / "both")
+    both = json.loads((tmp_path / "both" / "tune_budget.json").read_text())
+    assert "perplexity" in said and not silent.strip()
+    assert both["layer_budgets"] == alone["layer_budgets"] == read_config(tmp_path / "both").layer_budgets
+    for ours, theirs in zip(alone["ladder"]["kept_mass"], both["ladder"]["kept_mass"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+    for name in ("tuned", "uniform"):
+        for key in ("perplexity", "kept_mass", "kl_nats"):
+            assert both["compared"][name][key] == pytest.approx(alone["compared"][name][key], rel=1e-5)

@@ -66,7 +66,7 @@ def test_generated_tokens_are_those_of_the_same_budgets_by_hand(budgets):
 def test_training_refuses_them_and_names_the_way_out():
     for method in ("moba", "ssa", "full"):
         model = tiny_model(method, layer_budgets=["1x4", "2x4"]).train()
-        with pytest.raises(UserError, match="layer_budgets are not for training: set config.layer_budgets = None"):
+        with pytest.raises(UserError, match=r"layer_budgets are not for training: set config\.layer_budgets = None"):
             model(ids(), labels=ids())
         with torch.no_grad():  # a policy that generates
             model(ids())
