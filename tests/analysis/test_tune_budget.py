@@ -24,7 +24,7 @@ from ssa.infer.engine import generate
 from ssa.infer.load import load_model
 from ssa.model.stored import read_config
 from ssa.ops import select_blocks
-from ssa.report.report import write_analysis_report
+from ssa.report.report import write_analysis_report, write_report
 from ssa.testing import document_positions, random_qkv, tiny_config, tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so again. " * 12
@@ -150,6 +150,8 @@ def test_the_written_model_is_read_by_its_budgets_everywhere(make_run, text, tmp
     assert analysis.runs[0].analysis["budget"] == str(budgets)
     assert analysis.runs[0].analysis["layer_budgets"] == figures["layer_budgets"]
     assert str(budgets) in write_analysis_report(analysis).read_text()
+    page = tmp_path / "page.html"
+    assert not write_report([out], page).problems and str(budgets) in page.read_text()
 
 
 def test_layers_that_read_everything_keep_everything_in_analyses():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ssa.budget import FULL, Budget, LayerBudgets
+from ssa.config import Recipe
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
 from ssa.infer.load import load_model
@@ -13,6 +14,7 @@ from ssa.model import SSAForCausalLM
 from ssa.model.convert import convert
 from ssa.model.stored import load_pretrained, read_config
 from ssa.testing import tiny_config, tiny_model
+from ssa.train.build import with_method
 
 BUDGETS = ["1x4", "full"]
 
@@ -72,6 +74,13 @@ def test_training_refuses_them_and_names_the_way_out():
             model(ids())
         model.config.layer_budgets = None
         model(ids(), labels=ids()).loss.backward()
+
+
+def test_training_that_starts_from_such_a_model_takes_the_recipes_budget():
+    recipe = Recipe()
+    config = with_method(tiny_config(layer_budgets=BUDGETS), recipe)
+    assert config.layer_budgets is None
+    assert config.budget == Budget(recipe.model.num_selected_blocks, recipe.model.block_size)
 
 
 def test_saved_and_loaded_they_are_the_same(saved):
