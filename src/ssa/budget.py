@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -62,15 +63,78 @@ class Full(enum.Enum):
 
 
 FULL = Full.FULL
-Reading: TypeAlias = Budget | Full
-"""What a pass reads, in all layers or in one."""
+LayerReading: TypeAlias = Budget | Full
+"""What a layer reads."""
 
 
-def parse_reading(text: str | Reading) -> Reading:
+def parse_layer_reading(text: str | LayerReading) -> LayerReading:
     """ "4x16" -> Budget(4, 16), "full" -> FULL."""
     if isinstance(text, Full):
         return text
     return FULL if isinstance(text, str) and text.strip() == "full" else Budget.parse(text)
+
+
+@dataclass(frozen=True)
+class LayerBudgets:
+    """What sparse attention reads in each layer, where layers differ: a `Budget`, or `FULL`, for each of them.
+
+    Written "tuned-11.3x16" after the mean over the layers that have a budget, "tuned-11.3x16+2full" where two others read everything,
+    and "tuned-180.5" after the mean number of keys where block sizes differ. That names the budgets in tables and files and does not say
+    them: those are in the model's configuration.
+    """
+
+    readings: tuple[LayerReading, ...]
+
+    def __post_init__(self) -> None:
+        if not self.readings:
+            raise UserError("budgets for each layer name no layer; give one for each")
+
+    @classmethod
+    def parse(cls, readings: Sequence[str | LayerReading]) -> LayerBudgets:
+        """["4x16", "full"] -> LayerBudgets((Budget(4, 16), FULL))."""
+        return cls(tuple(parse_layer_reading(reading) for reading in readings))
+
+    def __iter__(self) -> Iterator[LayerReading]:
+        return iter(self.readings)
+
+    def __len__(self) -> int:
+        return len(self.readings)
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """Of the layers that have one."""
+        return [reading for reading in self.readings if isinstance(reading, Budget)]
+
+    @property
+    def tokens(self) -> float:
+        """The mean receptive field in keys, infinite where a layer reads everything."""
+        return sum(reading.tokens for reading in self.readings) / len(self.readings)
+
+    def __str__(self) -> str:
+        budgets, sizes = self.budgets, {budget.block_size for budget in self.budgets}
+        full = f"{len(self) - len(budgets)}full" if len(budgets) < len(self) else ""
+        if not budgets:
+            return f"tuned-{full}"
+        unit, size = (next(iter(sizes)), f"x{next(iter(sizes))}") if len(sizes) == 1 else (1, "")
+        mean = f"{sum(budget.tokens for budget in budgets) / len(budgets) / unit:.1f}".removesuffix(".0")
+        return f"tuned-{mean}{size}" + (f"+{full}" if full else "")
+
+
+def tokens_of(name: str) -> float:
+    """The receptive field in keys of a reading by its name in tables and files: "4x16", "full", or that of a model's `LayerBudgets`."""
+    found = re.fullmatch(r"tuned-(?:(\d+(?:\.\d)?)(?:x(\d+))?(?:\+(?=\d))?)?(\d+full)?(?<!-)", name)
+    if not found:
+        return parse_layer_reading(name).tokens
+    return math.inf if found[3] else round(float(found[1]) * int(found[2] or 1), 1)
+
+
+Reading: TypeAlias = LayerReading | LayerBudgets
+"""What a pass reads."""
+
+
+def parse_reading(text: str | Reading) -> Reading:
+    """As `parse_layer_reading`; budgets for each layer stay what they are."""
+    return text if isinstance(text, LayerBudgets) else parse_layer_reading(text)
 
 
 def parse_readings(text: str) -> list[Reading]:

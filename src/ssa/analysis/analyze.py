@@ -17,8 +17,9 @@ from rich.text import Text
 from ssa.analysis.measure import measure_model, own_rows
 from ssa.analysis.results import FORMAT, AnalysisResult, RunResults, losses, read_results
 from ssa.analysis.rows import Rows, packed_rows
+from ssa.analysis.selection import receptive_field
 from ssa.analysis.table import table_rows
-from ssa.budget import Budget
+from ssa.budget import Budget, LayerBudgets
 from ssa.data.tokenizer import fingerprint, load_tokenizer
 from ssa.device import device_name, local_device
 from ssa.errors import UserError
@@ -93,7 +94,7 @@ def analyze(
             continue
         results.append(read_results(run_home(run), analysis, name))
         if out is None:
-            files.append(_write_json(run_home(run) / "analysis" / "analysis.json", analysis))
+            files.append(write_figures(run_home(run) / "analysis" / "analysis.json", analysis))
     if rank:
         return AnalysisResult([], [], [], None)
     directory = Path(out) if out is not None else run_home(runs[0]) / "analysis"
@@ -101,7 +102,7 @@ def analyze(
         directory = run_home(runs[0]).resolve().parent / "analysis"
     if len(runs) > 1 or out is not None:
         content = {"format": FORMAT, "runs": [run.analysis for run in results]} if len(runs) > 1 else results[0].analysis
-        files.append(_write_json(directory / ("comparison.json" if len(runs) > 1 else "analysis.json"), content))
+        files.append(write_figures(directory / ("comparison.json" if len(runs) > 1 else "analysis.json"), content))
     print_table(results, console)
     return AnalysisResult(results, files, [run_home(run) for run in runs], directory)
 
@@ -155,12 +156,12 @@ def table_notes(results: Sequence[RunResults]) -> list[str]:
 
 
 def _measure_run(
-    checkpoint: Path, name: str, rows: Rows, budget: Budget | None, decode_steps: int, seed: int, device: str, dtype: str,
+    checkpoint: Path, name: str, rows: Rows, asked: Budget | None, decode_steps: int, seed: int, device: str, dtype: str,
     console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     model, _ = load_model(checkpoint, device=device, dtype=dtype)
     config = model.config
-    budget = config.budget if budget is None else budget
+    budget = config.budget if asked is None else asked
     check_budgets(config, [budget])
     if rows.about["context"] > config.max_position_embeddings:
         raise UserError(f"context = {rows.about['context']} exceeds the {config.max_position_embeddings} positions of {name}")
@@ -175,14 +176,17 @@ def _measure_run(
         )  # fmt: skip
     return {
         "format": FORMAT, "run": name, "method": config.attention_name, "step": int(step[1]) if step else None, "budget": str(budget),
-        "block_size": budget.block_size, "receptive_field": budget.tokens,
+        "block_size": (budget if isinstance(budget, Budget) else config.uniform_budget).block_size,
+        "receptive_field": receptive_field(config, budget),
+        **({"layer_budgets": [str(reading) for reading in budget]} if isinstance(budget, LayerBudgets) else {}),
         "selection": f"{config.selection_scope} / {config.selection_scoring} / {config.selection_rule}",
         "measured": rows.about, "device": device_name(model.device), "dtype": str(model.dtype).removeprefix("torch."),
         "versions": versions(), **figures,
     }  # fmt: skip
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> Path:
+def write_figures(path: Path, content: dict[str, Any]) -> Path:
+    """As JSON. Raises `UserError` where a figure is not finite, or the directory cannot be written."""
     try:
         text = json.dumps(content, allow_nan=False) + "\n"
     except ValueError:

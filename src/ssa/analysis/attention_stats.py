@@ -126,8 +126,10 @@ class SparsityMeter:
     """
 
     def __init__(
-        self, select: Select | None = None, *, points: int = 200, seed: int = 0, tile: int | None = None,
+        self, select: Select | None = None, *, points: int = 200, seed: int = 0, tile: int | None = None, beyond: int | None = None,
     ) -> None:  # fmt: skip
+        """beyond: the document position from which on queries are "beyond the receptive field"; each layer's own k * s if left out."""
+        self.beyond = beyond
         self.select = selection_by_rule() if select is None else select
         self.points, self.seed, self.tile = points, seed, tile
         self.sums: dict[int, LayerSums] = {}
@@ -156,7 +158,7 @@ class SparsityMeter:
         position_BT = query_positions(record.q_BTHD, record.k_BSKD, record.positions_BT)
         if layer not in self.sums:
             self.sums[layer] = LayerSums(record.q_BTHD.shape[2], index.shape[1], self.points, (self.seed, layer))
-        self.sums[layer].add(figures, index, position_BT, record.selection.budget, self._skipped)
+        self.sums[layer].add(figures, index, position_BT, record.selection.budget, self._skipped, self.beyond)
 
     def layers(self) -> list[LayerFigures]:
         """The means so far, in the order of the layers."""
@@ -178,9 +180,11 @@ class LayerSums:
         self.rows, self.seed = 0, seed
         self.points, self.sample, self.sample_keys = points, torch.zeros(0, 3), torch.zeros(0, dtype=torch.float64)
 
-    def add(self, figures: AttentionFigures, index_BRTM: Tensor, position_BT: Tensor, budget: Budget, skipped: int) -> None:
-        """One pass; `skipped`: rows before it that are not added here."""
-        beyond_BT = position_BT >= budget.tokens
+    def add(
+        self, figures: AttentionFigures, index_BRTM: Tensor, position_BT: Tensor, budget: Budget, skipped: int, beyond: int | None = None
+    ) -> None:  # fmt: skip
+        """One pass; `skipped`: rows before it that are not added here; `beyond`: see `SparsityMeter`."""
+        beyond_BT = position_BT >= (budget.tokens if beyond is None else beyond)
         for i, name in enumerate(_MEANS):
             each = getattr(figures, name).double()
             self.totals[0, i] += each.sum((0, 1)).cpu()

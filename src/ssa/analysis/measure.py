@@ -12,7 +12,8 @@ from torch import Tensor
 from ssa.analysis.attention_stats import SparsityMeter, mean_figures, selection_of
 from ssa.analysis.decode import decode_overlap
 from ssa.analysis.divergence import DivergenceSums, token_divergence
-from ssa.budget import Budget
+from ssa.analysis.selection import receptive_field
+from ssa.budget import Budget, LayerBudgets
 from ssa.collectives import gather, meet
 from ssa.model import SSAForCausalLM
 from ssa.ranks import Shard
@@ -22,7 +23,7 @@ ROW_TOKENS = 4096  # tokens of several rows in one pass
 
 @torch.no_grad()
 def measure_model(
-    model: SSAForCausalLM, input_ids: Tensor, position_ids: Tensor, budget: Budget, *, points: int = 200, seed: int = 0,
+    model: SSAForCausalLM, input_ids: Tensor, position_ids: Tensor, budget: Budget | LayerBudgets, *, points: int = 200, seed: int = 0,
     decode_steps: int = 0, progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run every row under full and under sparse attention and compare. The ranks that torchrun started share the rows.
@@ -39,8 +40,8 @@ def measure_model(
         `LayerFigures`; `decode`: see `decode_overlap`, on rank 0 alone.
     """
     meet()
-    device = model.device
-    meters = {mode: SparsityMeter(selection_of(model), points=points, seed=seed) for mode in ("sparse", "full")}
+    device, beyond = model.device, receptive_field(model.config, budget)
+    meters = {mode: SparsityMeter(selection_of(model), points=points, seed=seed, beyond=beyond) for mode in ("sparse", "full")}
     divergence = DivergenceSums()
     rows, context = input_ids.shape
     step = max(1, ROW_TOKENS // context)
@@ -57,7 +58,7 @@ def measure_model(
             for mode, meter in meters.items()
         }
         each = token_divergence(hidden["full"], hidden["sparse"], model.lm_head, ids, positions)
-        divergence.add(each, positions, budget.tokens)
+        divergence.add(each, positions, beyond)
         if progress is not None:
             progress(len(ids))
     for rank, others in enumerate(gather(({mode: meter.sums for mode, meter in meters.items()}, divergence))):

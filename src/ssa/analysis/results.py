@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ssa.budget import parse_reading
+from ssa.budget import tokens_of
 from ssa.checked_json import parse_json, typed
 from ssa.errors import UserError
 from ssa.eval.results import read_results as read_evaluation
@@ -212,9 +212,7 @@ def perplexities(entry: dict[str, Any]) -> list[BudgetPerplexity]:
     known = []
     for name, figures in entry["budgets"].items():
         if figures["perplexity"] is not None:  # too large for a float
-            known.append(
-                BudgetPerplexity(name, parse_reading(name).tokens, float(figures["nats_per_token"]), float(figures["perplexity"]))
-            )
+            known.append(BudgetPerplexity(name, tokens_of(name), float(figures["nats_per_token"]), float(figures["perplexity"])))
     return sorted(known, key=lambda p: (p.tokens, p.budget))
 
 

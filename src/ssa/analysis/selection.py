@@ -10,9 +10,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ssa.budget import Budget, LayerBudgets
+from ssa.model import SSAConfig
+
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 BINS = 64
 PAIR_ELEMENTS = 1 << 24  # comparisons of block numbers held at once
+
+
+def receptive_field(config: SSAConfig, budget: Budget | LayerBudgets) -> int:
+    """The document position before which queries read everything in all layers, whatever they choose."""
+    budgets = budget.budgets if isinstance(budget, LayerBudgets) else [budget]
+    return min((one.tokens for one in budgets), default=config.max_position_embeddings)
 
 
 def bit_length(x: Tensor) -> Tensor:
@@ -50,6 +59,8 @@ def selection_overlap(
     sums = torch.zeros(selectors, len(lags), dtype=torch.float64, device=block_indices.device)
     pairs = torch.zeros(len(lags), dtype=torch.int64, device=block_indices.device)
     for i, lag in enumerate(lags):
+        if not bool((position_BT >= beyond + lag).any()):
+            continue
         for cut in _chunks(max(0, queries - lag), block_indices.shape[0] * selectors * width * width):
             now, before = block_indices[:, :, cut.start + lag : cut.stop + lag], block_indices[:, :, cut]
             real = now >= 0

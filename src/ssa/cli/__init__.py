@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from ssa import __version__
 from ssa.bench.commands import bench_decode, bench_kernels, bench_plot, bench_prefill, bench_train
 from ssa.cli.call import Verb, call_verb
-from ssa.cli.measuring import analyze, evaluate, report
+from ssa.cli.measuring import analyze, evaluate, report, tune_budget
 from ssa.cli.models import convert, doctor, generate
 from ssa.cli.training import demo, prepare, train
 from ssa.errors import UserError, described
@@ -30,6 +30,7 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "eval": evaluate,
     "analyze": analyze,
+    "tune-budget": tune_budget,
     "report": report,
     "generate": generate,
     "convert": convert,

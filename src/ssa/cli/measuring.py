@@ -141,6 +141,53 @@ def analyze(
         say(f"report: {page}")
 
 
+def tune_budget(
+    run: RUN,
+    /,
+    target_kept_mass: float = 0.98,
+    data: DATA = "",
+    split: NAME = "valid",
+    block_size: int = 0,
+    context: int = 0,
+    max_tokens: int = 0,
+    whole_documents: bool = False,
+    needle_lengths: NUMBERS = "",
+    seed: int = 0,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+    out: DIRECTORY = "",
+    overwrite: bool = False,
+) -> None:
+    """Find the least budget of each layer that keeps a share of attention's mass, and write a model that reads by it.
+
+    Args:
+        run: A run, one of its checkpoints, or a model directory.
+        target_kept_mass: Share of full attention's mass that each layer's selection is to keep, above 0 and at most 1.
+        data: A prepared directory, or text to read; the run's own data if left out.
+        split: Split of a prepared directory.
+        block_size: Tokens of a block; the model's own if 0.
+        context: Tokens of a row; the recipe's if 0.
+        max_tokens: How much text to look at; 16384, or one row where that is longer, if 0.
+        whole_documents: Read only the beginnings of documents of at least `context` tokens instead of packed rows.
+        needle_lengths: Comma-separated haystack lengths in tokens, to look for needles with both budgets, too; none if left out.
+        seed: Draws the rows, and the needles.
+        device: auto, cpu, cuda, cuda:1, ...
+        dtype: auto, float32 or bfloat16.
+        out: Model directory to write; RUN-tuned beside the run if left out. It shares the weights' files with RUN where it can.
+        overwrite: Replace the model that is in `out`.
+    """
+    if not 0 < target_kept_mass <= 1:
+        raise UserError(f"--target-kept-mass {target_kept_mass} must lie in 0..1, 0 excluded: a share of full attention's mass")
+    lengths = _numbers(needle_lengths, int, "--needle-lengths")
+    from ssa.analysis.tune_budget import tune_budget as tune
+
+    tune(
+        run, target=target_kept_mass, data=data or None, split=split, block_size=block_size or None, context=context or None,
+        max_tokens=max_tokens or None, whole_documents=whole_documents, needle_lengths=lengths, seed=seed, device=device, dtype=dtype,
+        out=out or None, overwrite=overwrite, console=console(),
+    )  # fmt: skip
+
+
 def report(paths: tuple[PATH, ...], /, out: FILE = "report.html") -> None:
     """Put everything found under runs and directories on one page: evaluations, analyses, training curves, benchmarks.
 

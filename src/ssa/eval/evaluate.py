@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ssa.budget import FULL, Reading, parse_reading, parse_readings
+from ssa.budget import FULL, LayerBudgets, Reading, parse_reading, parse_readings
 from ssa.collectives import meet
 from ssa.device import local_device
 from ssa.errors import UserError
@@ -111,7 +111,12 @@ def evaluate(
     subject = load_model_under_test(run, local_device(device), dtype)
     if rope_factor is not None:
         subject = scaled(subject, rope_factor)
-    chosen = list(dict.fromkeys([subject.model.config.budget, FULL] if asked is None else asked))
+    own = subject.model.config.budget
+    chosen = list(dict.fromkeys([own, FULL] if asked is None else asked))
+    if foreign := [budget for budget in chosen if isinstance(budget, LayerBudgets) and budget != own]:
+        raise UserError(
+            f"{foreign[0]}: budgets for each layer are evaluated where they are the model's own (layer_budgets); save such a model"
+        )
     check_budgets(subject.model.config, chosen)
     directory = Path(out) if out is not None else subject.directory
     check_directory(directory)

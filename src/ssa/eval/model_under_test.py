@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import FULL, Reading
+from ssa.budget import FULL, LayerBudgets, Reading
 from ssa.device import device_name
 from ssa.files import sha256_of_file
 from ssa.infer.load import load_model
@@ -93,7 +93,9 @@ def provenance(subject: ModelUnderTest) -> dict[str, Any]:
 
 
 def attention(budget: Reading) -> dict[str, Any]:
-    """The arguments of a model's call that make it attend so, whatever it does by itself."""
+    """The arguments of a model's call that make it attend so, whatever it does by itself. `LayerBudgets` are the model's own."""
+    if isinstance(budget, LayerBudgets):
+        return {"attention_mode": "sparse"}
     return {"budget": FULL} if budget is FULL else {"attention_mode": "sparse", "budget": budget}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssa.budget import parse_reading
+from ssa.budget import tokens_of
 from ssa.errors import UserError
 from ssa.eval.results import TASKS_FILE, read_results
 from ssa.eval.tables import figure, markdown
@@ -96,12 +96,12 @@ def to_latex(rows: Sequence[Row], notes: Sequence[str]) -> str:
 
 def inference(budget: str) -> str:
     """ "16x16" -> "sparse 256 (16x16)", "full" -> "full"."""
-    return budget if budget == "full" else f"sparse {parse_reading(budget).tokens} ({budget})"
+    return budget if budget == "full" else f"sparse {tokens_of(budget)} ({budget})"
 
 
 def full_first(budget: str) -> tuple[bool, float]:
     """A key to sort by: full attention, then the smallest budget."""
-    return budget != "full", parse_reading(budget).tokens
+    return budget != "full", tokens_of(budget)
 
 
 def _rows(entries: Mapping[str, Mapping[str, Any]]) -> list[Row]:

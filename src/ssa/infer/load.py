@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import FULL, AttentionMode, Budget, Reading, parse_reading
+from ssa.budget import FULL, AttentionMode, Budget, LayerBudgets, Reading, parse_reading
 from ssa.data.tokenizer import load_tokenizer, vocabulary_size
 from ssa.device import resolve_device, resolve_dtype
 from ssa.errors import UserError
@@ -46,9 +46,9 @@ def load_model(
     model = load_pretrained(path, read_config(path), the_dtype)
     if mode is not None:
         model.config.attention_mode = mode
-    if isinstance(reading, Budget):
+    if isinstance(reading, Budget | LayerBudgets):
         check_budgets(model.config, [reading])
-        model.config.num_selected_blocks, model.config.block_size = reading.num_selected_blocks, reading.block_size
+        model.config.read(reading)
     tokenizer = load_tokenizer(path)
     if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise UserError(
@@ -75,9 +75,13 @@ def attention_choice(mode: str | None, budget: Reading | str | None) -> tuple[At
 
 
 def check_budgets(config: Any, budgets: Sequence[Reading | None]) -> None:
-    """A `UserError` for the first budget that the model's selector cannot serve, by its rule or by what it always reads."""
+    """A `UserError` for the first budget that the model's selector cannot serve, by its rule or by what it always reads, and for budgets of
+    another number of layers."""
     with torch.device("meta"):
         _, selector = build_attention(config)
     for budget in budgets:
-        if isinstance(budget, Budget):
-            selector.check(config.selection(budget))
+        if isinstance(budget, LayerBudgets) and len(budget) != config.num_hidden_layers:
+            raise UserError(f"budget names {len(budget)} layers, and the model has {config.num_hidden_layers}: name one for each")
+        for one in budget.budgets if isinstance(budget, LayerBudgets) else [budget]:
+            if isinstance(one, Budget):
+                selector.check(config.selection(one))

@@ -48,17 +48,21 @@ def is_foreign(card: Path) -> bool:
 
 
 def _text(config: Any, figures: Mapping[str, str]) -> str:
-    budget = config.budget
+    budget = config.uniform_budget
+    reads = f"`{budget}`: sparse attention reads {budget.num_selected_blocks} blocks of {budget.block_size} keys for each token"
+    if config.layer_budgets:
+        reads = f"`{config.budget}`: sparse attention reads, by layer, {', '.join(config.layer_budgets)} (blocks x keys) for each token"
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}"
     rows = {
         "method": f"`{config.attention_name}`, trained with {config.attends.trained_with}",
-        "budget": f"`{budget}`: sparse attention reads {budget.num_selected_blocks} blocks of {budget.block_size} keys for each token",
+        "budget": reads,
         "reads, unless told otherwise": "everything" if config.attention_mode == "full" else "the budget",
         "shape": f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {heads}, vocabulary {config.vocab_size:,}",
         "positions": f"{config.max_position_embeddings:,}",
         **figures,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    asked = "" if config.layer_budgets else f', budget="{budget}"'
     return f"""\
 ---
 library_name: transformers
@@ -87,7 +91,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS DIRECTORY")
 tokenizer = AutoTokenizer.from_pretrained("THIS DIRECTORY")
-model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=50, attention_mode="sparse", budget="{budget}")
+model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=50, attention_mode="sparse"{asked})
 ```
 
 `attention_mode` ("sparse" or "full") and `budget` can be chosen at each call.

@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from ssa.attention import AttentionMethod, HeadShape, Selector
-from ssa.budget import Budget, Selection, released_rule_check
+from ssa.budget import Budget, LayerBudgets, Selection, released_rule_check
 from ssa.config import SIZE_LIMITS, ModelRecipe
 from ssa.errors import UserError
 from ssa.methods import Method, checked_options, full_name, method_named, resolve_alias, selector_named
@@ -34,6 +34,8 @@ class SSAConfig(LlamaConfig):
     selector: One of `ssa.methods.selectors()`: how blocks are chosen.
     attention_mode: "sparse" or "full", what inference does unless told otherwise; the method's own by default.
     block_size, num_selected_blocks: the budget, k blocks of s keys; can be changed at each call.
+    layer_budgets: a budget for each layer, "kxs" or "full", as `ssa tune-budget` finds them: what sparse attention reads where a call
+        names no budget. Not for training, see `SSAForCausalLM.forward`.
     selection_scope, selection_scoring, selection_rule: see `ssa.ops.select_blocks`.
     attention_gate: sigmoid(x W_g), one scalar per token and query head (nsa: three), on the attention output.
     window_size: NSA's sliding window, in keys.
@@ -74,6 +76,7 @@ class SSAConfig(LlamaConfig):
     attention_mode: str | None = None
     block_size: int = 16
     num_selected_blocks: int = 16
+    layer_budgets: list[str] | None = None
     selection_scope: str = "group"
     selection_scoring: str = "softmax"
     selection_rule: str = "exact"
@@ -101,11 +104,12 @@ class SSAConfig(LlamaConfig):
             if not isinstance(value, int):
                 raise UserError(f"{name} = {value!r} is not a whole number")
             if name in ("block_size", "num_selected_blocks"):
-                _ = self.budget  # complains where they are less than 1
+                _ = self.uniform_budget  # complains where they are less than 1
             if not 1 <= value <= most:
                 raise UserError(f"{name} = {value!r} is not in 1..{most}")
         if self.selection_rule == "released":
             released_rule_check(self.num_selected_blocks, self.block_size)
+        self._check_layer_budgets()
         if self.attention_dropout:
             raise UserError(f"attention_dropout = {self.attention_dropout} is not supported; use 0")
         super().__post_init__(**kwargs)
@@ -117,6 +121,20 @@ class SSAConfig(LlamaConfig):
             raise UserError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of num_key_value_heads = {self.num_key_value_heads}"
             )
+
+    def _check_layer_budgets(self) -> None:
+        """The selector has its say when a model is built (`build_attention`)."""
+        if self.layer_budgets is None:
+            return
+        if len(self.layer_budgets) != self.num_hidden_layers:
+            raise UserError(
+                f"layer_budgets names {len(self.layer_budgets)} layers, and num_hidden_layers = {self.num_hidden_layers}"
+            )
+        for budget in LayerBudgets.parse(self.layer_budgets).budgets:
+            for name in ("num_selected_blocks", "block_size"):
+                if getattr(budget, name) > SIZE_LIMITS[name]:
+                    raise UserError(f"layer_budgets has {budget}, whose {name} is not in 1..{SIZE_LIMITS[name]}")
+            self.selection(budget)  # complains where the rule does not exist there
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"auto_map": AUTO_MAP}
@@ -131,8 +149,21 @@ class SSAConfig(LlamaConfig):
         """transformers calls this where it loads through `auto_map`, and would save a copy of this file from then on."""
 
     @property
-    def budget(self) -> Budget:
+    def budget(self) -> Budget | LayerBudgets:
+        """What sparse attention reads unless a call says otherwise."""
+        return self.uniform_budget if self.layer_budgets is None else LayerBudgets.parse(self.layer_budgets)
+
+    @property
+    def uniform_budget(self) -> Budget:
+        """That of `num_selected_blocks` and `block_size`, with which it was trained; what it reads where there are no `layer_budgets`."""
         return Budget(self.num_selected_blocks, self.block_size)
+
+    def read(self, budget: Budget | LayerBudgets) -> None:
+        """`budget` becomes its own."""
+        if isinstance(budget, Budget):
+            self.num_selected_blocks, self.block_size, self.layer_budgets = budget.num_selected_blocks, budget.block_size, None
+        else:
+            self.layer_budgets = [str(reading) for reading in budget]
 
     @property
     def attends(self) -> Method:
@@ -150,8 +181,8 @@ class SSAConfig(LlamaConfig):
         return self.attends.draws_stream and self.alignment_loss != "none"
 
     def selection(self, budget: Budget | None = None) -> Selection:
-        """How blocks are chosen, at another budget than its own where one is given."""
-        budget = budget or self.budget
+        """How blocks are chosen, at another budget than `uniform_budget` where one is given."""
+        budget = budget or self.uniform_budget
         options: Any = {"scope": self.selection_scope, "scoring": self.selection_scoring, "rule": self.selection_rule}
         return Selection(budget.num_selected_blocks, budget.block_size, **options)
 
@@ -186,6 +217,8 @@ def build_attention(config: SSAConfig) -> tuple[AttentionMethod, Selector]:
     selector = kind.load()(shape, **checked_options(kind, config.selector_options, "selector_options"))
     selector.check_registered()
     selector.check(config.selection())
+    for budget in dict.fromkeys(LayerBudgets.parse(config.layer_budgets).budgets if config.layer_budgets else ()):
+        selector.check(config.selection(budget))
     if selector.adds_bias and config.attends.branches:
         raise UserError(f"the selector {config.selector} adds a bias, which the branches of method {config.method} do not have")
     return method, selector

@@ -102,7 +102,7 @@ def convert(
         meant, over = resolve_alias(method, selector)
         method, selector = meant, over if selector or meant != method else None
     opened, out = open_source(source), Path(out)
-    _check_out(out, opened.path, overwrite)
+    check_out(out, opened.path, overwrite)
     weights = functools.cache(opened.weights)
     layout = read_layout(
         opened.config, Choices(method, selector, block_size, num_selected_blocks, selection_rule), str(source),
@@ -123,7 +123,7 @@ def convert(
     config.attention_gate = gated
     config.dtype = getattr(torch, dtype) if dtype else config.dtype or tensors.dtype
     values, notes = _configuration(layout, to)
-    with _appearing(out) as scratch:
+    with appearing(out) as scratch:
         named = nosa_name if to == NOSA else str
         write_weights(scratch, {named(n): info for n, info in tensors.infos.items()}, lambda n: tensors.make(own_name(n)))
         write_json(scratch / "config.json", values)
@@ -147,7 +147,11 @@ def _configuration(layout: Layout, to: Target) -> tuple[dict[str, Any], list[str
             "a Llama attends to everything: only full mode is kept"
         ]
     if to != "ssa":
-        return exported_json(config, to)
+        values, notes = exported_json(config, to)
+        if config.layer_budgets:
+            config.layer_budgets = None
+            notes.append(f"budgets for each layer are not kept: {to} knows one, {config.budget}")
+        return values, notes
     config.architectures = [SSAForCausalLM.__name__]
     notes = []
     if layout.dense and config.attention_mode == "sparse":
@@ -313,7 +317,8 @@ def _shapes(config: SSAConfig, gated: bool) -> dict[str, tuple[int, ...]]:
         config.attention_gate = asked
 
 
-def _check_out(out: Path, source: Path, overwrite: bool) -> None:
+def check_out(out: Path, source: Path, overwrite: bool) -> None:
+    """Raises `UserError` where a model directory made of `source` cannot become `out`."""
     here, there = source.resolve(), out.resolve()
     if here == there or there in here.parents:
         raise UserError(f"out {out} is or holds the source; name another directory")
@@ -326,7 +331,7 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
+def appearing(out: Path) -> Iterator[Path]:
     """A directory that becomes `out` when the block succeeds and vanishes when it does not."""
     scratch = out.parent / f".{out.name}.tmp-{os.getpid()}"
     old = out.parent / f".{out.name}.old-{os.getpid()}"

@@ -172,8 +172,12 @@ def _read_own(raw: Mapping[str, Any], choices: Choices) -> Layout:
     fresh = choices.selector not in (None, had.selector)
     if fresh:
         fields["selector_options"] = None
+    notes = []
+    if had.layer_budgets and (fresh or choices.block_size or choices.num_selected_blocks or choices.selection_rule):
+        fields["layer_budgets"] = None
+        notes.append("the source's budgets for each layer are not kept: they were tuned for another budget, selector or rule")
     config = make_config(fields | choices.given)
-    return Layout("ssa", config, "own" if had.attention_gate else "none", False, new_selector=fresh)
+    return Layout("ssa", config, "own" if had.attention_gate else "none", False, tuple(notes), new_selector=fresh)
 
 
 def _read_released(raw: Mapping[str, Any], fields: dict[str, Any], choices: Choices, origin: str) -> Layout:
@@ -256,7 +260,7 @@ def _released_json(config: SSAConfig) -> tuple[dict[str, Any], list[str]]:
     ]
     if config.selection_rule == "exact" and 2 * config.num_selected_blocks > config.block_size:
         notes.append(
-            f"their kernel is not an exact top-k at {config.budget}: sparse results differ from this model's (rule exact)"
+            f"their kernel is not an exact top-k at {config.uniform_budget}: sparse results differ from this model's (rule exact)"
         )
     values = LlamaConfig(**_shared(config), architectures=["LlamaNSAForCausalLM"]).to_dict()
     for name in ("rope_parameters", "dtype"):

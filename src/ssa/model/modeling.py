@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ssa.attention import AttentionCall, AttentionInputs, AttentionRecord, Selector
 from ssa.attention.method import with_selection_loss
-from ssa.budget import AttentionMode, Budget, Full, Reading, parse_reading
+from ssa.budget import AttentionMode, Budget, Full, LayerBudgets, LayerReading, Reading, parse_layer_reading
 from ssa.errors import UserError
 from ssa.files import follow_umask
 from ssa.model.alignment import carry, warn_of_counted_starts, warn_of_eval_mode, weight_in_loss
@@ -37,8 +37,8 @@ from ssa.model.streams import TrainStep, follow_trainers
 from ssa.ops.cross_entropy import SLICE_ELEMENTS, linear_cross_entropy
 from ssa.ops.documents import cu_seqlens_from_positions
 
-Readings: TypeAlias = Reading | str | Sequence[Reading | str]
-"""A budget or full attention, for all layers or one a layer."""
+Readings: TypeAlias = Reading | str | Sequence[LayerReading | str]
+"""A budget or full attention, for all layers or one a layer. `LayerBudgets` says what sparse attention reads in each layer; a list says whether it is sparse there, too."""
 
 
 class SSAAttention(nn.Module):
@@ -321,15 +321,36 @@ class SSAModel(SSAPreTrainedModel):
         """What each layer is asked for."""
         layers = len(self.layers)
         if budget is None:
-            return [call] * layers
-        given = [budget] if isinstance(budget, (str, Budget, Full)) else list(budget)
+            if self.config.layer_budgets is None:
+                return [call] * layers
+            if call.train or call.align:
+                raise UserError(
+                    "layer_budgets are not for training: set config.layer_budgets = None, train, and tune the budgets again"
+                )
+            budget = self.config.budget
+        given: list[LayerReading | str] = [budget] if isinstance(budget, (str, Budget, Full)) else list(budget)
         if len(given) not in (1, layers):
             raise UserError(f"budget names {len(given)} layers, and the model has {layers}: name one for all or one a layer")
-        calls = [self._read(call, parse_reading(reading), attention_mode, len(given) > 1) for reading in given]
+        if isinstance(budget, LayerBudgets) and len(budget) == layers:
+            return [self._sparse_reading(call, reading) for reading in budget]
+        calls = [self._read(call, parse_layer_reading(reading), attention_mode, len(given) > 1) for reading in given]
         return calls if len(given) > 1 else calls * layers
 
+    def _sparse_reading(self, call: AttentionCall, reading: LayerReading) -> AttentionCall:
+        """Of one layer, in a pass of either mode."""
+        if isinstance(reading, Budget):
+            selection = self.config.selection(reading)
+            self.selector.check(selection)
+            return replace(call, selection=selection)
+        if call.align:
+            raise UserError("budget = 'full' contradicts training: name a budget of blocks for each layer")
+        own = self.config.selection()
+        blocks = max(own.num_selected_blocks, -(-self.config.max_position_embeddings // own.block_size))
+        # who looks on finds a selection that leaves nothing out, by the one rule that has any number of blocks
+        return replace(call, mode="full", selection=replace(own, num_selected_blocks=blocks, rule="exact"))
+
     def _read(
-        self, call: AttentionCall, reading: Reading, attention_mode: AttentionMode | None, of_one_layer: bool
+        self, call: AttentionCall, reading: LayerReading, attention_mode: AttentionMode | None, of_one_layer: bool
     ) -> AttentionCall:
         if not isinstance(reading, Full):
             selection = self.config.selection(reading)
@@ -468,7 +489,7 @@ class SSAForCausalLM(BlockCacheGeneration, SSAPreTrainedModel, GenerationMixin):
                 of a document are never targets.
             attention_mode: "sparse" or "full"; the configuration's in inference, the method's stream in training by default.
             budget: `Budget` or "kxs", blocks a query may read; the configuration's by default. "full" or `ssa.budget.FULL` is full attention.
-                A list has one for each layer.
+                A list has one for each layer, and so has the configuration's `layer_budgets`, which training refuses.
             stream: SSA in training: the stream that goes on, where the caller draws it (`ssa.model.streams`).
             cu_seqlens: int32 [documents + 1], where documents begin in the flattened batch, beside `position_ids`: spares a GPU one
                 wait (`ssa.ops.documents.cu_seqlens_from_positions`, on the CPU).

@@ -69,8 +69,8 @@ def nosa_json(values: dict[str, Any], config: SSAConfig) -> tuple[dict[str, Any]
     options = checked_options(selector_named("eviction"), config.selector_options, "selector_options")
     notes = ["it is NOSA only to its authors' code, which is not part of this package: transformers' Llama drops A and delta"]
     differs = [f"{name} = {options[name]}" for name, value in NOSA_OPTIONS.items() if options[name] != value]
-    if config.budget != NOSA_BUDGET:
-        differs.insert(0, f"budget {config.budget}")
+    if config.uniform_budget != NOSA_BUDGET:
+        differs.insert(0, f"budget {config.uniform_budget}")
     if differs:
         notes.append(f"{', '.join(differs)}: their code has NOSA's released selection built in, so its sparse results differ")
     return values | {

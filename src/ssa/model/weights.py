@@ -6,6 +6,8 @@ Nothing is unpickled: a directory that has only pickled weights is refused.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +92,17 @@ def write_weights(directory: Path, tensors: Mapping[str, TensorInfo], make: Call
         write_safetensors(directory / file, {name: make(name) for name in names}, {"format": "pt"})
     if split.is_sharded:
         write_json(directory / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def link_weights(directory: Path, to: Path) -> None:
+    """The files of the weights in `directory`, in `to`: the same ones under other names, or copies where the file system links none."""
+    names = [_SINGLE] if (directory / _SINGLE).is_file() else [_INDEX, *sorted(set(_read_index(directory).values()))]
+    for name in names:
+        source = (directory / name).resolve()
+        try:
+            os.link(source, to / name)
+        except OSError:
+            shutil.copyfile(source, to / name)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ DEPTH = 5
 SKIPPED = frozenset({"checkpoints", "latest", "data", "tensorboard", "items", "profile", "__pycache__"})
 """Directories that hold no results."""
 _OTHER_PURPOSE = re.compile(
-    r"(config|generation_config|tokenizer(_config)?|special_tokens_map|trainer|checkpoint|index|vocab|added_tokens|environment)\.json"
+    r"(config|generation_config|tune_budget|tokenizer(_config)?|special_tokens_map|trainer|checkpoint|index|vocab|added_tokens|environment)\.json"
     r"|.*\.safetensors\.index\.json"
 )
 """JSON that belongs to models and runs and is no result."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ssa.analysis.results import SAME_TEXT, needle_grids, perplexities, perplexity_setting
-from ssa.budget import parse_reading
+from ssa.budget import tokens_of
 from ssa.report.charts import heat_figure, line_figure, marked
 from ssa.report.collect import RunEvidence
 from ssa.report.page import Cell, Section, table
@@ -73,7 +73,7 @@ def _by_budget(together: Sequence[Group], name: str) -> tuple[Found, list[dict]]
 
 
 def _budgets(found: Found) -> list[str]:
-    return sorted({b for _, by_budget in found for b in by_budget}, key=lambda b: (parse_reading(b).tokens, b))
+    return sorted({b for _, by_budget in found for b in by_budget}, key=lambda b: (tokens_of(b), b))
 
 
 def _perplexity_table(what: str, found: Found) -> str:

@@ -167,8 +167,9 @@ def _lead(evidence: Evidence, results: Sequence) -> list[str]:
 
     if len(bitten) == 1:
         run = bitten[0]
+        tokens = "by layer" if "layer_budgets" in run.analysis else f"at most {int(run.analysis['receptive_field'])} tokens"
         text = (
-            f"When {strong(run)} reads only {html.escape(str(run.analysis['budget']))} (at most {int(run.analysis['receptive_field'])} tokens) its "
+            f"When {strong(run)} reads only {html.escape(str(run.analysis['budget']))} ({tokens}) its "
             f"loss changes by {gap(run):+.4f} nats per token against full attention. The blocks it selects keep {100 * kept(run):.1f} % of the "
             "attention mass."
         )

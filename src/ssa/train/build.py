@@ -120,6 +120,7 @@ def _from_checkpoint(recipe: Recipe, tokenizer: Any) -> tuple[SSAForCausalLM, li
 
 def with_method(config: SSAConfig, recipe: Recipe) -> SSAConfig:
     """A checkpoint's configuration under the recipe's method: everything but the weights' shapes (the gate stays the checkpoint's).
+    Budgets for each layer go: they were tuned for other weights.
 
     `model.rope_factor` > 1 applies too: it is how the paper goes on to 32k tokens.
     """
@@ -129,7 +130,7 @@ def with_method(config: SSAConfig, recipe: Recipe) -> SSAConfig:
     }
     if recipe.model.rope_factor > 1:
         values["rope_parameters"] = wanted.rope_parameters | {"rope_theta": config.rope_parameters["rope_theta"]}
-    return SSAConfig.from_dict(values | {"stream_seed": recipe.train.seed})
+    return SSAConfig.from_dict(values | {"stream_seed": recipe.train.seed, "layer_budgets": None})
 
 
 def _check_vocabulary(vocab_size: int, tokenizer: Any, name: str) -> None:

@@ -147,7 +147,7 @@ class _Run:
             self.parallel = resolve_parallel(t, ranks, self.num_parameters)
             self.probed = None
             if t.probe_every:
-                self.probed = probe_batch(self.data.valid, recipe.data.context, self.model.config.budget)
+                self.probed = probe_batch(self.data.valid, recipe.data.context, self.model.config.uniform_budget)
         self.module = distribute(self.loss, self.parallel, t, ranks, dtype).train()
         self.optimizer = build_optimizer(self.model, t)
         self.guard = SkipStep(self.device, t.skip_nonfinite, t.skip_spikes)
@@ -347,7 +347,7 @@ class _Run:
     def _probe(self, done: int) -> None:
         assert self.probed is not None
         with self._measuring():
-            figures = probe(self.loss, self.probed, self.model.config.budget, self.autocast)
+            figures = probe(self.loss, self.probed, self.model.config.uniform_budget, self.autocast)
         with self.ranks.raise_on_all(self.out):
             if self.metrics is not None:
                 self.metrics.probe(done, figures)
