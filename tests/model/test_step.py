@@ -129,7 +129,7 @@ def test_what_is_not_as_it_was_made_is_left_to_its_own_code(what):
     else:
         kind = type("Mine", (type(attention.method),), {"__call__": lambda self, *given: seen.append(1) or type(self).__base__.__call__(self, *given)})  # fmt: skip
         attention.method.__class__ = kind
-        assert not kind.graphed and not kind.gates_last
+        assert not kind.graphed
         assert not model.model.steps.applies(model, model.model.decoding_calls(), plain[:1], 1)
     changed = model(x, use_cache=True, **how).logits
     assert seen or not torch.equal(changed, plain)
@@ -189,3 +189,13 @@ def test_graphs_die_with_their_cache_and_their_model():
         assert not model.model.steps._of_cache
     del models, model
     assert used() <= before + (4 << 20)
+
+
+@torch.no_grad()
+def test_a_model_that_has_decoded_is_saved_as_before(tmp_path):
+    model = a_model("ssa")
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    model(torch.randint(0, 57, (1, 6)), use_cache=True)  # which puts weights side by side
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == before.keys() and all(torch.equal(x, before[name]) for name, x in loaded.items())

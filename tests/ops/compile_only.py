@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 import triton.backends.nvidia
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -33,6 +34,7 @@ from ssa.ops import (
     compressed_attention,
     decode_attend,
     decode_attention,
+    decode_dense,
     decode_select,
     gated_alignment,
     gated_sum,
@@ -152,6 +154,33 @@ def cached_means(kv_heads, size):
     extend_means([bias], means, torch.tensor(9), torch.tensor([0]), 1, 16, 8, importance=importance, block_size=16, impl="triton")
 
 
+def around_attention(heads, kv_heads, size, hidden, inside, rows=1, dtype=torch.bfloat16, columns=131072):
+    """A layer's other parts, and dense attention over a cache."""
+    from ssa.ops.triton import layer
+
+    def linear(features, count):
+        return torch.nn.Linear(features, count, bias=False, dtype=dtype)
+
+    norm = LlamaRMSNorm(hidden).to(dtype)
+    with torch.no_grad():
+        x = torch.zeros(rows, hidden, dtype=dtype)
+        counts = (heads * size, kv_heads * size, kv_heads * size, heads)
+        y = layer.project(x, norm, [linear(hidden, count) for count in counts])
+        layer.project(x, norm, [linear(hidden, 60000)])  # a vocabulary
+        rope, cache = [torch.zeros(1, rows, size)] * 2, torch.zeros(2, 1, kv_heads, 99, size, dtype=dtype)
+        q, _, _, _ = layer.rope_and_append(
+            y, tuple(rope), torch.tensor(rows), [*cache], (rows, heads, kv_heads, size), heads, False
+        )
+        layer.project_back(torch.zeros(rows, heads * size, dtype=dtype), linear(heads * size, hidden), x)
+        layer.mlp(x, norm, linear(hidden, inside), linear(hidden, inside), linear(inside, hidden))
+        k = torch.zeros(1, 1, kv_heads, size, dtype=dtype).expand(1, columns, kv_heads, size)
+        for queries in (1, 8):
+            decode_dense(q.new_zeros(1, queries, heads, size), k, k, torch.tensor([9]), impl="triton")
+        decode_dense(
+            q.new_zeros(1, 1, heads, size), k, k, torch.tensor([9]), bias=torch.zeros(1, columns, kv_heads), impl="triton"
+        )
+
+
 def windows(heads, kv_heads, size, tokens, packed=False, queries=1, dtype=torch.bfloat16, **more):
     q, k, v = (x.detach() for x in tensors((1, tokens, heads, size), *[(1, tokens, kv_heads, size)] * 2, dtype=dtype))
     selection = Selection(24, 64, mean_size=32, mean_stride=16, sink_blocks=1, local_blocks=16, query_blocks=3, **more)
@@ -192,6 +221,12 @@ def main(capability: int, what: str) -> None:
     implementations._triton_missing = lambda kind: None
     if what == "heads-128":
         heads_128()
+    elif what == "layer":
+        around_attention(32, 2, 64, 2048, 8192)
+        around_attention(32, 8, 128, 4096, 14336, rows=16)
+        around_attention(6, 2, 96, 1000, 2048, rows=40)
+        around_attention(8, 1, 256, 512, 2048, dtype=torch.float32)
+        cached_means(2, 64)
     elif what == "windows":
         all_windows()
     else:
@@ -204,11 +239,15 @@ def every(everything: bool) -> None:
     decode(32, 2, 64, 16, 16, columns=131072)
     cached_means(2, 64)
     vocabulary()
+    around_attention(32, 2, 64, 2048, 8192)
     sparse(8, 2, 128, 16, 64, tokens=2048, packed=True, bias=True)  # from the key side
     sparse(8, 2, 128, 8, 128, tokens=2048)
     with patch.object(reader_lists, "MAP_BYTES", 0):  # lists of readers by sorting
         sparse(32, 2, 64, 16, 16)
     if everything:
+        around_attention(32, 8, 128, 4096, 14336, rows=16)
+        around_attention(6, 2, 96, 1000, 2048, rows=40)
+        around_attention(8, 1, 256, 512, 2048, dtype=torch.float32)
         all_windows()
         sparse(8, 2, 128, 8, 128, tokens=2048, packed=True, bias=True, scope="head")
         sparse(8, 2, 64, 4, 256, tokens=4096)

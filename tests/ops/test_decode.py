@@ -393,7 +393,11 @@ def test_a_captured_graph_serves_other_lengths():
             "block_indices": fused[2],
             "slots": fused[2],
         }
-        return *fused, *in_two(cache, options, "triton"), *decode_attend(**at_their_numbers, block_size=16, impl="triton")
+        return (
+            *fused,
+            *in_two(cache, {"selection": Selection(8, 16)}, "triton"),
+            *decode_attend(**at_their_numbers, block_size=16, impl="triton"),
+        )
 
     step()
     graph = torch.cuda.CUDAGraph()

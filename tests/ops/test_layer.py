@@ -50,21 +50,34 @@ def test_projections_of_the_normed_input(dtype, rows, bias):
 @pytest.mark.parametrize("rows", ROWS)
 @torch.no_grad()
 def test_mlp_and_the_way_back_add_to_the_residual(dtype, rows):
-    from ssa.ops.triton.layer import FEW, mlp, project_back
+    from ssa.ops.triton.layer import mlp, project_back
 
     norm, x = a_norm(dtype, 40), torch.randn(rows, 40).to(dtype)
     gate, up = linears(dtype, 40, 72, 72)
     down = linears(dtype, 72, 40)
     n = exact(norm)(x.double())
     wanted = x.double() + exact(down)(nn.functional.silu(exact(gate)(n)) * exact(up)(n))
-    assert rms_ratio(mlp(x, norm, gate, up, down), wanted) < TOLERANCE[dtype]
+    assert rms_ratio(mlp(x.clone(), norm, gate, up, down), wanted) < TOLERANCE[dtype]
     for bias in (False, True):
         back, attended = linears(dtype, 60, 40, bias=bias), torch.randn(rows, 60).to(dtype)
-        gates = torch.rand(rows, 5)
-        assert rms_ratio(project_back(attended, None, back, x), x.double() + exact(back)(attended.double())) < TOLERANCE[dtype]
-        if rows <= FEW:
-            gated = (attended.double().view(rows, 5, 12) * gates.double()[..., None]).flatten(1)
-            assert rms_ratio(project_back(attended, gates, back, x), x.double() + exact(back)(gated)) < TOLERANCE[dtype]
+        assert rms_ratio(project_back(attended, back, x.clone()), x.double() + exact(back)(attended.double())) < TOLERANCE[dtype]
+
+
+@torch.no_grad()
+def test_weights_side_by_side_stay_parameters_of_their_own(tmp_path):
+    from ssa.ops.triton.layer import side_by_side
+
+    some = linears(torch.float32, 8, 6, 3, 5)
+    before = [linear.weight.clone() for linear in some]
+    together = side_by_side(some)
+    assert torch.equal(together, torch.cat(before)) and all(torch.equal(x.weight, y) for x, y in zip(some, before, strict=True))
+    assert side_by_side(some).data_ptr() == together.data_ptr() == some[0].weight.data_ptr()  # moved once
+    some[1].weight.mul_(2)  # whoever trains or loads a weight writes to it
+    assert torch.equal(side_by_side(some)[6:9], 2 * before[1])
+    some[2].weight = nn.Parameter(torch.ones(5, 8))
+    assert torch.equal(side_by_side(some)[9:], torch.ones(5, 8))
+    moved = nn.ModuleList(some).double()
+    assert torch.equal(side_by_side(list(moved)), torch.cat([before[0], 2 * before[1], torch.ones(5, 8)]).double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -35,15 +35,11 @@ class AttentionMethod:
     graphed: ClassVar[bool] = True
     """A decoding step looks at lengths on the device alone, and does what it did last time, so that a CUDA graph can repeat it. A subclass with
     a `__call__` or `attend` of its own says so anew."""
-    gates_last: ClassVar[bool] = True
-    """`__call__` multiplies what `attend` gives with its one gate and does nothing else, where nothing is aligned; likewise."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if {"__call__", "attend"} & vars(cls).keys():
-            for name in ("graphed", "gates_last"):
-                if name not in vars(cls):
-                    setattr(cls, name, False)
+            cls.graphed = bool(vars(cls).get("graphed", False))
 
     def __init__(self, *, window_size: int = 128, alignment_loss: str = "smooth_l1", align_gated: bool = True) -> None:
         self.window_size, self.alignment_loss, self.align_gated = window_size, alignment_loss, align_gated

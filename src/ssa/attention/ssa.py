@@ -12,7 +12,7 @@ from ssa.ops import gated_alignment
 
 
 class SSA(AttentionMethod):
-    graphed = gates_last = True
+    graphed = True
 
     def __call__(self, selector: Selector, inputs: AttentionInputs, call: AttentionCall) -> MethodOutput:
         if not call.align or self.alignment_loss == "none":

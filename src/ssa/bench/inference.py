@@ -210,7 +210,7 @@ def measure_loop(model: SSAForCausalLM, tokens: int, mode: AttentionMode, new: i
 @torch.no_grad()
 def measure_prefill(model: SSAForCausalLM, tokens: int, mode: AttentionMode, chunk: int = PREFILL_CHUNK) -> dict[str, Any]:
     """Milliseconds and GB beside the weights until the logits of the last of `tokens` are there, keys cached."""
-    prompt = torch.randint(0, 1000, (tokens,)).tolist()
+    prompt = torch.randint(0, 1000, (tokens,)).numpy()
 
     def run() -> Any:
         return Rows(model, [prompt], 1, 0).prefill(Attention(mode), chunk)

@@ -120,6 +120,11 @@ class BlockLayer(DynamicLayer):
         """The states with all tokens in them."""
         return frozenset(key for key, state in self._states.items() if state.length == self.get_seq_length())
 
+    @property
+    def room(self) -> int:
+        """Tokens that the buffers hold without moving."""
+        return int(self._buffers[0].shape[2]) if self._buffers else 0
+
     def addresses(self) -> tuple[int, ...]:
         """Where the buffers lie."""
         return tuple(buffer.data_ptr() for buffer in self._buffers)
@@ -257,6 +262,11 @@ class BlockCache(Cache):
     def current_states(self) -> frozenset[Hashable]:
         """The states that have all tokens in them in every layer."""
         return frozenset.intersection(*(layer.current_states() for layer in self.layers))
+
+    @property
+    def room(self) -> int:
+        """Tokens that every layer's buffers hold without moving."""
+        return min(layer.room for layer in self.layers)
 
     def addresses(self) -> tuple[tuple[int, ...], ...]:
         """Where each layer's buffers lie."""

@@ -75,7 +75,7 @@ def _projections(attention: Any) -> list[nn.Linear]:
 def fused_layers(
     model: Any, x_BTC: Tensor, rope: tuple[Tensor, Tensor], calls: Sequence[AttentionCall], cache: BlockCache
 ) -> Tensor:
-    """The hidden states after all layers, [B, T, C], their keys and values in the cache.
+    """The hidden states after all layers, [B, T, C], in the place of those before; keys and values are in the cache.
 
     rope: cos and sin in fp32.
     """
@@ -112,9 +112,7 @@ def _layer(layer: Any, x_RC: Tensor, rope: tuple[Tensor, Tensor], call: Attentio
     assert call.bounds is not None
     k, v, bias, cached = cache.rows(index, queries, call.positions_BT, call.bounds)
     gates_BTHG = None if gates_RG is None else gates_RG.view(len(q), queries, heads, -1)
-    # where nothing follows the gate, few tokens are gated on their way through the next product
-    later = gates_BTHG is not None and len(x_RC) <= fused.FEW and attention.num_gates == 1 and attention.method.gates_last
-    inputs = AttentionInputs(q, k, v, None if later else gates_BTHG, bias, cached)
+    inputs = AttentionInputs(q, k, v, gates_BTHG, bias, cached)
     attended_RC = attention.method(attention.selector, inputs, call).out_BTHD.reshape(len(x_RC), -1)
-    x_RC = fused.project_back(attended_RC, gates_RG if later else None, attention.o_proj, x_RC)
+    x_RC = fused.project_back(attended_RC, attention.o_proj, x_RC)
     return fused.mlp(x_RC, layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj)

@@ -37,7 +37,6 @@ class DecodeSteps:
         self._of_cache: weakref.WeakKeyDictionary[BlockCache, dict[tuple[Hashable, Hashable], _Graph]] = (
             weakref.WeakKeyDictionary()
         )
-        self._pool: Any = None
 
     def __deepcopy__(self, memo: Any) -> DecodeSteps:
         return self._anew()
@@ -86,7 +85,8 @@ class DecodeSteps:
         )
         graphs = self._of_cache.setdefault(cache, {})
         graph = graphs.get((what, cache.addresses()))
-        if graph is None or not graph.states <= cache.current_states():
+        full = cache.get_seq_length() + ids_BT.shape[1] > cache.room
+        if graph is None or full or not graph.states <= cache.current_states():
             # The first step of its kind runs as it is: it makes room, and compiles what is not compiled yet. So does one that has more to
             # take up than its own tokens.
             result = _step(model, ids_BT, cache, starts_B, calls, choose)
@@ -100,11 +100,7 @@ class DecodeSteps:
         if graph.captured:
             cache.advance(ids_BT.shape[1], graph.states)
         else:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            graph.capture(
-                lambda: _step(model, ids_BT, cache, starts_B, calls, choose, graph.its_rope), self._pool, (ids_BT, starts_B)
-            )
+            graph.capture(lambda: _step(model, ids_BT, cache, starts_B, calls, choose, graph.its_rope), (ids_BT, starts_B))
             graph.states = cache.current_states()
         return graph.replay()
 
@@ -128,13 +124,13 @@ class _Graph:
         else:
             torch._foreach_copy_(list(self.its_rope), list(new))
 
-    def capture(self, step: Callable[[], Tensor], pool: Any, kept: tuple[Tensor, ...]) -> None:
+    def capture(self, step: Callable[[], Tensor], kept: tuple[Tensor, ...]) -> None:
         """Python counts the step's tokens while it is captured; its kernels run when it is replayed."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
-            graph.capture_begin(pool=pool)
+            graph.capture_begin()
             try:
                 self._result = step()
             finally:
