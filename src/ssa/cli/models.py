@@ -15,7 +15,7 @@ def generate(
     /,
     prompt: tuple[TEXT, ...] = (),
     prompt_file: FILE = "",
-    mode: Literal["", "sparse", "full"] = "",
+    mode: Literal["", "sparse", "full", "auto"] = "",
     budget: BUDGET = "",
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -37,7 +37,7 @@ def generate(
         run: A run, one of its checkpoints, or a model directory.
         prompt: Prompts; several are batched.
         prompt_file: A file whose whole text is a prompt; "-" reads standard input.
-        mode: sparse or full; the model's own if left out.
+        mode: sparse or full; auto = full up to where sparse is no slower on this device; the model's own if left out.
         budget: kxs, blocks a token may read; the model's own if left out.
         max_new_tokens: Most tokens to generate for a prompt.
         temperature: 0 = greedy.

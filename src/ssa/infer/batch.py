@@ -25,6 +25,7 @@ def generate_batch(
     attention_mode: AttentionMode | None = None,
     budget: Reading | None = None,
     prefill_mode: AttentionMode | None = None,
+    sparse_from: float | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     draw: Draw | None = None,
     show: Callable[[int, str], None] | None = None,
@@ -38,6 +39,7 @@ def generate_batch(
         pad_id: Any token: the mask hides it.
         attention_mode, budget: None = the model's own.
         prefill_mode: The prompts' attention, where it is another; its sparse budget is `budget`.
+        sparse_from: Read everything before so many cached tokens and chosen blocks from then on.
         prefill_chunk: Tokens of a prompt computed at once.
         draw: How tokens are chosen, None = greedily. Settings saved with the model play no part.
         show: Called with (row, text) as text becomes known.
@@ -50,7 +52,7 @@ def generate_batch(
     """
     first_at = None
     steps = decoded_tokens(
-        model, prompts, max(limits), pad_id=pad_id, attention=Attention(attention_mode, budget, prefill_mode), draw=draw or Draw(),
+        model, prompts, max(limits), pad_id=pad_id, attention=Attention(attention_mode, budget, prefill_mode, sparse_from), draw=draw or Draw(),
         prefill_chunk=prefill_chunk,
     )  # fmt: skip
     for tokens in steps:

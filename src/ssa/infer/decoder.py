@@ -33,9 +33,10 @@ class Draw:
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
         """int64 [B]; -1 where logits are NaN or infinite, so that every choice would be arbitrary."""
-        finite_B = logits_BV.amax(-1).isfinite()
+        highest_B, likeliest_B = _largest(logits_BV)
+        finite_B = highest_B.isfinite()
         if self.temperature == 0:
-            return torch.where(finite_B, logits_BV.argmax(-1), -1)
+            return torch.where(finite_B, likeliest_B, -1)
         probs_BV = self.probabilities(logits_BV)
         # argmax p / e with e exponential is a draw from p, and needs no look from the host
         drawn_B = (probs_BV / torch.empty_like(probs_BV).exponential_()).argmax(-1)
@@ -55,6 +56,19 @@ class Draw:
         return logits.softmax(-1)
 
 
+def _largest(x_BV: Tensor, parts: int = 64) -> tuple[Tensor, Tensor]:
+    """(values, indices) of the largest, NaN before all, the first of equals; in two steps, since one row of a vocabulary keeps a GPU's reduction
+    to one multiprocessor."""
+    rows, width = x_BV.shape
+    if width % parts or width < 4096:
+        best = x_BV.max(-1)
+        return best.values, best.indices
+    parts_BPV = x_BV.view(rows, parts, -1).max(-1)
+    best = parts_BPV.values.max(-1)
+    index_B = parts_BPV.indices.gather(1, best.indices[:, None])[:, 0] + best.indices * (width // parts)
+    return best.values, index_B
+
+
 @dataclass(frozen=True)
 class Attention:
     """What a decoder reads: `mode` and `budget` as the model's call takes them, and the prompt's mode where it is another."""
@@ -62,13 +76,18 @@ class Attention:
     mode: AttentionMode | None = None
     budget: Reading | None = None
     prefill_mode: AttentionMode | None = None
+    sparse_from: float | None = None
+    """Everything before so many cached tokens, the chosen blocks from then on, whatever `mode` says (`ssa.infer.crossover`)."""
 
-    def arguments(self, prompt: bool = False) -> dict[str, Any]:
-        if prompt and self.prefill_mode == "full":
-            return {"attention_mode": "full"}
-        if prompt and self.prefill_mode == "sparse":
-            return {"attention_mode": "sparse", "budget": None if self.budget is FULL else self.budget}
-        return {"attention_mode": self.mode, "budget": self.budget}
+    def arguments(self, tokens: int, prompt: bool = False) -> dict[str, Any]:
+        """Of a pass after which so many tokens are cached."""
+        mode = self.prefill_mode if prompt else None
+        if mode is None and self.sparse_from is not None:
+            mode = "full" if tokens < self.sparse_from else "sparse"
+        if mode is None:
+            return {"attention_mode": self.mode, "budget": self.budget}
+        sparse = mode == "sparse" and self.budget is not FULL
+        return {"attention_mode": mode, "budget": self.budget if sparse else None}
 
 
 class Rows:
@@ -77,10 +96,10 @@ class Rows:
     def __init__(self, model: SSAForCausalLM, prompts: Sequence[Sequence[int] | np.ndarray], room: int, pad_id: int) -> None:
         """`room`: tokens that will follow the longest prompt, at most."""
         self.model, self.width = model, max(map(len, prompts))
-        input_BT = torch.full((len(prompts), self.width), pad_id, dtype=torch.int64)
+        input_BT = torch.full((len(prompts), self.width), pad_id, dtype=torch.int64, device="cpu")
         for row, ids in enumerate(prompts):
-            input_BT[row, self.width - len(ids) :] = torch.as_tensor(ids)
-        pads_B = torch.tensor([self.width - len(ids) for ids in prompts])
+            input_BT[row, self.width - len(ids) :] = torch.as_tensor(ids, device="cpu")
+        pads_B = torch.tensor([self.width - len(ids) for ids in prompts], device="cpu")
         self.input_BT, self.starts_B = input_BT.to(model.device), pads_B.to(model.device)
         self.padded = bool(pads_B.any())
         self.cache = BlockCache(self.width + room)
@@ -92,7 +111,7 @@ class Rows:
         logits: Any = None
         for start in range(0, self.width, chunk):
             part_BT = self.input_BT[:, start : start + chunk]
-            logits = self.passed(part_BT, attention.arguments(prompt=True)).logits
+            logits = self.passed(part_BT, attention.arguments(self.width, prompt=True)).logits
         return logits[:, -1]
 
     def passed(self, ids_BT: Tensor, arguments: dict[str, Any]) -> Any:
@@ -123,14 +142,15 @@ def decoded_tokens(
     rows = Rows(model, prompts, most, pad_id)
     chosen_B = draw(rows.prefill(attention, prefill_chunk))
     yield _checked(chosen_B.tolist())
-    calls, steps = model.model.decoding_calls(**attention.arguments()), model.model.steps
-    ids_B1 = chosen_B[:, None].clone()
-    if not (ids_B1.is_cuda and steps.applies(model, calls, model.model.embed_tokens.weight[:1, None], 1)):
-        for _ in range(most - 1):
-            chosen_B = draw(rows.passed(ids_B1, attention.arguments()).logits[:, -1])
+    ids_B1, steps = chosen_B[:, None].clone(), model.model.steps
+    plain = steps.applies(model, model.model.decoding_calls(), model.model.embed_tokens.weight[:1, None], 1)
+    if not (ids_B1.is_cuda and plain):
+        for tokens in range(rows.width + 1, rows.width + most):
+            chosen_B = draw(rows.passed(ids_B1, attention.arguments(tokens)).logits[:, -1])
             yield _checked(chosen_B.tolist())
             ids_B1 = chosen_B[:, None]
         return
+    calls_of: dict[Any, Any] = {}
 
     def choose(logits_BTV: Tensor) -> Tensor:
         drawn_B = draw(logits_BTV[:, -1])
@@ -138,10 +158,13 @@ def decoded_tokens(
         return drawn_B
 
     under_way: list[tuple[Tensor, torch.cuda.Event]] = []
-    places = [torch.empty(len(prompts), dtype=torch.int64, pin_memory=True) for _ in range(2)]
+    places = [torch.empty(len(prompts), dtype=torch.int64, device="cpu", pin_memory=True) for _ in range(2)]
     for step in range(most - 1):
-        place, event = places[step % 2], torch.cuda.Event()
-        place.copy_(steps.run(model, ids_B1, rows.cache, rows.starts_B, calls, choose), non_blocking=True)
+        place, event, arguments = places[step % 2], torch.cuda.Event(), attention.arguments(rows.width + step + 1)
+        mode = arguments["attention_mode"]
+        if mode not in calls_of:
+            calls_of[mode] = model.model.decoding_calls(**arguments)
+        place.copy_(steps.run(model, ids_B1, rows.cache, rows.starts_B, calls_of[mode], choose), non_blocking=True)
         event.record()
         under_way.append((place, event))
         if len(under_way) == 2:

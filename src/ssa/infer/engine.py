@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import AttentionMode, Reading
+from ssa.budget import FULL, AttentionMode, Reading, parse_reading
 from ssa.config import check_seed
 from ssa.data.lines import read_text, without_surrogates
 from ssa.data.tokenizer import encoded
+from ssa.device import device_name
 from ssa.errors import UserError, one_line
 from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
+from ssa.infer.crossover import Auto, auto_for
 from ssa.infer.decoder import PREFILL_CHUNK, Draw
 from ssa.infer.load import attention_choice, check_budgets, load_model
 from ssa.infer.transcript import FinishReason, Transcript
@@ -67,6 +69,8 @@ class Prompt:
 
     mode: AttentionMode | None = None
     chunk: int = PREFILL_CHUNK
+    auto: Auto | None = None
+    """Where mode auto goes from full to sparse attention, for the prompt and for what follows."""
 
     def __post_init__(self) -> None:
         if self.mode not in (None, "sparse", "full"):
@@ -79,7 +83,7 @@ def generate(
     run: Path | str,
     prompts: Sequence[str],
     *,
-    mode: AttentionMode | None = None,
+    mode: AttentionMode | Literal["auto"] | None = None,
     budget: Reading | str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -101,7 +105,7 @@ def generate(
 
     Args:
         prompts: An empty one starts from the tokenizer's first-token (bos or, without one, the end of a document).
-        mode: "sparse" or "full"; None = the model's own.
+        mode: "sparse" or "full"; "auto" = full up to the context where sparse is no slower on this device, sparse beyond; None = the model's own.
         budget: `Budget` or "kxs", also one the model was not trained with; alone it means sparse. "full" is mode "full". None = the model's own.
         max_new_tokens ... stop: See `Sampling`. `seed` decides all draws of the call; with another `batch_size` or other prompts
             beside it, a prompt gets other draws. Greedy completions do not depend on their neighbours.
@@ -119,14 +123,19 @@ def generate(
     Raises:
         UserError: Anything a user can get wrong, before any token is generated.
     """
-    mode, budget = attention_choice(mode, budget)
+    auto = mode == "auto"
+    if auto and budget is not None and parse_reading(budget) is FULL:
+        raise UserError("mode 'auto' and budget 'full' contradict each other; drop one of them")
+    chosen, budget = attention_choice(None if mode == "auto" else mode, budget)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop))
     if not prompts:
         raise UserError("no prompt given; pass at least one (an empty one is fine)")
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size} must be at least 1")
     prompt = Prompt(prefill_mode, prefill_chunk)
-    model, tokenizer = load_model(run, device, dtype, mode, budget)
+    model, tokenizer = load_model(run, device, dtype, chosen, budget)
+    if auto:
+        prompt = replace(prompt, auto=auto_for(device_name(model.device), model.config, min(batch_size, len(prompts))))
     model.model.steps.graphs = graphs
     live = out if stream and len(prompts) == 1 else None
     clock = _Clock()
@@ -141,7 +150,7 @@ def generate(
         live.write("\n")
         live.flush()
     if err is not None:
-        print(_summary(model, completions, clock), file=err, flush=True)
+        print(_summary(model, completions, clock, prompt.auto), file=err, flush=True)
     return completions
 
 
@@ -241,7 +250,8 @@ def _batch(
     started = time.perf_counter()
     first = generate_batch(
         model, encoded, transcripts, [sampling.max_new_tokens] * len(encoded), pad_id=pad_id_of(tokenizer, end_ids),
-        attention_mode=mode, budget=budget, prefill_mode=prompt.mode, prefill_chunk=prompt.chunk, draw=draw, show=show,
+        attention_mode=mode, budget=budget, prefill_mode=prompt.mode, prefill_chunk=prompt.chunk,
+        sparse_from=None if prompt.auto is None else prompt.auto.tokens, draw=draw, show=show,
     )  # fmt: skip
     clock.prefill += first - started
     clock.decode += time.perf_counter() - first
@@ -269,9 +279,10 @@ def _shown(completion: Completion, number: int, total: int) -> str:
     return f"[{number}/{total}] {heading}\n{completion.text}\n" + ("\n" if number < total else "")
 
 
-def _summary(model: SSAForCausalLM, completions: list[Completion], clock: _Clock) -> str:
+def _summary(model: SSAForCausalLM, completions: list[Completion], clock: _Clock, auto: Auto | None = None) -> str:
     tokens = sum(len(c.token_ids) for c in completions)
     how = "full attention" if model.config.attention_mode == "full" else f"sparse attention, {model.config.budget}"
+    how = how if auto is None else f"{auto.why}, {model.config.budget}"
     speed = f", decoding {clock.decoded / clock.decode:.1f} tokens/s" if clock.decoded and clock.decode else ""
     several = f"{len(completions)} completions, " if len(completions) > 1 else ""
     dtype = str(model.dtype).removeprefix("torch.")

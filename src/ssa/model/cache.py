@@ -69,8 +69,8 @@ class BlockLayer(DynamicLayer):
         return self.keys, self.values
 
     def reserve(self, tokens: int, batch: int, kv_heads: int, head_dim: int, like: Tensor, bias: bool) -> None:
-        """Counts so many tokens as being there, which the caller writes, and adds to `end`."""
-        empty = like.new_empty(batch, kv_heads, 0, head_dim)
+        """Room for tokens that `BlockCache.open` has counted; the caller writes them to the columns before `end`."""
+        empty, counted = like.new_empty(batch, kv_heads, 0, head_dim), bool(self._buffers)
         if not self.is_initialized:
             self.lazy_initialization(empty, empty)
         old = self.get_seq_length()
@@ -80,6 +80,8 @@ class BlockLayer(DynamicLayer):
             else (empty, empty)
         )
         self._make_room(given, old, old + tokens)
+        if not counted:
+            self._end.fill_(tokens)
         self._show(old + tokens)
 
     def write_bias(self, bias_BTK: Tensor) -> None:
@@ -95,7 +97,7 @@ class BlockLayer(DynamicLayer):
     @property
     def end(self) -> Tensor | None:
         """int64 scalar on the device: columns filled. None before the first token."""
-        return self._end
+        return self._end if self._buffers else None
 
     def state(self, key: Hashable, make: Callable[[], SelectorState], start_B: Tensor) -> SelectorState:
         """The state of that key, with all tokens in it; row b's tokens start at key column `start_B[b]` (left padding).
@@ -220,13 +222,12 @@ class BlockCache(Cache):
             starts_B = self.get_seq_length() + queries - 1 - positions_BT[:, -1]
         return RowBounds(starts_B, end + queries - starts_B)
 
-    def open(self, layers: int, tokens: int, batch: int, kv_heads: int, head_dim: int, like: Tensor, bias: bool) -> None:
-        """Makes room for so many tokens in every layer and counts them as being there; the caller writes them to the columns before `end`."""
+    def open(self, layers: int, tokens: int) -> None:
+        """A pass of so many tokens begins, which `reserve` makes room for layer by layer: on the device they count as being there."""
+        if ends := [layer.end for layer in self.layers if layer.end is not None]:
+            torch._foreach_add_(ends, tokens)
         while len(self.layers) < layers:
             self.layers.append(self.layer_class_to_replicate())
-        for layer in self.layers:
-            layer.reserve(tokens, batch, kv_heads, head_dim, like, bias)
-        torch._foreach_add_([layer.end for layer in self.layers], tokens)
 
     def append(
         self, layer_idx: int, k: Tensor, v: Tensor, bias: Tensor | None, positions_BT: Tensor | None, bounds: RowBounds

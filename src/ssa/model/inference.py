@@ -79,14 +79,17 @@ def fused_layers(
 
     rope: cos and sin in fp32.
     """
-    config, queries = model.config, x_BTC.shape[1]
-    cache.open(
-        len(model.layers), queries, len(x_BTC), config.num_key_value_heads, config.head_dim, x_BTC, model.selector.adds_bias
-    )  # fmt: skip
+    queries = x_BTC.shape[1]
+    cache.open(len(model.layers), queries)
     x_RC = x_BTC.flatten(0, 1)
     for layer, call in zip(model.layers, calls, strict=True):
         x_RC = _layer(layer, x_RC, rope, call, cache, queries)
     return x_RC.view(x_BTC.shape)
+
+
+def last_norm(model: Any, x_BTC: Tensor) -> Tensor:
+    """The model's, before its head."""
+    return kernels().normed(x_BTC.flatten(0, 1), model.norm).view(x_BTC.shape) if plain(model.norm) else model.norm(x_BTC)
 
 
 def kernels() -> Any:
@@ -100,9 +103,9 @@ def _layer(layer: Any, x_RC: Tensor, rope: tuple[Tensor, Tensor], call: Attentio
     fused, attention, mlp = kernels(), layer.self_attn, layer.mlp
     index, size = attention.layer_idx, attention.head_dim
     heads, kv_heads = attention.q_proj.out_features // size, attention.k_proj.out_features // size
-    entry = cache.layers[index]
+    entry, keep = cache.layers[index], attention.selector.adds_bias
+    entry.reserve(queries, len(x_RC) // queries, kv_heads, size, x_RC, keep)
     y_RN = fused.project(x_RC, layer.input_layernorm, _projections(attention))
-    keep = attention.selector.adds_bias
     gates = 0 if attention.g_proj is None else attention.g_proj.out_features
     q, gates_RG, k, v = fused.rope_and_append(
         y_RN, rope, entry.end, entry.buffers(), (queries, heads, kv_heads, size), gates, keep

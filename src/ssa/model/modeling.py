@@ -30,7 +30,7 @@ from ssa.files import follow_umask
 from ssa.model.alignment import carry, warn_of_counted_starts, warn_of_eval_mode, weight_in_loss
 from ssa.model.cache import CACHE_FIELD, BlockCache, BlockCacheGeneration, CacheByEitherName, one_cache
 from ssa.model.configuration import SSAConfig, build_attention
-from ssa.model.inference import fused_layers, runs_fused
+from ssa.model.inference import fused_layers, last_norm, runs_fused
 from ssa.model.inputs import document_positions, refuse_typos, shifted_targets
 from ssa.model.step import DecodeSteps
 from ssa.model.streams import TrainStep, follow_trainers
@@ -245,8 +245,9 @@ class SSAModel(SSAPreTrainedModel):
         alignments: list[Tensor] = []
         selection_losses: list[Tensor] = []
         if cache is not None and not output_hidden_states and runs_fused(self, x_BTC, call):
-            rope = self.rotary_emb(x_BTC.float(), absolute_BT)
-            x_BTC = self.norm(fused_layers(self, x_BTC if inputs_embeds is None else x_BTC.clone(), rope, calls, cache))
+            rope = self.rotary_emb(absolute_BT.float(), absolute_BT)
+            x_BTC = fused_layers(self, x_BTC if inputs_embeds is None else x_BTC.clone(), rope, calls, cache)
+            x_BTC = last_norm(self, x_BTC)
             return SSAModelOutput(last_hidden_state=x_BTC, **{CACHE_FIELD: cache if use_cache else None})
         rope = self.rotary_emb(x_BTC, absolute_BT)
         for layer, call in zip(self.layers, calls, strict=True):
