@@ -475,6 +475,31 @@ def test_kernels_read_importance_of_any_strides():
 
 
 @needs_triton
+@pytest.mark.parametrize("queries", [5, 6], ids=["by importance", "by ranks"])
+@pytest.mark.parametrize("order", ["ties", "rising", "falling"])
+def test_kernels_order_importance_exactly(monkeypatch, queries, order):
+    """No query has a say, so nothing may flip: blocks that tie, also by signed zeros, those without a window, an order that makes the
+    kernel's guess of a threshold useless."""
+    from ssa.ops.triton import select_windows as kernels
+
+    ranked = []
+    monkeypatch.setattr(kernels, "_ranks", lambda *a, of=kernels._ranks: (ranked.append(of(*a)), ranked[-1])[1])
+    q, k, _, bias = tensors(2, queries, 4, 2, 16, keys=400, dtype=torch.float32)
+    selection = windows(12, 4, 2, 1, 1, 2, 0)
+    kept = kept_of(k, bias, selection)
+    drawn = torch.tensor([-INF, -1.0, -0.0, 0.0, 1e-30])[torch.randint(5, kept["importance"].shape)]
+    drawn[0, 6:] = -INF  # fewer than are to be taken
+    rising = torch.arange(100.0)[:, None].expand_as(drawn) - 50
+    kept["importance"] = {"ties": drawn, "rising": rising, "falling": -rising}[order]
+    expected = select_blocks(q, k, selection, **kept, impl="reference")
+    with poisoned_empty():
+        found = select_blocks(q, k, selection, **kept, impl="triton")
+    assert (ranked[0] is not None) == (queries == 6)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@needs_triton
 def test_nothing_to_select():
     for batch, tokens in ((0, 20), (1, 0)):
         q, k, _, bias = tensors(batch, tokens, 2, 1, 16, keys=20, dtype=torch.float32)

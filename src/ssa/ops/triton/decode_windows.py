@@ -71,8 +71,8 @@ def _choose(
         plan, q, means, lengths, None, tops, block_size, selectors, scoring, scale, per_block, (size, stride, local), coarse
     )
     pick(
-        plan, tops, pitch, importance, None, None, lengths, indices, None, 0, queries, columns, kv_heads, block_size, num_selected, windows,
-        True, row_blocks,
+        plan, tops, pitch, importance, None, None, None, lengths, indices, None, 0, queries, columns, kv_heads, block_size, num_selected,
+        windows, True, row_blocks,
     )  # fmt: skip
     return indices
 

@@ -61,8 +61,14 @@ def _leave(
 
 
 @triton.jit
+def _binary(log):
+    """The log of a total, to be subtracted in a power of two; -inf, where a bias masks all keys, as 0: their logits are -inf, too."""
+    return tl.maximum(log, 0.0) * LOG2E
+
+
+@triton.jit
 def _terms(term):
-    """(peak, log, shift, first column that is not seen) [rows] of `term` [rows, 4], as `_terms_kernel` leaves them.
+    """(peak, `_binary` log, shift, first column that is not seen) [rows] of `term` [rows, 4], as `_terms_kernel` leaves them.
 
     They travel together, as 16 bytes a row: a load of one number a row would be made once for every thread that needs it.
     """
@@ -98,7 +104,11 @@ def _dkv_kernel(
     values = tl.load(v + b * v_b + kv.to(tl.int64) * v_h + (column * v_s)[:, None] + d[None, :], mask=key_mask, other=0.0)
     if BIAS:
         key_bias = tl.load(bias + b * b_b + kv.to(tl.int64) * b_h + column * b_s, mask=inside, other=0.0).to(tl.float32)
-    sum_b = tl.zeros([BSP], tl.float32)
+    # rows are added up by tensor cores, as those of the keys' gradients are, into 16 columns of the same: threads that hold the sums of four
+    # products have no registers to do it themselves (compiled for 9.0: 24 accesses to spilled ones a tile, then none)
+    BY_DOT: tl.constexpr = DQ and q.dtype.element_ty != tl.float32
+    ones = tl.full([BP * GP, 16], 1.0, q.dtype.element_ty)
+    sum_b = tl.zeros([BSP, 16], tl.float32) if BY_DOT else tl.zeros([BSP], tl.float32)
     sum_k = tl.zeros([BSP, DP], tl.float32)
     sum_v = tl.zeros([BSP, DP], tl.float32)
     g = rows % GP
@@ -123,36 +133,37 @@ def _dkv_kernel(
             peak, log, shift, limit = _terms(term)
         else:
             peak, log = load_lse(lse_in, head, real, 0.0, BIAS)
+            log = _binary(log)
             shift = tl.load(terms + head, mask=real, other=0.0)
             logits = tl.dot(keys, tl.trans(q_P), input_precision=PRECISION) * scale
             limit = tl.where(real, S - T + t.to(tl.int32) + 1, 0)
         if BIAS:
-            log = tl.maximum(log, 0.0)  # -inf where all keys are masked: their logits are -inf, too
-            p = tl.exp2((logits + key_bias[:, None] - peak[None, :] - log[None, :]) * LOG2E)
+            p = tl.exp2((logits + key_bias[:, None] - peak[None, :]) * LOG2E - log[None, :])
         else:
             p = tl.exp2((logits - peak[None, :]) * LOG2E)
         # causal by columns, and a block never leaves its query's document
         p = tl.where(key[:, None] < limit[None, :], p, 0.0)
         sum_v += tl.dot(p.to(d_out_P.dtype), d_out_P, input_precision=PRECISION)
         d_logits = p * (tl.dot(values, tl.trans(d_out_P), input_precision=PRECISION) - shift[None, :])
-        if BIAS:
-            sum_b += tl.sum(d_logits, 1)
         rounded = d_logits.to(q_P.dtype)
         sum_k += tl.dot(rounded, q_P, input_precision=PRECISION)
+        if BIAS:
+            sum_b += tl.dot(rounded, ones, input_precision=PRECISION) if BY_DOT else tl.sum(d_logits, 1)
         if DQ:
             d_q = tl.dot(tl.trans(rounded), keys, input_precision=PRECISION)
             at = (slot * G + g) * D
             tl.store(part_q + at[:, None] + d[None, :], d_q.to(part_q.dtype.element_ty), mask=mask)
+    d_bias = tl.max(sum_b, 1) if BY_DOT else sum_b
     if segments == 1:
         alive = _alive(pair_order, low, high, column, inside, T, S, J, M, PLAIN)
-        _leave(d_k, d_v, d_b, sum_k * scale, sum_v, sum_b, local, b, kv, column, alive, d, S, K, D, BIAS, ADD)
+        _leave(d_k, d_v, d_b, sum_k * scale, sum_v, d_bias, local, b, kv, column, alive, d, S, K, D, BIAS, ADD)
     else:
         slot = tl.load(table + which * 3 + 2) + part
         to = (slot.to(tl.int64) * BS + i)[:, None] * D + d[None, :]
         tl.store(part_k + to, sum_k * scale, mask=(i < BS)[:, None] & (d < D)[None, :])
         tl.store(part_v + to, sum_v, mask=(i < BS)[:, None] & (d < D)[None, :])
         if BIAS:
-            tl.store(part_b + slot.to(tl.int64) * BS + i, sum_b, mask=i < BS)
+            tl.store(part_b + slot.to(tl.int64) * BS + i, d_bias, mask=i < BS)
 
 
 @triton.jit(do_not_specialize=["span", "first_row"])
@@ -208,7 +219,7 @@ def _terms_kernel(
     tl.store(terms + h * 4, peak, mask=h < heads)
     tl.store(terms + h * 4 + 1, shift, mask=h < heads)
     tl.store(terms + h * 4 + 2, limit.to(tl.float32, bitcast=True), mask=h < heads)
-    tl.store(terms + h * 4 + 3, log, mask=h < heads)
+    tl.store(terms + h * 4 + 3, _binary(log), mask=h < heads)
 
 
 @triton.jit(do_not_specialize=["first_query", "first_row"])

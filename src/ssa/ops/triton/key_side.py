@@ -132,14 +132,15 @@ def _partial_kernel(
         total = tl.sum(p, 1)
         out = tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
         if BIAS:
-            out, log = softmax_end(total, out)
-        else:
-            # in half precision a reciprocal does: a division for each number takes 2 to 8 % of the kernel (measured)
-            out = out / total[:, None] if part_o.dtype.element_ty == tl.float32 else out * (1.0 / total)[:, None]
+            empty = total == 0.0
+            total = tl.where(empty, 1.0, total)
+        # in half precision a reciprocal does: a division for each number takes 2 to 8 % of the kernel (measured)
+        out = out / total[:, None] if part_o.dtype.element_ty == tl.float32 else out * (1.0 / total)[:, None]
         slot = slot * G + g
         tl.store(part_o + (slot * D)[:, None] + d[None, :], out.to(part_o.dtype.element_ty), mask=mask)
-        if not BIAS:
-            log = natural_log(total)
+        log = natural_log(total)
+        if BIAS:
+            log = tl.where(empty, float("-inf"), log)
         store_lse(part_lse, slot, peak, log, real, BIAS)
 
 

@@ -1,6 +1,7 @@
 """Block selection by windows of keys in the two kernels of `ssa.ops.triton.select`'s kind: its `_score_kernel`, for which windows are blocks
 and blocks are chunks, leaves of each block the best of the windows that start in it and the best of those that end in the next;
-`_pick_windows_kernel` puts both together, and takes the best by score and, with an importance, the best of the rest.
+`_pick_windows_kernel` puts both together, and takes the best by score and, with an importance, the best of the rest. No query changes an
+importance: where many queries choose, `_rank_kernel` ranks it for all of them, and each searches few numbers instead of all that fp32 has.
 
 Legend: B batch, T queries, H query heads, K kv heads, R = K or H (who selects), G = H / R heads that share a selection, D head size,
 W windows, N row blocks, M places for selected blocks.
@@ -21,15 +22,33 @@ from ssa.ops.triton.operation import operation
 from ssa.ops.triton.select import BOUND_TILE, SCORE_BYTES, SCORE_TILE, _bound_kernel, _score_kernel
 
 
+@triton.jit(do_not_specialize=["N"])
+def _rank_kernel(importance, ranks, N, i_b, i_n, i_h, K: tl.constexpr, BN: tl.constexpr):
+    """int32 [B, K, N]: of the most important block of a row N - 1, and one less for each that another is behind, ties to the lower; NOTHING
+    for a block without a window."""
+    row = tl.program_id(1)
+    importance += (row // K).to(tl.int64) * i_b + (row % K) * i_h
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    value = tl.load(importance + n.to(tl.int64) * i_n, mask=n < N, other=float("-inf"))
+    own = ordered(value)
+    ahead = tl.zeros([BN], tl.int32)
+    for start in range(0, N, BN):
+        m = start + tl.arange(0, BN)
+        other = ordered(tl.load(importance + m.to(tl.int64) * i_n, mask=m < N, other=float("-inf")))
+        before = (other[None, :] > own[:, None]) | ((other[None, :] == own[:, None]) & (m[None, :] < n[:, None]))
+        ahead += tl.sum(before.to(tl.int32), 1)
+    tl.store(ranks + row.to(tl.int64) * N + n, tl.where(value > float("-inf"), N - 1 - ahead, NOTHING), mask=n < N)
+
+
 @triton.jit(do_not_specialize=["slab_start", "N"])
 def _pick_windows_kernel(
-    best, importance, positions, first_blocks, lengths, row_blocks, indices, scores, slab_start, slab, T, S, N, row_length, tails, i_b, i_n, i_h,
+    best, importance, ranks, positions, first_blocks, lengths, row_blocks, indices, scores, slab_start, slab, T, S, N, row_length, tails, i_b, i_n, i_h,
     R: tl.constexpr, K: tl.constexpr, BS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr, SINKS: tl.constexpr,
-    LOCAL: tl.constexpr, BY_SCORE: tl.constexpr, BY_IMPORTANCE: tl.constexpr, DENSE: tl.constexpr, TAIL: tl.constexpr, WHERE: tl.constexpr,
-    SOFTMAX: tl.constexpr, SCORES: tl.constexpr, ROW_BLOCKS: tl.constexpr,
+    LOCAL: tl.constexpr, BY_SCORE: tl.constexpr, BY_IMPORTANCE: tl.constexpr, RANKED: tl.constexpr, DENSE: tl.constexpr, TAIL: tl.constexpr,
+    WHERE: tl.constexpr, SOFTMAX: tl.constexpr, SCORES: tl.constexpr, ROW_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Of one query and selector. `best`: rows of scores by row block, `tails` places further those for the next block. N: blocks with an
-    importance. WHERE queries stand: "last" of S keys, at "positions", or last of "lengths". ROW_BLOCKS: a row's budget is
+    importance; RANKED: with `ranks`. WHERE queries stand: "last" of S keys, at "positions", or last of "lengths". ROW_BLOCKS: a row's budget is
     its `row_blocks`, of which BY_SCORE and BY_IMPORTANCE are the most."""
     local = tl.num_programs(0) - 1 - tl.program_id(0)
     t = slab_start + local
@@ -66,12 +85,20 @@ def _pick_windows_kernel(
     if BY_SCORE > 0:
         chosen, _, _ = take_largest(rank, by_score if ROW_BLOCKS else BY_SCORE, tl.full([], NOTHING, tl.int32))
     if BY_IMPORTANCE > 0:
-        worth = importance + b * i_b + (r // (R // K)) * i_h + (first + number).to(tl.int64) * i_n
-        value = tl.load(worth, mask=valid & (first + number < N), other=float("-inf"))
-        rest = valid & (chosen == 0) & (value > float("-inf"))
-        value_rank = tl.where(rest, ordered(value), NOTHING)
-        more, _, _ = take_largest(value_rank, by_importance if ROW_BLOCKS else BY_IMPORTANCE, tl.full([], NOTHING, tl.int32))
-        score = tl.where(more, value, score)
+        kv = r // (R // K)
+        worth = importance + b * i_b + kv * i_h + (first + number).to(tl.int64) * i_n
+        rest = valid & (chosen == 0) & (first + number < N)
+        if RANKED:
+            rank = tl.load(ranks + (b * K + kv) * N + first + number, mask=rest, other=NOTHING)
+            # of blocks that are as important as the row's others, twice as many as are to be taken reach this
+            hint = N - (2 * BY_IMPORTANCE * N) // tl.maximum(late - lead - BY_SCORE, 1)
+        else:
+            value = tl.load(worth, mask=rest, other=float("-inf"))
+            rank = tl.where(value > float("-inf"), ordered(value), NOTHING)
+            hint = tl.full([], NOTHING, tl.int32)
+        more, _, _ = take_largest(rank, by_importance if ROW_BLOCKS else BY_IMPORTANCE, hint)
+        if SCORES:
+            score = tl.where(more, tl.load(worth, mask=more, other=0.0), score)
         chosen = chosen | more
     found = tl.sum(chosen.to(tl.int32), 0)
     place = lead + tl.cumsum(chosen.to(tl.int32), 0) - 1
@@ -91,8 +118,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 def pick(
-    plan: Plan | None, best: Tensor, tails: int, importance: Tensor | None, positions: Tensor | None, first_blocks: Tensor | None,
-    lengths: Tensor | None, indices: Tensor, scores: Tensor | None, start: int, here: int, num_keys: int, kv_heads: int, block_size: int,
+    plan: Plan | None, best: Tensor, tails: int, importance: Tensor | None, ranks: Tensor | None, positions: Tensor | None,
+    first_blocks: Tensor | None, lengths: Tensor | None, indices: Tensor, scores: Tensor | None, start: int, here: int, num_keys: int, kv_heads: int, block_size: int,
     num_selected: int, windows: list[int], softmax: bool, row_blocks: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes `indices` [B, R, T, M], and `scores` where given, of the queries from `start` on, of which `best` [B * R, slab, row] has the scores."""
@@ -105,11 +132,12 @@ def pick(
     where = "lengths" if lengths is not None else "last" if positions is None else "positions"
     launch(
         plan, _pick_windows_kernel, (here, batch * selectors),
-        best, importance, positions, first_blocks, lengths, row_blocks, indices, scores, start, best.shape[-2], queries, num_keys,
+        best, importance, ranks, positions, first_blocks, lengths, row_blocks, indices, scores, start, best.shape[-2], queries, num_keys,
         0 if importance is None else importance.shape[1], best.shape[-1], tails, *((0, 0, 0) if importance is None else importance.stride()),
         R=selectors, K=kv_heads, BS=block_size, M=places, MP=power_of_two(places), CP=columns, SINKS=sinks, LOCAL=local,
-        BY_SCORE=min(by_score, columns), BY_IMPORTANCE=min(free - by_score, columns) if importance is not None else 0, DENSE=dense,
-        TAIL=size // stride - 1, WHERE=where, SOFTMAX=softmax, SCORES=scores is not None, ROW_BLOCKS=row_blocks is not None,
+        BY_SCORE=min(by_score, columns), BY_IMPORTANCE=min(free - by_score, columns) if importance is not None else 0,
+        RANKED=ranks is not None, DENSE=dense, TAIL=size // stride - 1, WHERE=where, SOFTMAX=softmax, SCORES=scores is not None,
+        ROW_BLOCKS=row_blocks is not None,
         num_warps=1 if columns <= 1024 else 4 if columns <= 4096 else 8, num_stages=1,
     )  # fmt: skip
 
@@ -153,6 +181,7 @@ def _run(
         num_stages=SCORE_TILE["stages"] if padded_size <= 64 else 1,
         maxnreg=SCORE_TILE["registers"] if columns == SCORE_TILE["columns"] else None,
     )  # fmt: skip
+    ranks = None if importance_BNK is None else _ranks(plan, importance_BNK, queries)
     scale2, strides = scale * LOG2E.value, q.stride()[:3]
     coarse, given = None if not softmax else coarse_BVKD, None
     bounds = _bounds(plan, means, padded_size) if softmax else (None, 1)
@@ -175,10 +204,23 @@ def _run(
             TAIL=size // stride - 1, LSE="own" if given is None else "take", **common,
         )  # fmt: skip
         pick(
-            plan, best, blocks, importance_BNK, positions_BT, first_block_BT, None, indices, scores, start, here, num_keys, kv_heads,
+            plan, best, blocks, importance_BNK, ranks, positions_BT, first_block_BT, None, indices, scores, start, here, num_keys, kv_heads,
             block_size, num_selected, windows, softmax, None,
         )  # fmt: skip
     return indices, scores
+
+
+def _ranks(plan: Plan | None, importance: Tensor, queries: int) -> Tensor | None:
+    """int32 [B, K, N]; None for so few queries that ranking each block against each costs more than it saves."""
+    batch, blocks, kv_heads = importance.shape
+    if not blocks or queries < blocks // 16:
+        return None
+    ranks = torch.empty(batch, kv_heads, blocks, dtype=torch.int32, device=importance.device)
+    launch(
+        plan, _rank_kernel, (ceil_div(blocks, 32), batch * kv_heads), importance, ranks, blocks, *importance.stride(), K=kv_heads, BN=32,
+        num_warps=4,
+    )  # fmt: skip
+    return ranks
 
 
 def _bounds(plan: Plan | None, means: Tensor, padded_size: int) -> tuple[Tensor, int]:
