@@ -125,7 +125,9 @@ def test_half_precision_around_it_changes_nothing():
 
 def test_only_a_and_delta_learn_from_it_and_they_learn():
     model = tiny_model("moba", selector="eviction", selector_options=LOSS, num_selected_blocks=5).train()
-    x = torch.randint(0, 256, (2, 96), generator=torch.Generator().manual_seed(2))
+    x = torch.randint(0, 256, (2, 96), generator=torch.Generator("cpu").manual_seed(2), device="cpu").to(
+        torch.get_default_device()
+    )
     mine = [p for layer in model.model.layers for p in layer.self_attn.selector.parameters()]
     others = [p for p in model.parameters() if all(p is not own for own in mine)]
     optimizer, losses = torch.optim.Adam(mine, lr=0.03), []
@@ -142,7 +144,9 @@ def test_only_a_and_delta_learn_from_it_and_they_learn():
 
 def test_a_loss_of_ones_own_trains_it_too():
     model = tiny_model("ssa", selector="eviction", selector_options=LOSS, num_selected_blocks=5).train()
-    x = torch.randint(0, 256, (2, 96), generator=torch.Generator().manual_seed(2))
+    x = torch.randint(0, 256, (2, 96), generator=torch.Generator("cpu").manual_seed(2), device="cpu").to(
+        torch.get_default_device()
+    )
     model.train_step.micro_batches = 1
     weights = [p for layer in model.model.layers for p in layer.self_attn.selector.parameters()]
     wanted = torch.autograd.grad(model(x, labels=x, stream="full").loss, weights)
@@ -154,7 +158,9 @@ def test_a_loss_of_ones_own_trains_it_too():
 
 def test_in_eval_mode_its_absence_is_said():
     model = tiny_model("moba", selector="eviction", selector_options=LOSS, num_selected_blocks=5)
-    x = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(2))
+    x = torch.randint(0, 256, (1, 40), generator=torch.Generator("cpu").manual_seed(2), device="cpu").to(
+        torch.get_default_device()
+    )
     with pytest.warns(UserWarning, match="neither an alignment nor a selector's loss"):
         model(x, labels=x).loss.backward()
 

@@ -119,12 +119,12 @@ def test_sampling_is_seeded_and_leaves_the_callers_random_state_alone(tokenizer)
 def test_generate_from_a_directory(saved, tokenizer):
     path = saved()
     out, err = Recorder(), io.StringIO()
-    (completion,) = generate(path, ["hello"], max_new_tokens=9, mode="full", out=out, err=err)
+    (completion,) = generate(path, ["hello"], max_new_tokens=9, mode="full", device="cpu", out=out, err=err)
     assert out.getvalue() == completion.text + "\n" and len(out.writes) > 2
-    assert completion == complete(tiny_model(), tokenizer, ["hello"], Sampling(9), mode="full")[0]
+    assert completion.token_ids == complete(tiny_model(), tokenizer, ["hello"], Sampling(9), mode="full")[0].token_ids
     assert "9 tokens" in err.getvalue() and "full attention, cpu float32" in err.getvalue()
     whole = Recorder()
-    generate(path, ["hello"], max_new_tokens=9, mode="full", out=whole, stream=False)
+    generate(path, ["hello"], max_new_tokens=9, mode="full", device="cpu", out=whole, stream=False)
     assert whole.getvalue() == out.getvalue() and len(whole.writes) == 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from ssa.testing import rms_ratio
 MODES: tuple[AttentionMode, ...] = ("full", "sparse")
 STEPS = 60
 ROOM = STEPS + 68
+LOOP_TOKENS = 8192
 CHECKED_KEYS = 1 << 21
 """Of rows times tokens: a larger cache is not copied for the comparison."""
 
@@ -276,7 +278,7 @@ def _long_call(call: Callable[[], Any]) -> dict[str, float]:
 
 def bench_steps(recipe: Recipe, points: Points, out: Path | None, budget_seconds: float, save: bool) -> int:
     """Decoding: measure, write, print; 1 where a result was wrong (such a point is not timed)."""
-    model = new_model(recipe, max(tokens for tokens, _ in points.pairs) + ROOM)
+    model = new_model(recipe, max(LOOP_TOKENS, *(tokens for tokens, _ in points.pairs)) + ROOM)
     report = _report("decode steps", recipe, out, budget_seconds)
     report.data["errors"] = check_layers(recipe)
     bandwidth = report.data["copy_tb_per_s"] = copy_bandwidth()
@@ -299,12 +301,13 @@ def bench_steps(recipe: Recipe, points: Points, out: Path | None, budget_seconds
             torch.cuda.empty_cache()
     if not report.out_of_time("generate"):
         for mode in MODES:
-            row = measure_loop(model, min(tokens for tokens, _ in points.pairs), mode)
+            row = measure_loop(model, LOOP_TOKENS, mode)
             report.add(row)
             print({name: round(x["tokens_per_s"], 1) for name, x in row.items() if isinstance(x, dict)}, flush=True)
     found = crossovers(report.data["rows"], model.config)
     report.data["crossovers"] = [vars(one) for one in found]
-    report.finish(step_bars(report.data["rows"]))
+    share = auto_share(report.data["rows"], found)
+    report.finish([*step_bars(report.data["rows"]), Bar("auto against the better of full and sparse, the least", 0.97, share)])
     if save:
         print(f"saved {save_crossovers(found)}")
     return 1 if report.data["failures"] else 0
@@ -341,18 +344,35 @@ def _report(suite: str, recipe: Recipe, out: Path | None, budget_seconds: float)
 
 
 def crossovers(rows: list[dict[str, Any]], config: SSAConfig) -> list[Crossover]:
-    """Of each number of rows: the shortest measured context from which on sparse steps are no slower."""
+    """Of each number of rows measured at several contexts: where sparse steps become no slower, on the line between measurements."""
     found = []
     for batch in sorted({row["batch"] for row in rows if row["what"] == "decode"}):
         ms = {(row["tokens"], row["mode"]): row["ms"] for row in rows if row["what"] == "decode" and row["batch"] == batch}
-        lengths = sorted({tokens for tokens, _ in ms})
-        if any((tokens, mode) not in ms for tokens in lengths for mode in MODES):
+        lengths = sorted(tokens for tokens, mode in ms if mode == "full" and (tokens, "sparse") in ms)
+        if len(lengths) < 2:
             continue
-        slower = [tokens for tokens in lengths if ms[tokens, "sparse"] > ms[tokens, "full"]]
-        after = [tokens for tokens in lengths if not slower or tokens > max(slower)]
-        shape = Shape.of(config)
-        found.append(Crossover(device_name(torch.device("cuda")), shape, batch, min(after) if after else None))
+        lost = {tokens: ms[tokens, "sparse"] - ms[tokens, "full"] for tokens in lengths}
+        slower = [tokens for tokens in lengths if lost[tokens] > 0]
+        tokens: int | None = lengths[0]
+        if slower and slower[-1] == lengths[-1]:
+            tokens = None
+        elif slower:
+            low, high = slower[-1], lengths[lengths.index(slower[-1]) + 1]
+            tokens = round(low + (high - low) * lost[low] / (lost[low] - lost[high]))
+        found.append(Crossover(device_name(torch.device("cuda")), Shape.of(config), batch, tokens))
     return found
+
+
+def auto_share(rows: list[dict[str, Any]], found: list[Crossover]) -> float | None:
+    """The least, over points, of the better mode's time over that of the mode that auto takes."""
+    ms = {(row["tokens"], row["batch"], row["mode"]): row["ms"] for row in rows if row["what"] == "decode"}
+    limits = {one.batch: math.inf if one.tokens is None else one.tokens for one in found}
+    shares = []
+    for tokens, batch, mode in ms:
+        if batch in limits and mode == "full" and (tokens, batch, "sparse") in ms:
+            taken = "full" if tokens < limits[batch] else "sparse"
+            shares.append(min(ms[tokens, batch, other] for other in MODES) / ms[tokens, batch, taken])
+    return min(shares, default=None)
 
 
 def step_bars(rows: list[dict[str, Any]]) -> list[Bar]:
