@@ -20,11 +20,11 @@ def test_crossovers_lie_between_the_measurements_around_them():
         *rows(1, (1000, 1.0, 1.2), (2000, 1.1, 1.2), (4000, 1.5, 1.2)), *rows(2, (1000, 2.0, 1.0), (2000, 3.0, 1.0)),
         *rows(4, (1000, 1.0, 1.5), (2000, 1.0, 1.5)), *rows(8, (1000, 1.0, 0.5)),
     ]  # fmt: skip
-    found = {one.batch: one.tokens for one in crossovers(measured, tiny_config())}
+    found = {one.batch: one.tokens for one in crossovers(measured, tiny_config(), "a GPU")}
     assert found == {1: 2500, 2: 1000, 4: None}  # 8: one point shows no crossing
-    assert auto_share(measured, crossovers(measured, tiny_config())) == 1.0
+    assert auto_share(measured, crossovers(measured, tiny_config(), "a GPU")) == 1.0
     wavering = rows(1, (1000, 1.0, 0.9), (2000, 1.0, 1.1), (4000, 2.0, 1.0))
-    assert auto_share(wavering, crossovers(wavering, tiny_config())) == pytest.approx(0.9)
+    assert auto_share(wavering, crossovers(wavering, tiny_config(), "a GPU")) == pytest.approx(0.9)
     assert auto_share([], []) is None
 
 

@@ -304,7 +304,7 @@ def bench_steps(recipe: Recipe, points: Points, out: Path | None, budget_seconds
             row = measure_loop(model, LOOP_TOKENS, mode)
             report.add(row)
             print({name: round(x["tokens_per_s"], 1) for name, x in row.items() if isinstance(x, dict)}, flush=True)
-    found = crossovers(report.data["rows"], model.config)
+    found = crossovers(report.data["rows"], model.config, device_name(model.device))
     report.data["crossovers"] = [vars(one) for one in found]
     share = auto_share(report.data["rows"], found)
     report.finish([*step_bars(report.data["rows"]), Bar("auto against the better of full and sparse, the least", 0.97, share)])
@@ -343,7 +343,7 @@ def _report(suite: str, recipe: Recipe, out: Path | None, budget_seconds: float)
     )  # fmt: skip
 
 
-def crossovers(rows: list[dict[str, Any]], config: SSAConfig) -> list[Crossover]:
+def crossovers(rows: list[dict[str, Any]], config: SSAConfig, device: str) -> list[Crossover]:
     """Of each number of rows measured at several contexts: where sparse steps become no slower, on the line between measurements."""
     found = []
     for batch in sorted({row["batch"] for row in rows if row["what"] == "decode"}):
@@ -359,7 +359,7 @@ def crossovers(rows: list[dict[str, Any]], config: SSAConfig) -> list[Crossover]
         elif slower:
             low, high = slower[-1], lengths[lengths.index(slower[-1]) + 1]
             tokens = round(low + (high - low) * lost[low] / (lost[low] - lost[high]))
-        found.append(Crossover(device_name(torch.device("cuda")), Shape.of(config), batch, tokens))
+        found.append(Crossover(device, Shape.of(config), batch, tokens))
     return found
 
 
