@@ -183,10 +183,10 @@ class Rounds:
         self.rows, self.attention, self.draw, self.speculation = rows, attention, draw, speculation
         self.width, self.left = n + 1, [left] * len(chosen_B)
         self._drafting = Attention("sparse", speculation.budget)
-        self._draft_calls = model.decoding_calls(**self._drafting.arguments())
-        self._calls = [
+        self.draft_calls = model.decoding_calls(**self._drafting.arguments())
+        self.calls = [
             replace(full, keep_for=call.selection if call.mode == "sparse" else None)
-            for full, call in zip(model.decoding_calls(**attention.arguments()), self._draft_calls, strict=True)
+            for full, call in zip(model.decoding_calls(**attention.arguments()), self.draft_calls, strict=True)
         ]
         self.stepped = rows.stepped(attention, self.width)
         speculation.by_own_passes |= not self.stepped
@@ -243,14 +243,14 @@ class Rounds:
         choices, rows = self._choices, self.rows
         if self.stepped:
             steps = rows.model.model.steps
-            return steps.run(rows.model, choices.ids_B1, rows.cache, rows.starts_B, self._draft_calls, choices.draft)
+            return steps.run(rows.model, choices.ids_B1, rows.cache, rows.starts_B, self.draft_calls, choices.draft)
         return choices.draft(rows.passed(choices.ids_B1, self._drafting.arguments()).logits)
 
     def _verify(self) -> Tensor:
         choices, rows = self._choices, self.rows
         if self.stepped:
             steps = rows.model.model.steps
-            return steps.run(rows.model, choices.ids_BT, rows.cache, rows.starts_B, self._calls, choices.verify)
+            return steps.run(rows.model, choices.ids_BT, rows.cache, rows.starts_B, self.calls, choices.verify)
         return choices.verify(rows.passed(choices.ids_BT, self.attention.arguments(), self.width).logits)
 
 
