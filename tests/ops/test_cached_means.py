@@ -58,6 +58,21 @@ def test_importance_is_the_largest_mean_that_touches_a_block(impl, size, stride,
 
 
 @either
+def test_rows_that_end_apart_are_as_each_alone(impl):
+    x, starts, ends = torch.randn(3, 21, 2, 1), torch.tensor([0, 5, 2]), torch.tensor([20, 17, 9])
+    outs = []
+    for rows in (slice(0, 3), slice(0, 1), slice(1, 2), slice(2, 3)):
+        means, importance = [torch.full((3, 9, 2, 1), 7.0)[rows]], torch.full((3, 6, 2), 7.0)[rows]
+        end = ends[rows] if rows == slice(0, 3) else ends[rows].squeeze()
+        how = {"importance": importance, "block_size": 4, "impl": impl}
+        extend_means([x[rows]], means, end - 5, starts[rows], 4, 4, 2, **how)
+        extend_means([x[rows]], means, end, starts[rows], 5, 4, 2, **how)
+        outs.append((means[0], importance))
+    for together, *alone in zip(*outs, strict=True):
+        assert torch.equal(together, torch.cat(alone)) and (together != 7).any()
+
+
+@either
 def test_what_was_cut_off_leaves_no_trace(impl):
     """Tokens that were drafted and dropped: what comes in their place decides, in means and in importance."""
     x, starts = torch.randn(1, 12, 1, 1), torch.tensor([0])

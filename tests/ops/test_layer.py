@@ -103,3 +103,16 @@ def test_rope_and_the_caches_columns(dtype, batch, queries, rope_rows, gates, ke
     assert (gated is None) == (gates == 0)
     if gates:
         torch.testing.assert_close(gated.double().view(batch, queries, -1), parts[3].sigmoid(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_caches_columns_of_rows_that_end_apart():
+    from ssa.ops.triton.layer import rope_and_append
+
+    ends, buffers = torch.tensor([12, 7]), [torch.zeros(2, 3, 15, 20) for _ in range(2)]
+    y, angle = torch.randn(6, 12 * 20), torch.rand(2, 3, 10).repeat(1, 1, 2)
+    _, _, k, v = rope_and_append(y, (angle.cos(), angle.sin()), ends, buffers, (3, 6, 3, 20), 0, True)
+    for buffer, new in zip(buffers, (k, v), strict=True):
+        for row, end in enumerate(ends.tolist()):
+            assert torch.equal(buffer[row, :, end - 3 : end].transpose(0, 1), new[row])
+            buffer[row, :, end - 3 : end] = 0
+        assert not buffer.any()

@@ -37,8 +37,8 @@ class AttentionCall:
     """int32: where documents begin in the flattened batch, beside `positions_BT` (see `ssa.ops.dense_attention`)."""
     bounds: RowBounds | None = None
     """Where each row's tokens lie in the cache; None = nothing is cached."""
-    keep_means: bool = False
-    """A pass over everything keeps up what a selection of the cached tokens needs."""
+    keep_for: Selection | None = None
+    """A pass of few tokens over everything keeps up what this selection needs of the cached tokens."""
     impl: str = "auto"
     observer: Callable[[int, AttentionRecord], None] | None = None
     row_blocks_B: Tensor | None = None

@@ -69,9 +69,9 @@ class AttentionMethod:
         cached = inputs.cached
         few = cached is not None and cached.few and resolve(call.impl, q) == "triton"
         if mode == "full" and few:
-            if call.keep_means and selector.fused:
+            if call.keep_for is not None and selector.fused:
                 assert cached is not None
-                selector.kept(cached, selector.rule(call.selection), room=True)
+                selector.kept(cached, selector.rule(call.keep_for), room=True)
             return inputs.dense_step(call.impl), None
         if mode == "full":
             return dense_attention(q, k, v, positions=call.positions_BT, cu_seqlens=call.cu_seqlens, bias=bias), None

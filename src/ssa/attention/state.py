@@ -48,7 +48,8 @@ class SelectorState:
 
         Args:
             buffers: keys, values [B, K, S, D] and, of a selector that adds a bias, that [B, K, S, 1], of which `length` columns are filled.
-            end: `length` as int64 scalar on the device, where a replayed CUDA graph advances it.
+            end: `length` as int64 scalar on the device, where a replayed CUDA graph advances it; int64 [B], each at most `length`, where a
+                cache's rows end apart, as only fused selectors meet it.
             start_B: int64 [B], the first column of each row.
         """
         raise NotImplementedError

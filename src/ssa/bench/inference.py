@@ -12,7 +12,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssa.attention import AttentionCall
 from ssa.bench.gate import GateError
 from ssa.bench.llama import llama_like
 from ssa.bench.report import Bar, Deadline, Report, environment
@@ -31,6 +32,7 @@ from ssa.device import device_name
 from ssa.errors import UserError
 from ssa.infer.crossover import Crossover, Shape, save_crossovers
 from ssa.infer.decoder import PREFILL_CHUNK, Attention, Draw, Rows, decoded_tokens
+from ssa.infer.speculate import AUTO_DRAFTS, Rounds, Speculation
 from ssa.model import BlockCache, SSAConfig, SSAForCausalLM
 from ssa.testing import rms_ratio
 
@@ -197,6 +199,58 @@ def check_layers(recipe: Recipe) -> dict[str, float]:
     return errors
 
 
+ROUNDS = 24
+"""Of speculation that are timed, after half as many."""
+
+
+@torch.no_grad()
+def measure_speculation(
+    model: SSAForCausalLM, tokens: int, rows: int, drafts: int = AUTO_DRAFTS, imposed_acceptance: float = 0.9
+) -> dict[str, Any]:
+    """Tokens a second of the speculating loop over `tokens` cached ones, greedy, against full attention's steps, and the speed-up that the times
+    of its steps promise. With random weights sparse attention guesses right by chance alone, so a coin accepts drafts: timing does not mind.
+
+    `promised` = (1 - a^(n+1)) / ((1 - a) (n s + v)) f for n drafts, the run's own acceptance a, and the seconds of a sparse step s, a verification
+    v and a full step f, one right after the other.
+    """
+    n, inner, device = drafts, model.model, model.device
+    batch = Rows(model, [[0]] * rows, 0, 0)
+    batch.cache = filled_cache(model, rows, tokens, 6 * ROUNDS * (n + 1))
+    newest_B, speculation = torch.randint(0, 1000, (rows,), device=device), Speculation(n, imposed=imposed_acceptance)
+    rounds = Rounds(batch, newest_B, 2 * ROUNDS * (n + 1), Attention("full"), Draw(), speculation)
+    for _ in rounds.several(ROUNDS // 2):  # compiles, captures
+        pass
+    before, started = (speculation.accepted, speculation.tested), time.perf_counter()
+    written = sum(len(row) for new in rounds.several(ROUNDS) for row in new)
+    seconds = time.perf_counter() - started
+    a = (speculation.accepted - before[0]) / (speculation.tested - before[1])
+
+    def likeliest(logits: Tensor) -> Tensor:
+        return logits.argmax(-1)
+
+    def step(queries: int, calls: Sequence[AttentionCall]) -> float:
+        """Seconds of one of many."""
+        ids_BT = torch.randint(0, 1000, (rows, queries), device=device)
+        for count in (ROUNDS // 4, ROUNDS):
+            began = time.perf_counter()
+            for _ in range(count):
+                inner.steps.run(model, ids_BT, batch.cache, batch.starts_B, calls, likeliest)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        return (time.perf_counter() - began) / ROUNDS
+
+    s, v, f = step(1, rounds.draft_calls), step(n + 1, rounds.calls), step(1, inner.decoding_calls("full"))
+    per_round = n + 1 if a == 1 else (1 - a ** (n + 1)) / (1 - a)
+    row: dict[str, Any] = {
+        "what": "speculate", "tokens": tokens, "batch": rows, "drafts": n, "imposed": imposed_acceptance, "acceptance": a,
+        "tokens_a_round": written / ROUNDS / rows, "tokens_per_s": written / seconds, "full_tokens_per_s": rows / f,
+        "sparse_ms": 1e3 * s, "verification_ms": 1e3 * v, "full_ms": 1e3 * f, "promised": per_round / (n * s + v) * f,
+    }  # fmt: skip
+    row["speedup"] = row["tokens_per_s"] / row["full_tokens_per_s"]
+    row["of_promised"] = row["speedup"] / row["promised"]
+    return row
+
+
 @torch.no_grad()
 def measure_loop(model: SSAForCausalLM, tokens: int, mode: AttentionMode, new: int = 128) -> dict[str, Any]:
     """What a user waits for, batch 1: the first token, and tokens a second, of `ssa generate`'s loop, of `model.generate`, and of the model's own
@@ -299,6 +353,17 @@ def bench_steps(recipe: Recipe, points: Points, out: Path | None, budget_seconds
             )
             gc.collect()
             torch.cuda.empty_cache()
+    if (1 << 17, 16) in points.pairs and not report.out_of_time("speculation"):
+        row = measure_speculation(model, 1 << 17, 16)
+        report.add(row)
+        print(
+            "speculation, {drafts} drafts: {speedup:.2f}x of full steps, {of_promised:.2f} of what its steps promise".format(
+                **row
+            ),
+            flush=True,
+        )
+        gc.collect()
+        torch.cuda.empty_cache()
     if not report.out_of_time("generate"):
         for mode in MODES:
             row = measure_loop(model, LOOP_TOKENS, mode)
@@ -388,7 +453,13 @@ def step_bars(rows: list[dict[str, Any]]) -> list[Bar]:
     loops = {row["mode"]: row for row in rows if row["what"] == "generate" and row["tokens"] == 8192}
     loop = loops.get("sparse")
     ratio = loop["loop"]["tokens_per_s"] / loop["token by token"]["tokens_per_s"] if loop else None
-    return [*bars, Bar("generate over token by token, 8192 x 1, sparse", 12, ratio)]
+    row = next((row for row in rows if row["what"] == "speculate"), None)
+    return [
+        *bars,
+        Bar("generate over token by token, 8192 x 1, sparse", 12, ratio),
+        Bar("speculation over full steps, 131072 x 16, acceptance .9", 1.5, row["speedup"] if row else None),
+        Bar("speculation over what its steps promise, 131072 x 16", 0.9, row["of_promised"] if row else None),
+    ]
 
 
 def prefill_bars(rows: list[dict[str, Any]]) -> list[Bar]:

@@ -26,6 +26,7 @@ def generate(
     batch_size: int = 16,
     prefill_mode: Literal["", "sparse", "full"] = "",
     prefill_chunk: int = 8192,
+    speculate: str = "0",
     graphs: bool = True,
     stream: bool = True,
     device: DEVICE = "auto",
@@ -48,6 +49,7 @@ def generate(
         batch_size: Prompts at a time.
         prefill_mode: How prompts are read, sparse or full; like what follows if left out.
         prefill_chunk: Tokens of a prompt computed at once; fewer take less memory.
+        speculate: Tokens that sparse attention drafts (at --budget) for full attention to verify in one pass, 1 to 7: the same text, faster where contexts are long. auto: only where it is faster; 0 = none.
         graphs: On a GPU launch a step as one CUDA graph.
         stream: Print while generating.
         device: auto, cpu, cuda, cuda:1, ...
@@ -62,7 +64,7 @@ def generate(
     texts = engine.read_prompts(list(prompt), prompt_file or None, None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
     engine.generate(
         run, texts, mode=mode or None, budget=budget or None, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed, stop=stop, batch_size=batch_size, prefill_mode=prefill_mode or None, prefill_chunk=prefill_chunk, graphs=graphs, stream=stream, device=device, dtype=dtype, out=out,
+        top_p=top_p, seed=seed, stop=stop, batch_size=batch_size, prefill_mode=prefill_mode or None, prefill_chunk=prefill_chunk, speculate=speculate, graphs=graphs, stream=stream, device=device, dtype=dtype, out=out,
         err=sys.stderr,
     )  # fmt: skip
 

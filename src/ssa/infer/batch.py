@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ssa.budget import AttentionMode, Reading
 from ssa.infer.decoder import PREFILL_CHUNK, Attention, Draw, decoded_tokens
+from ssa.infer.speculate import Speculation, speculated_tokens
 from ssa.infer.transcript import Transcript
 from ssa.model import SSAForCausalLM
 
@@ -28,6 +29,7 @@ def generate_batch(
     sparse_from: float | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     draw: Draw | None = None,
+    speculation: Speculation | None = None,
     show: Callable[[int, str], None] | None = None,
 ) -> float:
     """Continue every prompt until its transcript has ended or holds its limit of tokens; the transcripts are finished then.
@@ -41,6 +43,7 @@ def generate_batch(
         prefill_mode: The prompts' attention, where it is another; its sparse budget is `budget`.
         sparse_from: Read everything before so many cached tokens and chosen blocks from then on.
         prefill_chunk: Tokens of a prompt computed at once.
+        speculation: How tokens are drafted where attention is full; None = they are not.
         draw: How tokens are chosen, None = greedily. Settings saved with the model play no part.
         show: Called with (row, text) as text becomes known.
 
@@ -48,20 +51,25 @@ def generate_batch(
         When the first tokens were there, by `time.perf_counter`.
 
     Raises:
-        UserError: The model's logits are NaN or infinite.
+        UserError: The model's logits are NaN or infinite, or it cannot be speculated with.
     """
     first_at = None
-    steps = decoded_tokens(
-        model, prompts, max(limits), pad_id=pad_id, attention=Attention(attention_mode, budget, prefill_mode, sparse_from), draw=draw or Draw(),
-        prefill_chunk=prefill_chunk,
-    )  # fmt: skip
-    for tokens in steps:
+    how: dict[str, Any] = {
+        "pad_id": pad_id, "attention": Attention(attention_mode, budget, prefill_mode, sparse_from), "draw": draw or Draw(), "prefill_chunk": prefill_chunk,
+    }  # fmt: skip
+    rounds: Iterator[list[list[int]]]
+    if speculation is None:
+        rounds = ([[token] for token in tokens] for tokens in decoded_tokens(model, prompts, max(limits), **how))
+    else:
+        rounds = speculated_tokens(model, prompts, max(limits), speculation=speculation, **how)
+    for new in rounds:
         first_at = first_at or time.perf_counter()
-        for row, (transcript, limit, token) in enumerate(zip(transcripts, limits, tokens, strict=True)):
-            if len(transcript.token_ids) < limit:
-                text = transcript.push(token)
-                if show is not None:
-                    show(row, text)
+        for row, (transcript, limit, tokens) in enumerate(zip(transcripts, limits, new, strict=True)):
+            for token in tokens:
+                if len(transcript.token_ids) < limit:
+                    text = transcript.push(token)
+                    if show is not None:
+                        show(row, text)
         if all(t.reason is not None or len(t.token_ids) >= limit for t, limit in zip(transcripts, limits, strict=True)):
             break
     for row, transcript in enumerate(transcripts):

@@ -37,10 +37,7 @@ class Draw:
         finite_B = highest_B.isfinite()
         if self.temperature == 0:
             return torch.where(finite_B, likeliest_B, -1)
-        probs_BV = self.probabilities(logits_BV)
-        # argmax p / e with e exponential is a draw from p, and needs no look from the host
-        drawn_B = (probs_BV / torch.empty_like(probs_BV).exponential_()).argmax(-1)
-        return torch.where(finite_B, drawn_B, -1)
+        return torch.where(finite_B, drawn(self.probabilities(logits_BV)), -1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """fp32, of logits [..., V]: among the `top_k` likeliest, and of these among the likeliest that reach `top_p` together."""
@@ -69,6 +66,12 @@ def _largest(x_BV: Tensor, parts: int = 64) -> tuple[Tensor, Tensor]:
     return best.values, index_B
 
 
+def drawn(weights_BV: Tensor) -> Tensor:
+    """int64 [B], a draw with probabilities in proportion to the weights."""
+    # argmax w / e with e exponential is such a draw, and needs no look from the host
+    return (weights_BV / torch.empty_like(weights_BV).exponential_()).argmax(-1)
+
+
 @dataclass(frozen=True)
 class Attention:
     """What a decoder reads: `mode` and `budget` as the model's call takes them, and the prompt's mode where it is another."""
@@ -79,7 +82,7 @@ class Attention:
     sparse_from: float | None = None
     """Everything before so many cached tokens, the chosen blocks from then on, whatever `mode` says (`ssa.infer.crossover`)."""
 
-    def arguments(self, tokens: int, prompt: bool = False) -> dict[str, Any]:
+    def arguments(self, tokens: int = 0, prompt: bool = False) -> dict[str, Any]:
         """Of a pass after which so many tokens are cached."""
         mode = self.prefill_mode if prompt else None
         if mode is None and self.sparse_from is not None:
@@ -114,12 +117,18 @@ class Rows:
             logits = self.passed(part_BT, attention.arguments(self.width, prompt=True)).logits
         return logits[:, -1]
 
-    def passed(self, ids_BT: Tensor, arguments: dict[str, Any]) -> Any:
-        """The model's output for tokens after those in the cache; logits of the last one."""
+    def stepped(self, attention: Attention, tokens: int = 1) -> bool:
+        """Whether so many tokens at once go by the captured step."""
+        inner = self.model.model
+        calls = inner.decoding_calls(**attention.arguments())
+        return inner.steps.applies(self.model, calls, inner.embed_tokens.weight[:1, None], tokens)
+
+    def passed(self, ids_BT: Tensor, arguments: dict[str, Any], logits: int = 1) -> Any:
+        """The model's output for tokens after those in the cache; logits of the last so many."""
         end = self.cache.get_seq_length() + ids_BT.shape[1]
         mask_BS = (torch.arange(end, device=ids_BT.device) >= self.starts_B[:, None]).long() if self.padded else None
         return self.model(
-            input_ids=ids_BT, attention_mask=mask_BS, cache=self.cache, use_cache=True, logits_to_keep=1, **arguments
+            input_ids=ids_BT, attention_mask=mask_BS, cache=self.cache, use_cache=True, logits_to_keep=logits, **arguments
         )
 
 
@@ -141,30 +150,42 @@ def decoded_tokens(
     """
     rows = Rows(model, prompts, most, pad_id)
     chosen_B = draw(rows.prefill(attention, prefill_chunk))
-    yield _checked(chosen_B.tolist())
-    ids_B1, steps = chosen_B[:, None].clone(), model.model.steps
-    plain = steps.applies(model, model.model.decoding_calls(), model.model.embed_tokens.weight[:1, None], 1)
-    if not (ids_B1.is_cuda and plain):
-        for tokens in range(rows.width + 1, rows.width + most):
-            chosen_B = draw(rows.passed(ids_B1, attention.arguments(tokens)).logits[:, -1])
-            yield _checked(chosen_B.tolist())
-            ids_B1 = chosen_B[:, None]
-        return
-    calls_of: dict[Any, Any] = {}
+    yield checked(chosen_B.tolist())
+    yield from next_tokens(
+        rows, chosen_B[:, None].clone(), most - 1, attention, draw, chosen_B.is_cuda and rows.stepped(attention)
+    )
+
+
+def next_tokens(
+    rows: Rows, ids_B1: Tensor, count: int, attention: Attention, draw: Draw, stepped: bool
+) -> Iterator[list[int]]:  # fmt: skip
+    """So many tokens after `ids_B1`, which holds each row's newest, not in the cache yet, and afterwards the last of these. `stepped`: by captured
+    steps, not by the model's own passes."""
+    model, calls_of = rows.model, dict[Any, Any]()
 
     def choose(logits_BTV: Tensor) -> Tensor:
         drawn_B = draw(logits_BTV[:, -1])
         ids_B1.copy_(drawn_B.clamp(min=0)[:, None])
         return drawn_B
 
-    under_way: list[tuple[Tensor, torch.cuda.Event]] = []
-    places = [torch.empty(len(prompts), dtype=torch.int64, device="cpu", pin_memory=True) for _ in range(2)]
-    for step in range(most - 1):
-        place, event, arguments = places[step % 2], torch.cuda.Event(), attention.arguments(rows.width + step + 1)
+    def step() -> Tensor:
+        arguments = attention.arguments(rows.cache.get_seq_length() + 1)
+        if not stepped:
+            return choose(rows.passed(ids_B1, arguments).logits)
         mode = arguments["attention_mode"]
         if mode not in calls_of:
             calls_of[mode] = model.model.decoding_calls(**arguments)
-        place.copy_(steps.run(model, ids_B1, rows.cache, rows.starts_B, calls_of[mode], choose), non_blocking=True)
+        return model.model.steps.run(model, ids_B1, rows.cache, rows.starts_B, calls_of[mode], choose)
+
+    if not (stepped and ids_B1.is_cuda):
+        for _ in range(count):
+            yield checked(step().tolist())
+        return
+    under_way: list[tuple[Tensor, torch.cuda.Event]] = []
+    places = [torch.empty(len(ids_B1), dtype=torch.int64, device="cpu", pin_memory=True) for _ in range(2)]
+    for number in range(count):
+        place, event = places[number % 2], torch.cuda.Event()
+        place.copy_(step(), non_blocking=True)
         event.record()
         under_way.append((place, event))
         if len(under_way) == 2:
@@ -175,10 +196,10 @@ def decoded_tokens(
 
 def _arrived(place: Tensor, event: torch.cuda.Event) -> list[int]:
     event.synchronize()
-    return _checked(place.tolist())
+    return checked(place.tolist())
 
 
-def _checked(tokens: list[int]) -> list[int]:
+def checked(tokens: list[int]) -> list[int]:
     if min(tokens) < 0:
         raise UserError(
             "the model's logits are nan or infinite, so no token can be chosen: its weights hold such values, or overflow in "

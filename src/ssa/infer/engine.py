@@ -21,6 +21,7 @@ from ssa.infer.batch import end_ids_of, generate_batch, pad_id_of
 from ssa.infer.crossover import Auto, auto_for
 from ssa.infer.decoder import PREFILL_CHUNK, Draw
 from ssa.infer.load import attention_choice, check_budgets, load_model
+from ssa.infer.speculate import Speculation
 from ssa.infer.transcript import FinishReason, Transcript
 from ssa.model import SSAForCausalLM
 
@@ -94,6 +95,7 @@ def generate(
     batch_size: int = 16,
     prefill_mode: AttentionMode | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    speculate: int | str = 0,
     graphs: bool = True,
     stream: bool = True,
     device: str = "auto",
@@ -112,6 +114,8 @@ def generate(
         batch_size: Prompts computed together, left-padded.
         prefill_mode: "sparse" or "full": the prompts' attention, where it is not that of what follows.
         prefill_chunk: Tokens of a prompt computed at once: less memory, the same tokens.
+        speculate: Tokens that sparse attention drafts for full attention to verify in one pass, 1 to 7; "auto": where it is faster; 0 = none. Needs
+            mode "full"; `budget` is then the drafts'.
         graphs: On a GPU launch a step as one CUDA graph.
         stream: With one prompt, write to `out` while generating.
         out: Where completions are written, None = nowhere. One prompt: its bare text. Several: each under a heading.
@@ -126,6 +130,7 @@ def generate(
     auto = mode == "auto"
     if auto and budget is not None and parse_reading(budget) is FULL:
         raise UserError("mode 'auto' and budget 'full' contradict each other; drop one of them")
+    speculation, budget = Speculation.chosen(speculate, mode, budget)
     chosen, budget = attention_choice(None if mode == "auto" else mode, budget)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop))
     if not prompts:
@@ -136,11 +141,13 @@ def generate(
     model, tokenizer = load_model(run, device, dtype, chosen, budget)
     if auto:
         prompt = replace(prompt, auto=auto_for(device_name(model.device), model.config, min(batch_size, len(prompts))))
+    if speculation is not None:
+        speculation.check(model, None)
     model.model.steps.graphs = graphs
     live = out if stream and len(prompts) == 1 else None
     clock = _Clock()
     completions = []
-    for group in _complete(model, tokenizer, prompts, sampling, batch_size, live, clock, prompt=prompt):
+    for group in _complete(model, tokenizer, prompts, sampling, batch_size, live, clock, prompt=prompt, speculation=speculation):
         for completion in group:
             completions.append(completion)
             if out is not None and live is None:
@@ -150,7 +157,7 @@ def generate(
         live.write("\n")
         live.flush()
     if err is not None:
-        print(_summary(model, completions, clock, prompt.auto), file=err, flush=True)
+        print(_summary(model, completions, clock, prompt.auto, speculation), file=err, flush=True)
     return completions
 
 
@@ -164,11 +171,20 @@ def complete(
     budget: Reading | str | None = None,
     batch_size: int = 16,
     live: TextIO | None = None,
+    speculate: int | str | Speculation = 0,
 ) -> list[Completion]:
-    """`generate` for a model in memory; `live` receives the text of the first row of each batch as it comes."""
+    """`generate` for a model in memory; `live` receives the text of the first row of each batch as it comes. A `Speculation` knows afterwards how
+    it went."""
+    speculation: Speculation | None
+    if isinstance(speculate, Speculation):
+        speculation = speculate
+    else:
+        speculation, budget = Speculation.chosen(speculate, mode, budget)
     mode, chosen = attention_choice(mode, budget)
     check_budgets(model.config, [chosen])
-    groups = _complete(model, tokenizer, prompts, sampling or Sampling(), batch_size, live, _Clock(), mode, chosen)
+    groups = _complete(
+        model, tokenizer, prompts, sampling or Sampling(), batch_size, live, _Clock(), mode, chosen, speculation=speculation
+    )
     return [completion for group in groups for completion in group]
 
 
@@ -215,6 +231,7 @@ class _Clock:
 def _complete(
     model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], sampling: Sampling, batch_size: int,
     live: TextIO | None, clock: _Clock, mode: AttentionMode | None = None, budget: Reading | None = None, prompt: Prompt = Prompt(),
+    speculation: Speculation | None = None,
 ) -> Iterator[list[Completion]]:  # fmt: skip
     """The completions, a batch at a time."""
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
@@ -230,13 +247,16 @@ def _complete(
         rows = slice(start, start + batch_size)
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(sampling.seed + start)
-            group = _batch(model, tokenizer, prompts[rows], encoded[rows], sampling, live, clock, mode, budget, prompt)
+            group = _batch(
+                model, tokenizer, prompts[rows], encoded[rows], sampling, live, clock, mode, budget, prompt, speculation
+            )
         yield group
 
 
 def _batch(
     model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], encoded: list[list[int]],
     sampling: Sampling, live: TextIO | None, clock: _Clock, mode: AttentionMode | None, budget: Reading | None, prompt: Prompt,
+    speculation: Speculation | None,
 ) -> list[Completion]:  # fmt: skip
     end_ids = end_ids_of(model, tokenizer)
     transcripts = [Transcript(tokenizer, end_ids, sampling.stop) for _ in encoded]
@@ -251,7 +271,7 @@ def _batch(
     first = generate_batch(
         model, encoded, transcripts, [sampling.max_new_tokens] * len(encoded), pad_id=pad_id_of(tokenizer, end_ids),
         attention_mode=mode, budget=budget, prefill_mode=prompt.mode, prefill_chunk=prompt.chunk,
-        sparse_from=None if prompt.auto is None else prompt.auto.tokens, draw=draw, show=show,
+        sparse_from=None if prompt.auto is None else prompt.auto.tokens, draw=draw, show=show, speculation=speculation,
     )  # fmt: skip
     clock.prefill += first - started
     clock.decode += time.perf_counter() - first
@@ -279,11 +299,19 @@ def _shown(completion: Completion, number: int, total: int) -> str:
     return f"[{number}/{total}] {heading}\n{completion.text}\n" + ("\n" if number < total else "")
 
 
-def _summary(model: SSAForCausalLM, completions: list[Completion], clock: _Clock, auto: Auto | None = None) -> str:
+def _summary(
+    model: SSAForCausalLM,
+    completions: list[Completion],
+    clock: _Clock,
+    auto: Auto | None = None,
+    speculation: Speculation | None = None,
+) -> str:
     tokens = sum(len(c.token_ids) for c in completions)
     how = "full attention" if model.config.attention_mode == "full" else f"sparse attention, {model.config.budget}"
     how = how if auto is None else f"{auto.why}, {model.config.budget}"
     speed = f", decoding {clock.decoded / clock.decode:.1f} tokens/s" if clock.decoded and clock.decode else ""
     several = f"{len(completions)} completions, " if len(completions) > 1 else ""
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"{several}{tokens} tokens, first after {clock.prefill:.2f} s{speed} ({how}, {model.device.type} {dtype})"
+    return f"{several}{tokens} tokens, first after {clock.prefill:.2f} s{speed} ({how}, {model.device.type} {dtype})" + (
+        "" if speculation is None else f"; {speculation.summary()}"
+    )

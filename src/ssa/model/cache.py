@@ -42,7 +42,7 @@ class BlockLayer(DynamicLayer):
         self._buffers: list[Tensor] = []
         self._states: dict[Hashable, SelectorState] = {}
         self._end: Any = None
-        """int64 scalar on the device: columns filled."""
+        """int64 on the device: columns filled; a scalar, or [B] of rows that end apart."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, bias: Tensor | None = None, **kwargs
@@ -55,6 +55,7 @@ class BlockLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
+        assert self._end is None or not self._end.ndim, "rows that end apart are for captured steps"
         given = (key_states, value_states) if bias is None else (key_states, value_states, bias)
         self._make_room(given, old, new)
         if not old:
@@ -87,8 +88,11 @@ class BlockLayer(DynamicLayer):
     def write_bias(self, bias_BTK: Tensor) -> None:
         """The selector's bias of the tokens before `end`."""
         tokens = bias_BTK.shape[1]
-        columns = self._end - tokens + torch.arange(tokens, device=self._end.device)
-        self._buffers[2].index_copy_(2, columns, bias_BTK.transpose(1, 2)[..., None])
+        columns = self._end[..., None] - tokens + torch.arange(tokens, device=self._end.device)
+        if self._end.ndim:
+            self._buffers[2].squeeze(-1).scatter_(2, columns[:, None].expand(-1, bias_BTK.shape[2], -1), bias_BTK.transpose(1, 2))
+        else:
+            self._buffers[2].index_copy_(2, columns, bias_BTK.transpose(1, 2)[..., None])
 
     def buffers(self) -> list[Tensor]:
         """Keys and values [B, K, S, D] and, where there is one, the bias [B, K, S, 1], with all their room."""
@@ -96,7 +100,7 @@ class BlockLayer(DynamicLayer):
 
     @property
     def end(self) -> Tensor | None:
-        """int64 scalar on the device: columns filled. None before the first token."""
+        """int64 on the device: columns filled; a scalar, or [B] of rows that end apart. None before the first token."""
         return self._end if self._buffers else None
 
     def state(self, key: Hashable, make: Callable[[], SelectorState], start_B: Tensor) -> SelectorState:
@@ -136,9 +140,20 @@ class BlockLayer(DynamicLayer):
         old = self.get_seq_length()
         length = min(tokens, old) if tokens > 0 else max(0, old + tokens)
         if length < old:
-            self._show(length)
-            self._end.fill_(length)
-            self._crop_states(length)
+            if self._end.ndim:
+                self._end -= old - length
+            else:
+                self._end.fill_(length)
+            self.count(length)
+
+    def count(self, length: int) -> None:
+        """Brings Python's count down to that of the longest row, where `end` is less already."""
+        self._show(length)
+        self._crop_states(length)
+
+    def part_rows(self) -> None:
+        """From now on `end` is [B], for rows that take back different numbers of tokens."""
+        self._end = self._end.expand(len(self._buffers[0])).contiguous()
 
     def reset(self) -> None:
         if self.max_length is None or not self._buffers:
@@ -185,6 +200,7 @@ class BlockLayer(DynamicLayer):
     def _take(self, rows: Tensor) -> None:
         """Makes row i the old row `rows[i]`; in place where their number stays."""
         if self._buffers:
+            assert not self._end.ndim, "rows that end apart are for captured steps"
             length = self.get_seq_length()
             self._buffers = [taken(x, rows, length, 2) for x in self._buffers]
             for state in self._states.values():
@@ -253,6 +269,24 @@ class BlockCache(Cache):
         if queries == length or not (positions_BT is None or queries == 1):
             return k, v, bias, None
         return k, v, bias, CachedRows(layer, bounds, length, queries <= MAX_QUERIES)
+
+    def part_rows(self) -> None:
+        """Lets rows end apart from now on: captured steps alone may follow, and `take_back` of a number for each row."""
+        for layer in self.layers:
+            layer.part_rows()
+
+    def take_back(self, tokens: int | Tensor) -> None:
+        """Drops the last so many tokens on the device alone, int64 [B] where rows end apart; `count` tells Python."""
+        ends = [layer.end for layer in self.layers]
+        if isinstance(tokens, int):
+            torch._foreach_sub_(ends, tokens)
+        else:
+            torch._foreach_sub_(ends, [tokens] * len(ends))
+
+    def count(self, length: int) -> None:
+        """Tells Python, after `take_back`, how many columns the longest row fills."""
+        for layer in self.layers:
+            layer.count(length)
 
     def advance(self, tokens: int, states: Collection[Hashable] | None = None) -> None:
         """Counts tokens that replays of a captured step have appended to every layer, and to these states of each; None: all that were up to

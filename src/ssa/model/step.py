@@ -80,7 +80,7 @@ class DecodeSteps:
             ids_BT.data_ptr(),
             starts_B.data_ptr(),
             ids_BT.shape,
-            *((c.mode, c.selection, c.keep_means) for c in calls),
+            *((c.mode, c.selection, c.keep_for) for c in calls),
             choose,
         )
         graphs = self._of_cache.setdefault(cache, {})

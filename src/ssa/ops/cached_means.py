@@ -24,7 +24,7 @@ def extend_means(
     Args:
         x: one or two tensors [B, S, K, D], any strides: keys (and values) of the cache, or the bias with D = 1.
         means: of each, [B, W, K, D], W at least the windows of S tokens. Places of windows that no row has completed stay as they are.
-        end: int64 scalar, filled columns. starts: int64 [B], first column of each row.
+        end: int64, filled columns: a scalar, or [B] of rows that end apart. starts: int64 [B], first column of each row.
         new: tokens since the last call.
         size, stride: a window of `size` tokens starts every `stride` tokens of a row. Equal: blocks.
         importance: fp32 [B, N, K], with D = 1: the largest mean of complete windows that touch a block of `block_size` tokens, kept up, too.

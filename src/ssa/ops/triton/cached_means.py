@@ -38,14 +38,14 @@ def _write_mean(
 
 @triton.jit(do_not_specialize=["new"])
 def _means_kernel(
-    x, y, x_means, y_means, end, starts, new, x_b, x_s, x_h, y_b, y_s, y_h, xm_b, xm_n, xm_h, ym_b, ym_n, ym_h,
+    x, y, x_means, y_means, end, starts, new, end_b, x_b, x_s, x_h, y_b, y_s, y_h, xm_b, xm_n, xm_h, ym_b, ym_n, ym_h,
     K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, CH: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b = row // K
     kv = row % K
     start = tl.load(starts + b)
-    tokens = tl.load(end) - start
+    tokens = tl.load(end + b * end_b) - start
     window = _complete(tokens - new, SIZE, STRIDE) + tl.program_id(1)
     if window >= _complete(tokens, SIZE, STRIDE):
         return
@@ -57,14 +57,14 @@ def _means_kernel(
 
 @triton.jit(do_not_specialize=["new"])
 def _importance_kernel(
-    means, importance, end, starts, new, m_b, m_n, m_h, i_b, i_n, i_h, N, K: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    BS: tl.constexpr, WP: tl.constexpr,
+    means, importance, end, starts, new, end_b, m_b, m_n, m_h, i_b, i_n, i_h, N, K: tl.constexpr, SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, BS: tl.constexpr, WP: tl.constexpr,
 ):  # fmt: skip
     """A block that the new windows touch: the largest of all complete ones that touch it."""
     row = tl.program_id(0).to(tl.int64)
     b = row // K
     kv = row % K
-    tokens = tl.load(end) - tl.load(starts + b)
+    tokens = tl.load(end + b * end_b) - tl.load(starts + b)
     done = _complete(tokens, SIZE, STRIDE)
     begun = _complete(tokens - new, SIZE, STRIDE)
     block = begun * STRIDE // BS + tl.program_id(1)
@@ -83,17 +83,17 @@ def _run(
 ) -> None:  # fmt: skip
     """See `ssa.ops.cached_means.extend_means`."""
     batch, _, heads, dim = x.shape
-    none = (0, 0, 0)
+    none, end_b = (0, 0, 0), end.stride(0) if end.ndim else 0
     plan = plan_of(x, y, x_means, y_means, importance, end, starts, size, stride, block_size)
     launch(
-        plan, _means_kernel, (batch * heads, new // stride + 1), x, y, x_means, y_means, end, starts, new, *x.stride()[:3],
-        *(none if y is None else y.stride()[:3]), *x_means.stride()[:3], *(none if y_means is None else y_means.stride()[:3]),
+        plan, _means_kernel, (batch * heads, new // stride + 1), x, y, x_means, y_means, end, starts, new, end_b,
+        *x.stride()[:3], *(none if y is None else y.stride()[:3]), *x_means.stride()[:3], *(none if y_means is None else y_means.stride()[:3]),
         K=heads, D=dim, DP=power_of_two(dim), SIZE=size, STRIDE=stride, CH=min(AT_ONCE, power_of_two(size)), TWO=y is not None, num_warps=1,
     )  # fmt: skip
     if importance is not None:
         launch(
-            plan, _importance_kernel, (batch * heads, new // block_size + 3), x_means, importance, end, starts, new, *x_means.stride()[:3],
-            *importance.stride(), importance.shape[1], K=heads, SIZE=size, STRIDE=stride, BS=block_size,
+            plan, _importance_kernel, (batch * heads, new // block_size + 3), x_means, importance, end, starts, new, end_b,
+            *x_means.stride()[:3], *importance.stride(), importance.shape[1], K=heads, SIZE=size, STRIDE=stride, BS=block_size,
             WP=power_of_two(block_size // stride + size // stride), num_warps=1,
         )  # fmt: skip
 

@@ -41,7 +41,7 @@ def _swiglu_kernel(both, out, F: tl.constexpr, BF: tl.constexpr):
 
 @triton.jit
 def _rope_kernel(
-    y, cos, sin, end, q, k, v, k_cache, v_cache, gates, cos_b, kc_b, kc_h, kc_s, vc_b, vc_h, vc_s,
+    y, cos, sin, end, q, k, v, k_cache, v_cache, gates, end_b, cos_b, kc_b, kc_h, kc_s, vc_b, vc_h, vc_s,
     T: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, GP: tl.constexpr, HB: tl.constexpr,
     HALF: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def _rope_kernel(
     row = tl.program_id(0)
     b = (row // T).to(tl.int64)
     t = row % T
-    column = tl.load(end) - T + t
+    column = tl.load(end + b * end_b) - T + t
     token = row.to(tl.int64)
     head = tl.program_id(1) * HB + tl.arange(0, HB)
     d = tl.arange(0, HALF)
@@ -161,7 +161,7 @@ def rope_and_append(
     Args:
         y_RN: q, k, v and the gates' logits of B * T tokens.
         rope: cos and sin, fp32 [B or 1, T, D], the second half of each like the first.
-        end: int64 scalar, columns of the cache filled with these tokens.
+        end: int64, columns of the cache filled with these tokens: a scalar, or [B] of rows that end apart.
         buffers: keys and values of the cache, [B, K, S, D], written in place.
         shape: (T, H, K, D). gates: logits a token. keep: keys and values are wanted beside the cache, too.
 
@@ -182,7 +182,7 @@ def rope_and_append(
     launch(
         plan_of(y_RN, cos, sin, end, k_cache, v_cache, queries, heads, kv_heads, gates, keep), _rope_kernel,
         (len(y_RN), ceil_div(heads + 2 * kv_heads, together)), y_RN, cos, sin, end, q, k, v, k_cache, v_cache, gated,
-        cos.stride(0) if len(cos) > 1 else 0, *k_cache.stride()[:3], *v_cache.stride()[:3], T=queries, H=heads, K=kv_heads, D=size,
+        end.stride(0) if end.ndim else 0, cos.stride(0) if len(cos) > 1 else 0, *k_cache.stride()[:3], *v_cache.stride()[:3], T=queries, H=heads, K=kv_heads, D=size,
         GATES=gates, GP=power_of_two(max(1, gates)), HB=together, HALF=power_of_two(max(1, size // 2)), KEEP=keep, num_warps=1 if together == 4 else 4,
     )  # fmt: skip
     return q, gated, k, v
