@@ -97,7 +97,7 @@ def test_the_caches_columns_of_rows_that_end_apart():
 
     ends, buffers = torch.tensor([12, 7]), [torch.zeros(2, 3, 15, 20) for _ in range(2)]
     y, angle = torch.randn(6, 12 * 20), torch.rand(2, 3, 10).repeat(1, 1, 2)
-    q, _, k, v = rope_and_append(y, (angle.cos(), angle.sin()), ends, buffers, (3, 6, 3, 20), 0, True)
+    _, _, k, v = rope_and_append(y, (angle.cos(), angle.sin()), ends, buffers, (3, 6, 3, 20), 0, True)
     for buffer, new in zip(buffers, (k, v), strict=True):
         for row, end in enumerate(ends.tolist()):
             assert torch.equal(buffer[row, :, end - 3 : end].transpose(0, 1), new[row])

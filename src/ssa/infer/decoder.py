@@ -159,7 +159,7 @@ def next_tokens(
             yield checked(step().tolist())
         return
     under_way: list[tuple[Tensor, torch.cuda.Event]] = []
-    places = [torch.empty(len(ids_B1), dtype=torch.int64, pin_memory=True) for _ in range(2)]
+    places = [torch.empty(len(ids_B1), dtype=torch.int64, device="cpu", pin_memory=True) for _ in range(2)]
     for number in range(count):
         place, event = places[number % 2], torch.cuda.Event()
         place.copy_(step(), non_blocking=True)
