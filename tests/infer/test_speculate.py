@@ -306,7 +306,7 @@ def test_graphs_draw_from_full_attentions_distribution():
     rows = 512
     followed = [[] for _ in range(rows)]
     for new in speculated_tokens(
-        model, [prompt] * rows, 24, pad_id=4, attention=FULL, draw=draw, speculation=Speculation(2, budget="1x1")
+        model, [prompt] * rows, 24, pad_id=4, attention=FULL, draw=draw, speculation=Speculation(2, budget="1x4")
     ):
         for row, tokens in zip(followed, new, strict=True):
             row += tokens
