@@ -13,9 +13,9 @@ from ssa.testing import tiny_model
 
 
 def test_the_model_that_was_saved(saved):
-    model, tokenizer = load_model(saved())
+    model, tokenizer = load_model(saved(), "cpu")
     expected = tiny_model().state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, expected[name].cpu()) for name, value in model.state_dict().items())
     assert not model.training and model.dtype == torch.float32 and tokenizer.eos_token_id == 256
     assert model.config.attention_mode == "sparse" and model.config.budget == Budget(3, 4)
 

@@ -56,7 +56,7 @@ def test_greedy_tokens_are_those_of_full_attention(tokenizer, kind):
     for drafts, batch_size, budget in ((1, 5, None), (3, 1, "5x2"), (7, 3, "5x2")):
         how = Speculation(drafts, budget=budget)
         assert complete(model, tokenizer, PROMPTS, Sampling(15), mode="full", batch_size=batch_size, speculate=how) == plain
-        assert 0 < how.accepted < how.tested and how.by_own_passes
+        assert 0 < how.accepted < how.tested and how.by_own_passes == (model.device.type == "cpu")
 
 
 @pytest.mark.parametrize("drafts", [3, 7])
@@ -217,6 +217,7 @@ def test_sampling_repeats_itself(tokenizer):
     assert draw(Sampling(9, 1.0, top_k=1)) == draw(Sampling(9))
 
 
+@pytest.mark.skipif(on_gpu, reason="a clock of the model's own passes, which captured steps do not move")
 @pytest.mark.parametrize("cost, kept", [(0.01, True), (3.0, False)])
 def test_auto_goes_on_where_it_is_faster(tokenizer, monkeypatch, cost, kept):
     """A clock that passes take forward: a full one by 1 s, a sparse one by `cost`."""
@@ -238,7 +239,7 @@ def test_summary(tmp_path, tokenizer, capsys):
 
     a_model("ssa").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    words = ["generate", str(tmp_path), "--prompt", "hello", "--max-new-tokens", "9", "--mode", "full"]
+    words = ["generate", str(tmp_path), "--prompt", "hello", "--max-new-tokens", "9", "--mode", "full", "--device", "cpu"]
     assert main(words) == 0
     plain = capsys.readouterr()
     assert main([*words, "--speculate", "3", "--budget", "2x8"]) == 0

@@ -37,34 +37,41 @@ def runs_fused(model: Any, x_BTC: Tensor, call: AttentionCall) -> bool:
         and x_BTC.dtype in DTYPES
         and model.config.hidden_act == "silu"
         and resolve(call.impl, x_BTC) == "triton"
-        and all(plain(part) and part.weight.dtype == x_BTC.dtype for layer in model.layers for part in _parts(layer))
+        and all(
+            plain(part) and vars(part)["_parameters"]["weight"].dtype == x_BTC.dtype
+            for layer in model.layers
+            for part in _parts(layer)
+        )
     )
 
 
 def plain(part: Any) -> bool:
     """A product with its weight, or RMS norm, is all that it does."""
-    return (
-        type(part) in (nn.Linear, LlamaRMSNorm)
-        and type(part.weight) is nn.Parameter
-        and part.weight.is_contiguous()
-        and unwatched(part)
-    )
+    if type(part) not in (nn.Linear, LlamaRMSNorm):
+        return False
+    weight = vars(part)["_parameters"].get("weight")  # past nn.Module's search for names, which takes most of a layer's time here
+    return type(weight) is nn.Parameter and weight.is_contiguous() and unwatched(part)
 
 
 def unwatched(module: nn.Module) -> bool:
     """No hook, and no forward put in the place of its own."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    own = vars(module)
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
 def _parts(layer: Any) -> Iterator[Any]:
     """What has a weight; None for what is not as it was made."""
-    attention, mlp = layer.self_attn, layer.mlp
-    watched = type(mlp) is not LlamaMLP or not all(unwatched(x) for x in (layer, attention, attention.selector, mlp))
-    yield layer.input_layernorm
-    yield layer.post_attention_layernorm
-    yield from _projections(attention)
-    yield attention.o_proj
-    yield from (None,) if watched else (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    inside = vars(layer)["_modules"]
+    attention, mlp = inside["self_attn"], inside["mlp"]
+    of_attention, of_mlp = vars(attention)["_modules"], vars(mlp)["_modules"]
+    watched = type(mlp) is not LlamaMLP or not all(unwatched(x) for x in (layer, attention, of_attention["selector"], mlp))
+    yield inside["input_layernorm"]
+    yield inside["post_attention_layernorm"]
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        yield of_attention[name]
+    if attention.g_proj is not None:
+        yield attention.g_proj
+    yield from (None,) if watched else (of_mlp["gate_proj"], of_mlp["up_proj"], of_mlp["down_proj"])
 
 
 def _projections(attention: Any) -> list[nn.Linear]:
