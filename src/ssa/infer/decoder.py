@@ -74,8 +74,10 @@ class Attention:
 class Rows:
     """A batch of sequences, padded on the left, in one cache."""
 
-    def __init__(self, model: SSAForCausalLM, prompts: Sequence[Sequence[int] | np.ndarray], room: int, pad_id: int) -> None:
-        """`room`: tokens that will follow the longest prompt, at most."""
+    def __init__(
+        self, model: SSAForCausalLM, prompts: Sequence[Sequence[int] | np.ndarray], room: int | None, pad_id: int
+    ) -> None:
+        """`room`: tokens that will follow the longest prompt, at most; None = nobody knows, the cache grows."""
         self.model, self.width = model, max(map(len, prompts))
         input_BT = torch.full((len(prompts), self.width), pad_id, dtype=torch.int64)
         for row, ids in enumerate(prompts):
@@ -83,7 +85,7 @@ class Rows:
         pads_B = torch.tensor([self.width - len(ids) for ids in prompts])
         self.input_BT, self.starts_B = input_BT.to(model.device), pads_B.to(model.device)
         self.padded = bool(pads_B.any())
-        self.cache = BlockCache(self.width + room)
+        self.cache = BlockCache(None if room is None else self.width + room)
 
     def prefill(self, attention: Attention, chunk: int = PREFILL_CHUNK) -> Tensor:
         """The logits after the prompts, [B, V]."""
@@ -122,24 +124,45 @@ def decoded_tokens(
     """
     rows = Rows(model, prompts, most, pad_id)
     chosen_B = draw(rows.prefill(attention, prefill_chunk))
-    yield _checked(chosen_B.tolist())
-    calls, steps = model.model.decoding_calls(**attention.arguments()), model.model.steps
-    ids_B1 = chosen_B[:, None].clone()
-    if not (ids_B1.is_cuda and steps.applies(model, calls, model.model.embed_tokens.weight[:1, None], 1)):
-        for _ in range(most - 1):
-            chosen_B = draw(rows.passed(ids_B1, attention.arguments()).logits[:, -1])
-            yield _checked(chosen_B.tolist())
-            ids_B1 = chosen_B[:, None]
-        return
+    yield checked(chosen_B.tolist())
+    yield from next_tokens(rows, chosen_B[:, None].clone(), most - 1, attention, draw)
 
-    def choose(logits_BTV: Tensor) -> Tensor:
-        drawn_B = draw(logits_BTV[:, -1])
-        ids_B1.copy_(drawn_B.clamp(min=0)[:, None])
+
+class _Choose:
+    """What a step does with its logits: draws a token for each row, and puts it where the next step reads it. Those that do the same are equal,
+    so that a captured step serves whoever decodes on from the same memory."""
+
+    def __init__(self, draw: Draw, ids_B1: Tensor) -> None:
+        self._draw, self._ids_B1 = draw, ids_B1
+
+    def __call__(self, logits_BTV: Tensor) -> Tensor:
+        drawn_B = self._draw(logits_BTV[:, -1])
+        self._ids_B1.copy_(drawn_B.clamp(min=0)[:, None])
         return drawn_B
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Choose) and self._draw == other._draw and self._ids_B1 is other._ids_B1
+
+    def __hash__(self) -> int:
+        return hash((self._draw, id(self._ids_B1)))
+
+
+@torch.no_grad()
+def next_tokens(rows: Rows, ids_B1: Tensor, count: int, attention: Attention, draw: Draw) -> Iterator[list[int]]:
+    """So many tokens after `ids_B1`, each row's newest, which is not in the cache yet and gives way to those that follow.
+
+    On a GPU the cache may hold a token more than were seen when the caller stops early.
+    """
+    model = rows.model
+    calls, steps = model.model.decoding_calls(**attention.arguments()), model.model.steps
+    choose = _Choose(draw, ids_B1)
+    if not (ids_B1.is_cuda and steps.applies(model, calls, model.model.embed_tokens.weight[:1, None], 1)):
+        for _ in range(count):
+            yield checked(choose(rows.passed(ids_B1, attention.arguments()).logits).tolist())
+        return
     under_way: list[tuple[Tensor, torch.cuda.Event]] = []
-    places = [torch.empty(len(prompts), dtype=torch.int64, pin_memory=True) for _ in range(2)]
-    for step in range(most - 1):
+    places = [torch.empty(len(ids_B1), dtype=torch.int64, pin_memory=True) for _ in range(2)]
+    for step in range(count):
         place, event = places[step % 2], torch.cuda.Event()
         place.copy_(steps.run(model, ids_B1, rows.cache, rows.starts_B, calls, choose), non_blocking=True)
         event.record()
@@ -152,10 +175,11 @@ def decoded_tokens(
 
 def _arrived(place: Tensor, event: torch.cuda.Event) -> list[int]:
     event.synchronize()
-    return _checked(place.tolist())
+    return checked(place.tolist())
 
 
-def _checked(tokens: list[int]) -> list[int]:
+def checked(tokens: list[int]) -> list[int]:
+    """Them. Raises `UserError` where one could not be chosen (`Draw`)."""
     if min(tokens) < 0:
         raise UserError(
             "the model's logits are nan or infinite, so no token can be chosen: its weights hold such values, or overflow in "

@@ -248,6 +248,10 @@ class BlockCache(Cache):
             return k, v, bias, None
         return k, v, bias, CachedRows(layer, bounds, length, queries <= MAX_QUERIES)
 
+    def has_room(self, tokens: int) -> bool:
+        """Whether so many more fit into the buffers where they lie."""
+        return all(layer.get_seq_length() + tokens <= layer.buffers()[0].shape[2] for layer in self.layers[:1])
+
     def advance(self, tokens: int, states: Collection[Hashable] | None = None) -> None:
         """Counts tokens that replays of a captured step have appended to every layer, and to these states of each; None: all that were up to
         date."""

@@ -86,9 +86,9 @@ class DecodeSteps:
         )
         graphs = self._of_cache.setdefault(cache, {})
         graph = graphs.get((what, cache.addresses()))
-        if graph is None or not graph.states <= cache.current_states():
+        if graph is None or not graph.states <= cache.current_states() or not cache.has_room(ids_BT.shape[1]):
             # The first step of its kind runs as it is: it makes room, and compiles what is not compiled yet. So does one that has more to
-            # take up than its own tokens.
+            # take up than its own tokens, or finds the cache full: a replay would write beyond its buffers.
             result = _step(model, ids_BT, cache, starts_B, calls, choose)
             places = cache.addresses()
             for old in [key for key in graphs if key[1] != places]:
