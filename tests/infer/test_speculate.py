@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from marks import needs_gpu, needs_triton
+from marks import needs_gpu, needs_triton, on_gpu
 from ssa.attention import AttentionCall
 from ssa.budget import Selection
 from ssa.errors import UserError

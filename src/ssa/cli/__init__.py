@@ -19,7 +19,7 @@ from ssa import __version__
 from ssa.bench.commands import bench_decode, bench_kernels, bench_plot, bench_prefill, bench_train
 from ssa.cli.call import Verb, call_verb
 from ssa.cli.measuring import analyze, evaluate, report, tune_budget
-from ssa.cli.models import convert, doctor, generate
+from ssa.cli.models import chat, convert, doctor, generate
 from ssa.cli.training import demo, prepare, train
 from ssa.errors import UserError, described
 from ssa.terminal import named_output, open_standard_streams, tell
@@ -33,6 +33,7 @@ VERBS: dict[str, Verb] = {
     "tune-budget": tune_budget,
     "report": report,
     "generate": generate,
+    "chat": chat,
     "convert": convert,
     "bench kernels": bench_kernels,
     "bench decode": bench_decode,

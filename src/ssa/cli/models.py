@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import Any, Literal
+from typing import Any, Literal, TextIO, cast
 
 from ssa.budget import parse_reading
 from ssa.cli.metavars import BUDGET, DEVICE, DTYPE, FILE, OPTIONAL_RUN, OUT, RUN, SOURCE, TEXT
@@ -67,6 +68,63 @@ def generate(
         top_p=top_p, seed=seed, stop=stop, batch_size=batch_size, prefill_mode=prefill_mode or None, prefill_chunk=prefill_chunk, speculate=speculate, graphs=graphs, stream=stream, device=device, dtype=dtype, out=out,
         err=sys.stderr,
     )  # fmt: skip
+
+
+def chat(
+    run: RUN,
+    /,
+    mode: Literal["", "sparse", "full"] = "",
+    budget: BUDGET = "",
+    system: TEXT = "",
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    prefill_mode: Literal["", "sparse", "full"] = "",
+    prefill_chunk: int = 8192,
+    graphs: bool = True,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Talk with a model; reads lines from standard input where that is no terminal.
+
+    Args:
+        run: A run, one of its checkpoints, or a model directory.
+        mode: sparse or full; the model's own if left out. /mode changes it.
+        budget: kxs, blocks a token may read; the model's own if left out. /budget changes it.
+        system: What the model is told first. /system changes it.
+        max_new_tokens: Most tokens of an answer.
+        temperature: 0 = greedy.
+        top_k: Sample among so many; 0 = all.
+        top_p: Sample within this probability mass.
+        seed: Seed of the sampling.
+        prefill_mode: How messages are read, sparse or full; like what follows if left out.
+        prefill_chunk: Tokens of a message computed at once; fewer take less memory.
+        graphs: On a GPU launch a step as one CUDA graph.
+        device: auto, cpu, cuda, cuda:1, ...
+        dtype: auto, float32 or bfloat16.
+    """
+    if budget:
+        parse_reading(budget)
+    from ssa.infer.chat import chat as chat_with
+
+    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):  # not on every system: lines can be edited, and called up again
+            import readline  # noqa: F401
+    chat_with(
+        run, input if terminal else _next_line, mode=mode or None, budget=budget or None, system=system, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, prefill_mode=prefill_mode or None, prefill_chunk=prefill_chunk, graphs=graphs,
+        device=device, dtype=dtype, out=cast(TextIO, Visible(sys.stdout) if sys.stdout.isatty() else sys.stdout), err=sys.stderr, prompts=terminal,
+    )  # fmt: skip
+
+
+def _next_line(prompt: str) -> str:
+    line = "" if sys.stdin is None else sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
 
 
 def convert(

@@ -96,8 +96,10 @@ class Attention:
 class Rows:
     """A batch of sequences, padded on the left, in one cache."""
 
-    def __init__(self, model: SSAForCausalLM, prompts: Sequence[Sequence[int] | np.ndarray], room: int, pad_id: int) -> None:
-        """`room`: tokens that will follow the longest prompt, at most."""
+    def __init__(
+        self, model: SSAForCausalLM, prompts: Sequence[Sequence[int] | np.ndarray], room: int | None, pad_id: int
+    ) -> None:
+        """`room`: tokens that will follow the longest prompt, at most; None = nobody knows, the cache grows."""
         self.model, self.width = model, max(map(len, prompts))
         input_BT = torch.full((len(prompts), self.width), pad_id, dtype=torch.int64, device="cpu")
         for row, ids in enumerate(prompts):
@@ -105,7 +107,7 @@ class Rows:
         pads_B = torch.tensor([self.width - len(ids) for ids in prompts], device="cpu")
         self.input_BT, self.starts_B = input_BT.to(model.device), pads_B.to(model.device)
         self.padded = bool(pads_B.any())
-        self.cache = BlockCache(self.width + room)
+        self.cache = BlockCache(None if room is None else self.width + room)
 
     def prefill(self, attention: Attention, chunk: int = PREFILL_CHUNK) -> Tensor:
         """The logits after the prompts, [B, V]."""
@@ -151,22 +153,42 @@ def decoded_tokens(
     rows = Rows(model, prompts, most, pad_id)
     chosen_B = draw(rows.prefill(attention, prefill_chunk))
     yield checked(chosen_B.tolist())
-    yield from next_tokens(
-        rows, chosen_B[:, None].clone(), most - 1, attention, draw, chosen_B.is_cuda and rows.stepped(attention)
-    )
+    yield from next_tokens(rows, chosen_B[:, None].clone(), most - 1, attention, draw)
 
 
-def next_tokens(
-    rows: Rows, ids_B1: Tensor, count: int, attention: Attention, draw: Draw, stepped: bool
-) -> Iterator[list[int]]:  # fmt: skip
-    """So many tokens after `ids_B1`, which holds each row's newest, not in the cache yet, and afterwards the last of these. `stepped`: by captured
-    steps, not by the model's own passes."""
-    model, calls_of = rows.model, dict[Any, Any]()
+class _Choose:
+    """What a step does with its logits: draws a token for each row, and puts it where the next step reads it. Those that do the same are equal,
+    so that a captured step serves whoever decodes on from the same memory."""
 
-    def choose(logits_BTV: Tensor) -> Tensor:
-        drawn_B = draw(logits_BTV[:, -1])
-        ids_B1.copy_(drawn_B.clamp(min=0)[:, None])
+    def __init__(self, draw: Draw, ids_B1: Tensor) -> None:
+        self._draw, self._ids_B1 = draw, ids_B1
+
+    def __call__(self, logits_BTV: Tensor) -> Tensor:
+        drawn_B = self._draw(logits_BTV[:, -1])
+        self._ids_B1.copy_(drawn_B.clamp(min=0)[:, None])
         return drawn_B
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Choose) and self._draw == other._draw and self._ids_B1 is other._ids_B1
+
+    def __hash__(self) -> int:
+        return hash((self._draw, id(self._ids_B1)))
+
+
+@torch.no_grad()
+def next_tokens(
+    rows: Rows, ids_B1: Tensor, count: int, attention: Attention, draw: Draw, stepped: bool | None = None
+) -> Iterator[list[int]]:  # fmt: skip
+    """So many tokens after `ids_B1`, which holds each row's newest, not in the cache yet, and afterwards the last of these.
+
+    On a GPU the cache may hold a token more than were seen when the caller stops early.
+
+    Args:
+        stepped: By captured steps, not by the model's own passes; None = where there is a GPU and they apply.
+    """
+    model, calls_of, choose = rows.model, dict[Any, Any](), _Choose(draw, ids_B1)
+    if stepped is None:
+        stepped = ids_B1.is_cuda and rows.stepped(attention)
 
     def step() -> Tensor:
         arguments = attention.arguments(rows.cache.get_seq_length() + 1)
@@ -200,6 +222,7 @@ def _arrived(place: Tensor, event: torch.cuda.Event) -> list[int]:
 
 
 def checked(tokens: list[int]) -> list[int]:
+    """Them. Raises `UserError` where one could not be chosen (`Draw`)."""
     if min(tokens) < 0:
         raise UserError(
             "the model's logits are nan or infinite, so no token can be chosen: its weights hold such values, or overflow in "

@@ -88,7 +88,7 @@ class DecodeSteps:
         full = cache.get_seq_length() + ids_BT.shape[1] > cache.room
         if graph is None or full or not graph.states <= cache.current_states():
             # The first step of its kind runs as it is: it makes room, and compiles what is not compiled yet. So does one that has more to
-            # take up than its own tokens.
+            # take up than its own tokens, or finds the cache full: a replay would write beyond its buffers.
             result = _step(model, ids_BT, cache, starts_B, calls, choose)
             places = cache.addresses()
             for old in [key for key in graphs if key[1] != places]:
