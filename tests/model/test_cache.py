@@ -226,6 +226,18 @@ def test_block_means_grow_with_the_cache(lengths, length):
     check_means(layer, starts)
 
 
+@torch.no_grad()
+def test_where_there_is_room_a_token_moves_nothing():
+    model, cache, moved = tiny_model(), BlockCache(), 0
+    model(torch.zeros(1, 5, dtype=torch.int64), cache=cache, use_cache=True)
+    for _ in range(150):
+        room, before = cache.get_seq_length() + 1 <= cache.room, cache.addresses()
+        model(torch.zeros(1, 1, dtype=torch.int64), cache=cache, use_cache=True)
+        assert (cache.addresses() == before) == room
+        moved += not room
+    assert moved == 1 and 6 <= cache.room - cache.get_seq_length() < 600
+
+
 def test_crop_reorder_repeat_select_and_reset_keep_the_means_right(max_length):
     layer, starts = filled([30, 1, 1, 9, 1], max_length)
     layer.crop(-6)

@@ -158,6 +158,23 @@ def test_a_replay_is_the_step_without_a_graph(kind, mode):
 
 @needs_gpu
 @torch.no_grad()
+def test_a_replay_never_writes_beyond_a_cache_that_grows():
+    model, x = a_model("ssa", head_dim=32, hidden_size=128), torch.randint(0, 57, (3, 130))
+    runs = []
+    for graphs in (True, False):
+        cache, starts, _ = filled(model, x, [0, 5, 11], "sparse", 30, None)  # has room for 64 more
+        model.model.steps.graphs, calls = graphs, model.model.decoding_calls("sparse")
+        ids, found = x[:, :1].clone(), []
+        for at in range(30, 130):
+            ids.copy_(x[:, at : at + 1])
+            found.append(model.model.steps.run(model, ids, cache, starts, calls).clone())
+        assert cache.get_seq_length() == 130
+        runs.append(torch.stack(found))
+    assert torch.equal(*runs)
+
+
+@needs_gpu
+@torch.no_grad()
 def test_generate_through_graphs_equals_generate_without():
     for kind in KINDS:
         model, x = a_model(kind), torch.randint(0, 57, (2, 33))

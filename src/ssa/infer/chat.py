@@ -290,6 +290,10 @@ def talk(chat: Chat, read: Callable[[str], str], out: TextIO, err: TextIO, promp
             line = read(f"[{figures}] > ").strip()
         except EOFError:
             break
+        except KeyboardInterrupt:
+            if prompts:
+                _say("", err)
+            raise
         try:
             if line == "/quit":
                 return
