@@ -80,6 +80,17 @@ def test_weights_side_by_side_stay_parameters_of_their_own(tmp_path):
     assert torch.equal(side_by_side(list(moved)), torch.cat([before[0], 2 * before[1], torch.ones(5, 8)]).double())
 
 
+def test_weights_can_be_trained_after_inference():
+    from ssa.ops.triton.layer import side_by_side
+
+    some = linears(torch.float32, 8, 6, 3)
+    with torch.inference_mode():
+        side_by_side(some)
+    sum(linear(torch.randn(2, 8)).sum() for linear in some).backward()
+    torch.optim.SGD([linear.weight for linear in some], 0.1).step()
+    assert all(linear.weight.grad is not None for linear in some)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch, queries, rope_rows, gates, keep", [(1, 1, 1, 6, False), (2, 3, 2, 0, True), (3, 9, 1, 18, True)])
 def test_rope_and_the_caches_columns(dtype, batch, queries, rope_rows, gates, keep):

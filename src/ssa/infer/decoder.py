@@ -208,7 +208,7 @@ def next_tokens(
     for number in range(count):
         place, event = places[number % 2], torch.cuda.Event()
         place.copy_(step(), non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(ids_B1.device))
         under_way.append((place, event))
         if len(under_way) == 2:
             yield _arrived(*under_way.pop(0))

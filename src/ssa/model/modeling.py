@@ -246,8 +246,9 @@ class SSAModel(SSAPreTrainedModel):
         selection_losses: list[Tensor] = []
         if cache is not None and not output_hidden_states and runs_fused(self, x_BTC, call):
             rope = self.rotary_emb(absolute_BT.float(), absolute_BT)
-            x_BTC = fused_layers(self, x_BTC if inputs_embeds is None else x_BTC.clone(), rope, calls, cache)
-            x_BTC = last_norm(self, x_BTC)
+            with torch.cuda.device_of(x_BTC):  # where kernels are launched
+                x_BTC = fused_layers(self, x_BTC if inputs_embeds is None else x_BTC.clone(), rope, calls, cache)
+                x_BTC = last_norm(self, x_BTC)
             return SSAModelOutput(last_hidden_state=x_BTC, **{CACHE_FIELD: cache if use_cache else None})
         rope = self.rotary_emb(x_BTC, absolute_BT)
         for layer, call in zip(self.layers, calls, strict=True):

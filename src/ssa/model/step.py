@@ -73,6 +73,18 @@ class DecodeSteps:
             starts_B: int64 [B], first column of each row; lies where it lies for as long as the cache is used.
             calls: one a layer; `applies` is true of them.
         """
+        with torch.cuda.device_of(ids_BT):  # where kernels are launched and captured
+            return self._run(model, ids_BT, cache, starts_B, calls, choose)
+
+    def _run(
+        self,
+        model: Any,
+        ids_BT: Tensor,
+        cache: BlockCache,
+        starts_B: Tensor,
+        calls: Sequence[AttentionCall],
+        choose: Choose | None,
+    ) -> Tensor:
         moves = model.config.rope_parameters.get("rope_type") in MOVING_ROPE
         if not (self.graphs and ids_BT.is_cuda):
             return _step(model, ids_BT, cache, starts_B, calls, choose)

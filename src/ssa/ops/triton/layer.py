@@ -106,7 +106,8 @@ def side_by_side(linears: Sequence[nn.Linear]) -> Tensor:
         size = (rows, features)
         if first.untyped_storage().nbytes() - first.storage_offset() * first.itemsize >= rows * features * first.itemsize:
             return first.detach().as_strided(size, (features, 1))
-    together = torch.cat([weight.detach() for weight in weights])
+    with torch.inference_mode(False), torch.no_grad():  # what inference mode makes could never be trained again
+        together = torch.cat([weight.detach() for weight in weights])
     for weight, part in zip(weights, together.split([len(weight) for weight in weights]), strict=True):
         weight.data = part
     return together
