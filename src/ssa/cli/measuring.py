@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from ssa.budget import Budget, parse_readings
 from ssa.cli.metavars import BUDGET, BUDGETS, DATA, DEVICE, DIRECTORY, DTYPE, FILE, NAME, NAMES, NUMBERS, PATH, RUN, SHOTS
@@ -31,6 +31,7 @@ def evaluate(
     max_length: int = 0,
     batch_tokens: int = 0,
     beside: tuple[RUN, ...] = (),
+    prefill_mode: Literal["", "sparse", "full"] = "",
     haystack: FILE = "",
     rope_factor: float = 0,
     needle_lengths: NUMBERS = "",
@@ -62,6 +63,7 @@ def evaluate(
         max_length: Longest input of a task in tokens; 0 = the model's positions.
         batch_tokens: Tokens of a task computed at once; 0 = a size that fits.
         beside: Other runs, evaluated in the same settings before, for the rows of one table.
+        prefill_mode: How RULER, LongBench and LongEval read their prompts, sparse or full, whatever the budget that they go on with; as the budget says if left out.
         haystack: Text that RULER's needles are hidden in; builtin:python if left out.
         rope_factor: Scale RoPE by this, to read beyond the context that the model was trained on; 0 = as it is.
         needle_lengths: Comma-separated haystack lengths in tokens; none if left out.
@@ -86,7 +88,7 @@ def evaluate(
         run, data=data or None, split=split, budgets=budgets or None, context=context or None, stride=stride or None,
         max_tokens=max_tokens or None, batch_size=batch_size or None, perplexity=perplexity and not names, tasks=names,
         data_dir=data_dir or None, seeds=_numbers(seeds, int, "--seeds"), num_fewshot=num_fewshot, limit=limit or None,
-        lengths=_numbers(lengths, int, "--lengths"), max_length=max_length or None, batch_tokens=batch_tokens or None, beside=beside,
+        lengths=_numbers(lengths, int, "--lengths"), max_length=max_length or None, batch_tokens=batch_tokens or None, prefill_mode=prefill_mode or None, beside=beside,
         haystack=haystack or None, rope_factor=rope_factor or None,
         needle_lengths=needle_at,
         needle_depths=depths, needle_cases=needle_cases, seed=seed, device=device, dtype=dtype, out=out or None, console=console(),

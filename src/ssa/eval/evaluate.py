@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ssa.budget import FULL, LayerBudgets, Reading, parse_reading, parse_readings
+from ssa.budget import FULL, AttentionMode, LayerBudgets, Reading, parse_reading, parse_readings
 from ssa.collectives import meet
 from ssa.device import local_device
 from ssa.errors import UserError
@@ -17,7 +17,7 @@ from ssa.eval.model_under_test import ModelUnderTest, evaluation_directory, load
 from ssa.eval.needle import check_grid
 from ssa.eval.perplexity import WINDOW_TOKENS
 from ssa.eval.table1 import COLUMNS, write_table1
-from ssa.eval.tasks import HARNESS, PAPER_SHOTS, TaskRequest, is_complete, run_tasks, runner_of
+from ssa.eval.tasks import GENERATING, HARNESS, PAPER_SHOTS, TaskRequest, is_complete, run_tasks, runner_of
 from ssa.eval.text_passes import run_needles, run_perplexity
 from ssa.files import check_directory
 from ssa.infer.load import check_budgets
@@ -43,6 +43,7 @@ def evaluate(
     lengths: Sequence[int] = (),
     max_length: int | None = None,
     batch_tokens: int | None = None,
+    prefill_mode: AttentionMode | None = None,
     beside: Sequence[Path | str] = (),
     haystack: str | None = None,
     rope_factor: float | None = None,
@@ -70,7 +71,7 @@ def evaluate(
         data_dir: Directory of the tasks' local files.
         seeds: Of what a task draws (few-shot examples, synthetic cases).
         num_fewshot: Examples before each question, for all tasks or by name; None = as each task has it by itself.
-        limit, lengths, max_length, batch_tokens, haystack: See `ssa.eval.tasks.TaskRequest`.
+        limit, lengths, max_length, batch_tokens, prefill_mode, haystack: See `ssa.eval.tasks.TaskRequest`.
         rope_factor: Scale the model's RoPE by this, to read beyond the context it was trained on (`ssa.eval.long.rope`).
         beside: Other runs whose results in the same settings go into the same Table 1 (see `ssa.eval.table1`).
         needle_lengths, needle_depths, needle_cases, seed: See `needle_grid`; no lengths = no needles.
@@ -89,7 +90,7 @@ def evaluate(
         raise UserError("nothing to evaluate: perplexity is off and there are no needle lengths and no tasks")
     if not tasks:
         _refuse("tasks", data_dir=data_dir, shots=num_fewshot, limit=limit, lengths=lengths, max_length=max_length,
-                batch_tokens=batch_tokens, beside=beside, haystack=haystack)  # fmt: skip
+                batch_tokens=batch_tokens, prefill_mode=prefill_mode, beside=beside, haystack=haystack)  # fmt: skip
     if not perplexity:
         _refuse("perplexity", context=context, stride=stride, max_tokens=max_tokens)
     if isinstance(num_fewshot, Mapping) and num_fewshot != PAPER_SHOTS and (stray := sorted(set(num_fewshot) - set(tasks))):
@@ -104,6 +105,12 @@ def evaluate(
         if value is not None and value < 1:
             raise UserError(f"{name} = {value} must be at least 1")
     data_dir = None if data_dir is None else Path(data_dir)
+    if prefill_mode not in (None, "sparse", "full"):
+        raise UserError(f"--prefill-mode {prefill_mode!r} is neither 'sparse' nor 'full'")
+    if prefill_mode is not None and not any(runner_of(name, data_dir) in GENERATING for name in tasks):
+        raise UserError(
+            f"--prefill-mode is for tasks that generate (RULER, LongBench, LongEval), and {', '.join(tasks)} does not"
+        )
     if any(runner_of(name, data_dir) == HARNESS for name in tasks):
         meet()  # perplexity, which comes first, may take one rank much longer than another
     asked = None if budgets is None else _parsed(budgets)
@@ -127,7 +134,7 @@ def evaluate(
     request = TaskRequest(
         subject, chosen, directory, data_dir=data_dir, seeds=tuple(dict.fromkeys(seeds)),
         num_fewshot=dict(num_fewshot) if isinstance(num_fewshot, Mapping) else num_fewshot, limit=limit, lengths=lengths,
-        max_length=max_length, batch_tokens=batch_tokens, haystack=haystack, console=console,
+        max_length=max_length, batch_tokens=batch_tokens, prefill_mode=prefill_mode, haystack=haystack, console=console,
     )  # fmt: skip
     if perplexity or needle_lengths:
         source = run_data(run) if data is None else data

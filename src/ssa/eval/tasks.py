@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ssa.budget import Reading
+from ssa.budget import AttentionMode, Reading
 from ssa.errors import UserError
 from ssa.eval import long
 from ssa.eval.model_under_test import ModelUnderTest
@@ -45,6 +45,8 @@ class TaskRequest:
     """Context lengths in tokens, for tasks that have them."""
     max_length: int | None = None
     """Longest input in tokens; None = the model's positions."""
+    prefill_mode: AttentionMode | None = None
+    """How tasks that generate read their prompts, where it is not as they go on; None = as they go on."""
     haystack: str | None = None
     """Text that synthetic tasks hide their needles in; None = the embedded corpus."""
     batch_tokens: int | None = None
@@ -61,6 +63,8 @@ TASKS: dict[str, str] = {
     **long.RUNNERS,
 }
 """Task -> "module:function" of its runner, imported when it is needed."""
+GENERATING = frozenset(f"ssa.eval.long.run:run_{name}" for name in ("ruler", "longbench", "longeval"))
+"""Runners that let the model write."""
 HARNESS = "ssa.eval.harness_run:run"
 """Who runs what needs files while no data directory is given: lm-evaluation-harness, which fetches its own."""
 NEEDS_FILES = frozenset({"ssa.eval.choices:run", "ssa.eval.wikitext:run"})

@@ -41,7 +41,7 @@ def computed(monkeypatch):
     from ssa.eval.long import measure
 
     seen, write = [], measure.write
-    monkeypatch.setattr(measure, "write", lambda m, t, items, budget: seen.extend(items) or write(m, t, items, budget))
+    monkeypatch.setattr(measure, "write", lambda m, t, items, *how: seen.extend(items) or write(m, t, items, *how))
     return seen
 
 
@@ -54,6 +54,21 @@ def run(model, tasks, data, **options):
 
 def test_the_commands_tasks():
     assert RUNNERS.items() <= TASKS.items() and {"ruler", "cwe", "longbench_trec", "longeval", "books_half"} < RUNNERS.keys()
+
+
+def test_prompts_in_a_mode_of_their_own(model, data, monkeypatch):
+    from ssa.eval.long import measure
+
+    asked, batch = [], measure.generate_batch
+    monkeypatch.setattr(measure, "generate_batch", lambda *a, **how: asked.append(how["prefill_mode"]) or batch(*a, **how))
+    plain, _ = run(model, "longbench_hotpotqa", data, lengths=(600,), budgets="3x4")
+    entries, shown = run(model, "longbench_hotpotqa", data, lengths=(600,), budgets="3x4", prefill_mode="full")
+    assert set(asked) == {None, "full"} and "prompts read by full attention" in shown
+    entry = entries["longbench_hotpotqa"]
+    assert entry["setting"] == plain["longbench_hotpotqa"]["setting"] | {"prefill_mode": "full"}
+    assert len(json.loads((model / "eval" / "longbench.json").read_text())["results"]) == 2
+    with pytest.raises(UserError, match="--prefill-mode is for tasks that generate .*, and books does not"):
+        run(model, "books", data, prefill_mode="full")
 
 
 def test_ruler_goes_on_and_keeps_its_results(model, data, computed):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ssa.budget import Reading
+from ssa.budget import AttentionMode, Reading
 from ssa.errors import UserError
 from ssa.eval.long.item_log import ItemLog
 from ssa.eval.long.items import GenerationTask, Item
@@ -58,18 +58,20 @@ def generate_items(
     shard: Shard,
     *,
     tokens: int,
+    prefill_mode: AttentionMode | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> bool:
     """Compute and log the items of `task` that are this rank's and not in the log; whether there were any.
 
     Args:
         tokens: Prompts are computed together up to so many tokens, padding included.
+        prefill_mode: How prompts are read; None = as `budget` says, too.
         progress: Called with the number of this rank's items done, those found in the log first.
     """
 
     def compute(batch: Sequence[tuple[int, Item]]) -> list[dict[str, Any]]:
         items = [item for _, item in batch]
-        texts = write(model, tokenizer, items, budget)
+        texts = write(model, tokenizer, items, budget, prefill_mode)
         return [
             {"index": index, "score": task.score(item, text), "prediction": text, "answers": list(item.answers),
              "tokens": len(item.prompt), **item.about}
@@ -132,11 +134,16 @@ def chunks(size: int) -> Callable[[list[int]], list[list[int]]]:
     return lambda pending: [pending[at : at + size] for at in range(0, len(pending), size)]
 
 
-def write(model: Any, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item], budget: Reading) -> list[str]:
+def write(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    items: Sequence[Item],
+    budget: Reading,
+    prefill_mode: AttentionMode | None = None,
+) -> list[str]:
     """What `model` writes after each prompt, greedily; prompts of different lengths are padded on the left.
 
     Args:
-        model: An `SSAForCausalLM`, or anything with its `generate`, `device` and `config`.
         items: Each is cut off at its own `max_new_tokens` and stop texts.
 
     Returns:
@@ -146,7 +153,9 @@ def write(model: Any, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item],
     transcripts = [Transcript(tokenizer, end_ids, item.stop) for item in items]
     limits = [item.max_new_tokens for item in items]
     prompts = [item.prompt for item in items]
-    generate_batch(model, prompts, transcripts, limits, pad_id=pad_id_of(tokenizer, end_ids), **attention(budget))
+    generate_batch(
+        model, prompts, transcripts, limits, pad_id=pad_id_of(tokenizer, end_ids), prefill_mode=prefill_mode, **attention(budget)
+    )
     return [transcript.text for transcript in transcripts]
 
 

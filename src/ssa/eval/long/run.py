@@ -33,7 +33,8 @@ class _Generated:
     """A generation task as a job of a suite."""
 
     def __init__(self, task: GenerationTask, label: dict[str, Any], request: TaskRequest) -> None:
-        self.setting, self._task, self._label, self._request = task.setting, task, label, request
+        self.setting = _with_prompts(task.setting, request)
+        self._task, self._label, self._request = task, label, request
 
     def __len__(self) -> int:
         return len(self._task)
@@ -41,11 +42,19 @@ class _Generated:
     def compute(self, budget: Reading, log: ItemLog, shard: Shard, progress: Callable[[int], None] | None) -> bool:
         subject = self._request.subject
         tokens = batch_tokens(subject.model.device, self._request.batch_tokens)
-        return generate_items(self._task, subject.model, subject.tokenizer, budget, log, shard, tokens=tokens, progress=progress)
+        return generate_items(
+            self._task, subject.model, subject.tokenizer, budget, log, shard, tokens=tokens, prefill_mode=self._request.prefill_mode,
+            progress=progress,
+        )  # fmt: skip
 
     def cells(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mean = Mean.of([record["score"] for record in records])
         return [{**self._label, "score": mean.value, "standard_error": mean.standard_error, "items": mean.items}]
+
+
+def _with_prompts(setting: dict[str, Any], request: TaskRequest) -> dict[str, Any]:
+    """What was measured, where prompts are read in a mode of their own."""
+    return setting if request.prefill_mode is None else {**setting, "prefill_mode": request.prefill_mode}
 
 
 class _Windows:
@@ -94,7 +103,9 @@ def run_ruler(names: Sequence[str], request: TaskRequest) -> dict[str, dict[str,
             made.item(0)  # a length without room shows now
             jobs.append(_Generated(made, {"task": task, "length": length}, request))
     setting = {"tasks": tasks, "lengths": lengths, "cases": cases, "seed": seed, "haystack": str(source), "haystack_sha256": text}
-    entry = run_suite("ruler", jobs, setting, request, _by_length("RULER, percent of the answers written"), _averages)
+    entry = run_suite(
+        "ruler", jobs, _with_prompts(setting, request), request, _by_length("RULER, percent of the answers written"), _averages
+    )
     return {name: entry for name in names}
 
 
@@ -111,7 +122,9 @@ def run_longbench(names: Sequence[str], request: TaskRequest) -> dict[str, dict[
     setting = {
         "tasks": tasks, "lengths": lengths, "limit": request.limit, "data": [job.setting["items_sha256"] for job in jobs],
     }  # fmt: skip
-    entry = run_suite("longbench", jobs, setting, request, _by_length("LongBench, English tasks"), _averages)
+    entry = run_suite(
+        "longbench", jobs, _with_prompts(setting, request), request, _by_length("LongBench, English tasks"), _averages
+    )
     return {name: entry for name in names}
 
 
@@ -128,7 +141,7 @@ def run_longeval(names: Sequence[str], request: TaskRequest) -> dict[str, dict[s
             jobs.append(_Generated(made, label, request))
             data.append(made.setting["records_sha256"])
     setting = {"tasks": tasks, "limit": request.limit, "data": data}
-    entry = run_suite("longeval", jobs, setting, request, _show_longeval, _averages)
+    entry = run_suite("longeval", jobs, _with_prompts(setting, request), request, _show_longeval, _averages)
     return {name: entry for name in names}
 
 

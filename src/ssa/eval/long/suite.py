@@ -63,6 +63,8 @@ def run_suite(
 def title(entry: dict[str, Any], text: str) -> str:
     model = entry["model"]
     who = model["method"] + (f" at step {model['step']}" if model["step"] is not None else "")
+    if prompts := entry["setting"].get("prefill_mode"):
+        text += f", prompts read by {prompts} attention"
     notes = "".join(f"\n{note}.\n" for note in entry["notes"])
     return f"{who}: {text}\n{notes}\n"
 
