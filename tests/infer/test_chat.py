@@ -11,7 +11,9 @@ from ssa.budget import FULL
 from ssa.cli import main
 from ssa.data.tokenizer import byte_tokenizer
 from ssa.errors import UserError
+from ssa.infer import chat as module
 from ssa.infer.chat import HELP, Chat, talk
+from ssa.infer.crossover import Auto
 from ssa.infer.engine import Prompt, Sampling
 from ssa.model import BlockCache
 from ssa.testing import tiny_model
@@ -170,6 +172,20 @@ def test_prompts_may_be_read_in_another_mode():
     full, sparse = {"attention_mode": "full"}, {"attention_mode": "sparse", "budget": "1x4"}
     text = chat.answer(QUESTIONS[2]).text
     assert text == from_scratch(model, [(ids, full)], 8, **sparse) != from_scratch(model, [(ids, sparse)], 8, **sparse)
+
+
+def test_auto_reads_everything_until_sparse_steps_are_no_slower(monkeypatch):
+    model, seen = letters_model(), []
+    monkeypatch.setattr(module, "auto_for", lambda device, config, rows: Auto(len(ids_of(QUESTIONS[2])) + 40, "auto"))
+    chat = Chat(model, templated(), greedy(), mode="auto", budget="1x4")
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **kw: seen.append(kw["attention_mode"]) or forward(*a, **kw))
+    for question in QUESTIONS:
+        chat.answer(question)
+    assert seen[0] == "full" and seen[-1] == "sparse" and seen == sorted(seen)  # once, and for good
+    assert str(chat.reading) == "1x4"
+    chat.read("full", None)
+    assert chat.auto is None and chat.reading is FULL
 
 
 def test_undo_goes_back_to_what_was():
@@ -386,7 +402,7 @@ def talked(lines, chat=None, prompts=False):
         ("/budget", "/budget needs a value: /budget 32x16"),
         ("/budget 32", "budget '32' is not BLOCKSxSIZE"),
         ("/budget 0x4", "budget 0x4 needs at least 1 block"),
-        ("/mode", "/mode needs a value: /mode full or /mode sparse"),
+        ("/mode", "/mode needs a value: /mode full, sparse or auto"),
         ("/mode dense", "mode 'dense' is neither 'sparse' nor 'full'"),
         ("/undo", "there is nothing to take back"),
         ("/undo 3", "/undo takes no value, but has '3'"),

@@ -73,7 +73,7 @@ def generate(
 def chat(
     run: RUN,
     /,
-    mode: Literal["", "sparse", "full"] = "",
+    mode: Literal["", "sparse", "full", "auto"] = "",
     budget: BUDGET = "",
     system: TEXT = "",
     max_new_tokens: int = 512,
@@ -91,7 +91,7 @@ def chat(
 
     Args:
         run: A run, one of its checkpoints, or a model directory.
-        mode: sparse or full; the model's own if left out. /mode changes it.
+        mode: sparse, full or auto; the model's own if left out. /mode changes it.
         budget: kxs, blocks a token may read; the model's own if left out. /budget changes it.
         system: What the model is told first. /system changes it.
         max_new_tokens: Most tokens of an answer.

@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from ssa.budget import FULL, AttentionMode, LayerBudgets, Reading
 from ssa.data.lines import without_surrogates
 from ssa.data.tokenizer import encoded
+from ssa.device import device_name
 from ssa.errors import UserError, described, one_line
 from ssa.infer.batch import end_ids_of
+from ssa.infer.crossover import Auto, auto_for
 from ssa.infer.decoder import PREFILL_CHUNK, Attention, Draw, Rows, checked, next_tokens
 from ssa.infer.engine import Prompt, Sampling, first_ids
 from ssa.infer.load import attention_choice, check_budgets, load_model
@@ -30,7 +32,7 @@ from ssa.terminal import visible
 
 HELP = """\
 /budget 32x16      read 32 blocks of 16 keys a token from now on; /budget full reads all
-/mode full|sparse  read everything, or blocks within the budget
+/mode full|sparse  read everything, or blocks within the budget; /mode auto takes what is faster at the length so far
 /system TEXT       what the model is told first; without TEXT nothing
 /undo              take back the last question and its answer
 /reset             start a new conversation; the system text stays
@@ -63,7 +65,7 @@ class Chat:
     """
 
     def __init__(
-        self, model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, *, mode: AttentionMode | None = None,
+        self, model: SSAForCausalLM, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, *, mode: str | None = None,
         budget: Reading | str | None = None, prompt: Prompt | None = None, system: str = "",
     ) -> None:  # fmt: skip
         """`sampling.seed` decides the draws of all answers; `sampling.stop` ends each. `prompt` says how questions are read.
@@ -76,6 +78,8 @@ class Chat:
         """Questions and answers."""
         self.system = ""
         self.mode: AttentionMode = model.config.attention_mode
+        self.auto: Auto | None = None
+        """Where mode auto goes from full to sparse attention, whatever `mode` is."""
         self.budget: Reading | None = None
         """In sparse mode; None = the model's own."""
         self.cached: list[int] = []
@@ -89,8 +93,11 @@ class Chat:
 
     def read(self, mode: str | None, budget: Reading | str | None) -> None:
         """How tokens are read from now on; None leaves the mode or the budget as it is. Raises `UserError`, and changes nothing then."""
-        chosen, reading = attention_choice(mode, budget)
+        auto = mode == "auto"
+        chosen, reading = attention_choice("sparse" if auto else mode, budget)
         check_budgets(self.model.config, [reading])
+        if chosen is not None:
+            self.auto = auto_for(device_name(self.model.device), self.model.config, 1) if auto else None
         self.mode = chosen or self.mode
         if reading is not None and reading is not FULL:
             self.budget = reading
@@ -118,7 +125,8 @@ class Chat:
     @property
     def reading(self) -> Reading:
         """What a token reads."""
-        return FULL if self.mode == "full" else self.budget or self.model.config.budget
+        full = self.mode == "full" if self.auto is None else len(self.cached) < self.auto.tokens
+        return FULL if full else self.budget or self.model.config.budget
 
     @property
     def keys_read(self) -> float:
@@ -202,7 +210,8 @@ class Chat:
     @torch.no_grad()
     def _tokens(self, ids: list[int], kept: int, most: int, asked: Callable[[], bool]) -> Generator[int]:
         """The tokens after `ids`, of which the cache holds the first `kept`; none where somebody has asked to stop before the first."""
-        attention, sampling = Attention(self.mode, self.budget, self.prompt.mode), self.sampling
+        sampling = self.sampling
+        attention = Attention(self.mode, self.budget, self.prompt.mode, None if self.auto is None else self.auto.tokens)
         draw = Draw(float(sampling.temperature), sampling.top_k, float(sampling.top_p))
         rows, logits = self._rows, None
         try:
@@ -210,7 +219,7 @@ class Chat:
                 if asked():
                     return
                 part_BT = torch.tensor([ids[start : start + self.prompt.chunk]], device=self.model.device)
-                logits = rows.passed(part_BT, attention.arguments(prompt=True)).logits
+                logits = rows.passed(part_BT, attention.arguments(len(ids), prompt=True)).logits
             assert logits is not None
             self._newest_B1.copy_(draw(logits[:, -1])[:, None])
             yield from checked(self._newest_B1[0].tolist())
@@ -350,7 +359,7 @@ def _obey(chat: Chat, line: str, err: TextIO) -> None:
     elif command == "/help":
         print(HELP, file=err, flush=True)
     elif command in ("/budget", "/mode"):
-        raise UserError(f"{command} needs a value: {'/budget 32x16' if command == '/budget' else '/mode full or /mode sparse'}")
+        raise UserError(f"{command} needs a value: {'/budget 32x16' if command == '/budget' else '/mode full, sparse or auto'}")
     elif command in ("/undo", "/reset", "/quit"):
         raise UserError(f"{command} takes no value, but has {rest!r}")
     else:
@@ -360,7 +369,7 @@ def _obey(chat: Chat, line: str, err: TextIO) -> None:
 def _figures(chat: Chat, speed: float | None) -> str:
     """How it reads, how much, and how fast it was."""
     context, reading = len(chat.cached), chat.reading
-    how = "full" if reading is FULL else f"sparse {reading}"
+    how = ("" if chat.auto is None else "auto: ") + ("full" if reading is FULL else f"sparse {reading}")
     much = f", {math.ceil(chat.keys_read):,} of {context:,} keys a token" if context else ""
     return how + much + ("" if speed is None else f", {speed:.1f} tokens/s")
 
@@ -373,7 +382,7 @@ def chat(
     run: Path | str,
     read: Callable[[str], str],
     *,
-    mode: AttentionMode | None = None,
+    mode: AttentionMode | Literal["auto"] | None = None,
     budget: Reading | str | None = None,
     system: str = "",
     max_new_tokens: int = 512,
@@ -401,7 +410,7 @@ def chat(
     Raises:
         UserError: Anything a user can get wrong before the first message; later it is a line on `err`.
     """
-    mode, budget = attention_choice(mode, budget)
+    attention_choice("sparse" if mode == "auto" else mode, budget)
     sampling, prompt = Sampling(max_new_tokens, temperature, top_k, top_p, seed), Prompt(prefill_mode, prefill_chunk)
     model, tokenizer = load_model(run, device, dtype)
     model.model.steps.graphs = graphs

@@ -67,7 +67,7 @@ def test_prompts_in_a_mode_of_their_own(model, data, monkeypatch):
     entry = entries["longbench_hotpotqa"]
     assert entry["setting"] == plain["longbench_hotpotqa"]["setting"] | {"prefill_mode": "full"}
     assert len(json.loads((model / "eval" / "longbench.json").read_text())["results"]) == 2
-    with pytest.raises(UserError, match="--prefill-mode is for tasks that generate .*, and books does not"):
+    with pytest.raises(UserError, match=r"--prefill-mode is for tasks that generate .*, and books does not"):
         run(model, "books", data, prefill_mode="full")
 
 
