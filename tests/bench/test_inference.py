@@ -1,8 +1,11 @@
 """What is made of the times of a model's steps; the times themselves take a GPU."""
 
+import json
+
 import pytest
 
 from ssa.bench.inference import Points, auto_share, crossovers, prefill_bars, step_bars
+from ssa.bench.plot import plot_results
 from ssa.errors import UserError
 from ssa.testing import tiny_config
 
@@ -45,3 +48,17 @@ def test_points():
     for wrong in ("8k", "8k:0", "8k:x"):
         with pytest.raises(UserError, match=f"--points '{wrong}' is not TOKENS:ROWS"):
             Points.parse(wrong)
+
+
+def test_a_picture_of_tokens_a_second(tmp_path):
+    data = {
+        "suite": "decode steps", "dtype": "bfloat16", "hardware": {"device": "A GPU"}, "versions": {"torch": "2"},
+        "rows": [row | {"tokens_per_s": 1e3 / row["ms"]} for row in (*rows(1, (1024, 1.0, 2.0), (4096, 3.0, 2.0)), *rows(64, (4096, 9.0, 2.0)))],
+    }  # fmt: skip
+    (tmp_path / "steps.json").write_text(json.dumps(data))
+    picture = plot_results(tmp_path / "steps.json", tmp_path / "steps.svg").read_text()
+    assert "1 row" in picture and "tokens/s" in picture and "64 rows" not in picture
+    for rows_left, match in (([], "no number of rows at several contexts"), ([{"what": "decode"}], "is not the JSON of `ssa bench decode --model`: KeyError")):  # fmt: skip
+        (tmp_path / "steps.json").write_text(json.dumps(data | {"rows": rows_left}))
+        with pytest.raises(UserError, match=match):
+            plot_results(tmp_path / "steps.json", tmp_path / "steps.svg")

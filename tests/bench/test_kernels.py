@@ -14,7 +14,7 @@ from ssa.bench import gate, kernels, layer
 from ssa.bench.gate import GateError, check, check_layer, gate_tokens
 from ssa.bench.kernel_bars import FLA, LAYER_CASE, SPEED, kernel_bars
 from ssa.bench.kernels import plan, ratios
-from ssa.bench.plot import plot_kernels
+from ssa.bench.plot import plot_results
 from ssa.bench.report import Bar, Deadline, Report
 from ssa.bench.shapes import Shape, parse_tokens
 from ssa.budget import Selection
@@ -208,7 +208,7 @@ def test_rows_have_what_the_bars_and_the_picture_need(calls, tmp_path):
     (tmp_path / "k.json").write_text(
         json.dumps(data | {"hardware": {"device": "none"}, "versions": {"torch": "2"}, "dtype": "bf16"})
     )
-    picture = plot_kernels(tmp_path / "k.json", tmp_path / "k.svg").read_text()
+    picture = plot_results(tmp_path / "k.json", tmp_path / "k.svg").read_text()
     assert picture.startswith("<?xml") and "3x4" in picture
 
 

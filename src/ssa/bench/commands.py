@@ -121,12 +121,12 @@ def bench_train(
 
 
 def bench_plot(results: str, /, out: str = "kernels.svg") -> None:
-    """Draw where sparse attention overtakes dense attention, from the JSON of `ssa bench kernels` (matplotlib).
+    """Draw where sparse attention overtakes dense attention, from the JSON of `ssa bench kernels` or of `ssa bench decode --model` (matplotlib).
 
     Args:
         results: The JSON file.
         out: Picture; .svg, .png or .pdf.
     """
-    from ssa.bench.plot import plot_kernels
+    from ssa.bench.plot import plot_results
 
-    print(plot_kernels(Path(results), Path(out)))
+    print(plot_results(Path(results), Path(out)))
