@@ -26,7 +26,8 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import ssa.ops.triton
 from ssa.bench.report import Deadline, Report, environment
@@ -36,6 +37,7 @@ from ssa.ops import (
     block_sparse_attention,
     compressed_attention,
     decode_attention,
+    decode_dense,
     gated_alignment,
     gated_sum,
     select_blocks,
@@ -107,6 +109,38 @@ def windows(heads: int, kv_heads: int, size: int, dtype: torch.dtype, lse: Liter
     _finite([out])
 
 
+def dense_decoding(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
+    """Several queries over ragged rows with a bias, within a window, and over block means."""
+    q, key, v = (x.detach() for x in random_qkv(2, 3, 700, heads, kv_heads, size, dtype=dtype))
+    starts = torch.tensor([0, 17], device=q.device)
+    bias = torch.randn(2, 700, kv_heads, device=q.device)
+    for more in ({"bias": bias}, {"window": 9}):
+        _finite([decode_dense(q, key, v, 700 - starts, starts=starts, impl="triton", **more)[0]])
+    _finite([decode_dense(q, key, v, torch.full((2,), 2800, device=q.device), per=4, impl="triton")[0]])
+
+
+@torch.no_grad()
+def around_attention(heads: int, kv_heads: int, size: int, rows: int, dtype: torch.dtype) -> None:
+    """A decoder layer's other parts, into a cache whose rows end apart."""
+    from ssa.ops.triton import layer
+
+    def linear(features: int, count: int) -> nn.Linear:
+        return nn.Linear(features, count, bias=False, dtype=dtype)
+
+    hidden, norm = 40, LlamaRMSNorm(40).to(dtype)
+    norm.to(torch.get_default_device())
+    x = torch.randn(2 * rows, hidden, dtype=dtype)
+    counts = (heads * size, kv_heads * size, kv_heads * size, heads)
+    y = layer.project(x, norm, [linear(hidden, count) for count in counts])
+    angle = torch.rand(2, rows, size)
+    buffers = [torch.zeros(2, kv_heads, rows + 5, size, dtype=dtype) for _ in range(2)]
+    q, _, _, _ = layer.rope_and_append(
+        y, (angle.cos(), angle.sin()), torch.tensor([rows, rows + 5]), buffers, (rows, heads, kv_heads, size), heads, True
+    )
+    x = layer.project_back(q.reshape(2 * rows, -1), linear(heads * size, hidden), x)
+    _finite([layer.mlp(x, norm, linear(hidden, 72), linear(hidden, 72), linear(72, hidden))])
+
+
 def branches(heads: int, kv_heads: int, size: int, block: int, dtype: torch.dtype) -> None:
     """NSA's compression and window, and its gated sum."""
     q, key, v = random_qkv(1, 5 * block + 3, 5 * block + 3, heads, kv_heads, size, dtype=dtype)
@@ -153,6 +187,8 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         "decode, few heads a kv head, a large budget": lambda: decode(4, 2, 64, 128, 16, dtype),
         "windows and importance": lambda: windows(8, 2, 64, dtype),
         "windows, a coarse normaliser": lambda: windows(3, 1, 64, dtype, "coarse"),
+        "dense decoding": lambda: dense_decoding(8, 2, 64, dtype),
+        "around attention": lambda: around_attention(6, 2, 20, 3, dtype),
         "compression, window, gates": lambda: branches(8, 2, 64, 16, dtype),
         "alignment": lambda: alignment(4, 64, dtype),
         "vocabulary": lambda: vocabulary(19, 24, 5003, dtype),
